@@ -1,0 +1,349 @@
+"""`FlextronConfig`: the shape of an elastic model, its allowed sizes and the table of recommended ones.
+
+The shape fields have the names and meanings of `LlamaConfig`, and describe what is built: a model loaded at a
+budget carries a config of that budget (`narrowed`), so that caches, memory estimates and every other reader of
+a Hugging Face config see the small model. Layers of different sizes are written as `per_layer_config`.
+
+The class checks its own fields instead of using the `@strict` decorator, whose errors are neither `ValueError`
+nor name the way out.
+"""
+
+import copy
+import math
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from .errors import invalid, require_int
+from .subnetwork import (
+    AXES,
+    SubNetwork,
+    count_parameters,
+    kv_values_per_token,
+    parse_budget,
+    resolve,
+)
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_flextron.FlextronConfig",
+    "AutoModel": "modeling_flextron.FlextronModel",
+    "AutoModelForCausalLM": "modeling_flextron.FlextronForCausalLM",
+}
+ELASTIC_FIELDS = (*AXES, "layer_ranking")
+ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
+FAMILIES = ("llama",)
+
+
+def _size(row: dict[str, Any]) -> int:
+    return row["non_embedding_parameters"]
+
+
+class FlextronConfig(PreTrainedConfig):
+    """Configuration of a `FlextronModel`.
+
+    Args:
+        base_model_type: Family of the parent (`"llama"`); `extract()` returns that stock class.
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+        head_dim, hidden_act, max_position_embeddings, initializer_range, use_cache, pad_token_id, bos_token_id,
+        eos_token_id, tie_word_embeddings, rope_parameters, attention_dropout, mlp_bias: as in `LlamaConfig`.
+        norm_eps: Epsilon of every norm.
+        attention_bias: Biases on the q, k, v and o projections.
+        elastic: Allowed sizes: strictly descending lists under `mlp` (neurons), `heads` (query heads), `hidden`
+            and `depth` (number of layers), each beginning with the full size, and `layer_ranking`, the layers
+            in the order in which depth drops them.
+        frontier: Recommended sub-networks, largest first. A row holds `name`, `subnetwork` (or None when only a
+            larger checkpoint has its weights), exact `parameters`, `non_embedding_parameters` and
+            `kv_values_per_token`, the evaluation `loss` in nats per token when it was measured, and free `metrics`.
+        parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
+        flextron_budget: Which sub-network to build: a value of the budget grammar, see `subnetwork.py`.
+        flextron_context: Tokens of KV cache that memory budgets reserve.
+
+    Raises:
+        ValueError: a field has the wrong type or an impossible value; the message names it.
+    """
+
+    model_type = "flextron"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # Query heads of a GQA parent are stored rank-major, across KV heads: attention cannot be split by rows.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    base_model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below, as `elastic` and `frontier` are
+    head_dim: int = None  # type: ignore[assignment]
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: dict = None  # type: ignore[assignment]
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    elastic: dict = None  # type: ignore[assignment]
+    frontier: list = None  # type: ignore[assignment]
+    parent_non_embedding_parameters: int | None = None
+    flextron_budget: Any = None
+    flextron_context: int = 4096
+
+    def __post_init__(self, **kwargs):
+        for key in kwargs:
+            if key.startswith(("flextron", "elastic", "frontier")):
+                known = "`elastic`, `frontier`, `flextron_budget` and `flextron_context`"
+                raise invalid(key, kwargs[key], f"The elastic fields are {known}.", "Remove or rename it.")
+        self._check_dimensions()
+        self.elastic = self._full_elastic()
+        kwargs.setdefault("auto_map", AUTO_MAP.copy())
+        super().__post_init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As `PreTrainedConfig.from_dict`, with our own keywords handed to the constructor.
+
+        The base class sets keywords only after construction, where no check would see them.
+        """
+        ours: dict[str, Any] = {key: kwargs[key] for key in ("flextron_budget", "flextron_context") if key in kwargs}
+        result = super().from_dict(config_dict | ours, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    @property
+    def built(self) -> SubNetwork:
+        """The largest sub-network: everything that the weights hold."""
+        layers = list(self.per_layer_config)
+        return SubNetwork(
+            self.hidden_size,
+            tuple(range(self.num_hidden_layers)),
+            tuple(layer.intermediate_size for layer in layers),
+            tuple(layer.num_attention_heads for layer in layers),
+        )
+
+    def kv_heads(self, heads: int) -> int:
+        """KV heads of a layer that runs `heads` query heads.
+
+        A GQA parent keeps all its KV heads, so that the KV cache has the same shape at every budget; an MHA
+        parent drops a KV head with its query head.
+        """
+        # The largest layer decides; `__dict__`, because a heterogeneous config refuses the attributes.
+        shared = self.__dict__["num_key_value_heads"]
+        return shared if self.__dict__["num_attention_heads"] > shared else heads
+
+    def choices(self, axis: str) -> list[int]:
+        """Allowed sizes on an axis, largest first."""
+        return self.elastic[axis]
+
+    def kept_layers(self, depth: int) -> tuple[int, ...]:
+        """Layers that a network of `depth` layers keeps."""
+        dropped = self.elastic["layer_ranking"][: self.num_hidden_layers - depth]
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in dropped)
+
+    def parent_size(self) -> int:
+        """Non-embedding parameters of the parent, which fractional budgets refer to."""
+        return self.parent_non_embedding_parameters or count_parameters(self, self.built, embeddings=False)
+
+    def resolve(self, budget: Any) -> SubNetwork:
+        """The sub-network that a budget means; see `subnetwork.resolve`."""
+        return resolve(self, budget)
+
+    # ------------------------------------------------------------------------------------------- changing
+
+    def row(self, name: str, subnetwork: SubNetwork, loss: float | None = None) -> dict[str, Any]:
+        """A row of the frontier with the exact costs of `subnetwork`."""
+        return {
+            "name": name,
+            "subnetwork": {**subnetwork.to_dict(), "layers": len(subnetwork.layers)},
+            "parameters": count_parameters(self, subnetwork),
+            "non_embedding_parameters": count_parameters(self, subnetwork, embeddings=False),
+            "kv_values_per_token": kv_values_per_token(self, subnetwork),
+            "loss": loss,
+            "metrics": {},
+        }
+
+    def narrowed(self, subnetwork: SubNetwork) -> "FlextronConfig":
+        """The config of a model that holds only `subnetwork`: its shape, its choices, its rows of the frontier."""
+        new = copy.deepcopy(self)
+        new.per_layer_config = None
+        new.flextron_budget = None
+        new.parent_non_embedding_parameters = self.parent_size()
+        kv_heads = [self.kv_heads(heads) for heads in subnetwork.heads]
+        new.hidden_size = subnetwork.hidden
+        new.num_hidden_layers = len(subnetwork.layers)
+        new.intermediate_size = max(subnetwork.mlp)
+        new.num_attention_heads = max(subnetwork.heads)
+        new.num_key_value_heads = max(kv_heads)
+        new.elastic = {
+            "mlp": [size for size in self.choices("mlp") if size <= new.intermediate_size],
+            "heads": [size for size in self.choices("heads") if size <= new.num_attention_heads],
+            "hidden": [size for size in self.choices("hidden") if size <= new.hidden_size],
+            "depth": [size for size in self.choices("depth") if size <= new.num_hidden_layers],
+            "layer_ranking": [
+                subnetwork.layers.index(layer) for layer in self.elastic["layer_ranking"] if layer in subnetwork.layers
+            ],
+        }
+        for row in new.frontier:
+            inner = row["subnetwork"] and resolve(self, row["subnetwork"])
+            if not inner or not subnetwork.contains(inner):
+                row["subnetwork"] = None
+        if not subnetwork.uniform:
+            new.per_layer_config = {
+                i: {"intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": kv}
+                for i, (mlp, heads, kv) in enumerate(zip(subnetwork.mlp, subnetwork.heads, kv_heads, strict=True))
+            }
+        if not any(row["subnetwork"] and resolve(new, row["subnetwork"]) == new.built for row in new.frontier):
+            others = [row for row in new.frontier if row["name"] != "built"]
+            new.frontier = sorted([new.row("built", new.built), *others], key=_size, reverse=True)
+        new._check()
+        return new
+
+    # ------------------------------------------------------------------------------------------- checking
+
+    def validate(self) -> None:
+        """Run every check again; `save_pretrained` calls this."""
+        # The rope checks of the base class read head counts, which a heterogeneous config has only per layer.
+        PreTrainedConfig.validate(self.per_layer_config[0] if self.is_heterogeneous else self)
+        self._check()
+
+    def _check(self) -> None:
+        self._check_elastic()
+        self.frontier = self._full_frontier()
+        self._check_frontier()
+        parse_budget(self.flextron_budget)
+        require_int("flextron_context", self.flextron_context, minimum=0)
+        if self.parent_non_embedding_parameters is not None:
+            require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
+
+    def _check_dimensions(self) -> None:
+        if self.base_model_type not in FAMILIES:
+            rule = f"The supported families are {', '.join(FAMILIES)}."
+            raise invalid("base_model_type", self.base_model_type, rule, "Convert a parent of one of these families.")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            require_int(name, getattr(self, name))
+        require_int("max_position_embeddings", self.max_position_embeddings)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        require_int("num_key_value_heads", self.num_key_value_heads)
+        require_int("head_dim", self.head_dim)
+        if self.head_dim % 2:
+            rule = "Rotary embeddings rotate pairs, so the size of a head must be even."
+            raise invalid("head_dim", self.head_dim, rule, "Pass an even `head_dim`.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            rule = f"Every KV head serves the same number of the {self.num_attention_heads} query heads."
+            raise invalid("num_key_value_heads", self.num_key_value_heads, rule, "Pass a divisor of that number.")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(name, getattr(self, name), "It must be a bool.", "Pass True or False.")
+        for name in ("norm_eps", "initializer_range", "attention_dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise invalid(name, value, "It must be a finite number of at least 0.", "Pass a float.")
+
+    def _full_elastic(self) -> dict[str, list[int]]:
+        """`elastic` with a list for every axis: the full size alone where nothing else is allowed."""
+        given = self.elastic if self.elastic is not None else {}
+        if not isinstance(given, dict):
+            raise invalid("elastic", given, "It maps axes to lists of sizes.", "Pass a dict such as {'mlp': [8, 4]}.")
+        for key in given:
+            if key not in ELASTIC_FIELDS:
+                raise invalid(
+                    f"elastic[{key!r}]", given[key], f"The fields of `elastic` are {', '.join(ELASTIC_FIELDS)}.",
+                    "Remove or rename it.",
+                )  # fmt: skip
+        full = {
+            "mlp": self.intermediate_size,
+            "heads": self.num_attention_heads,
+            "hidden": self.hidden_size,
+            "depth": self.num_hidden_layers,
+        }
+        elastic = {axis: given.get(axis, [size]) for axis, size in full.items()}
+        elastic["layer_ranking"] = given.get("layer_ranking", [])
+        return elastic
+
+    def _check_elastic(self) -> None:
+        built = self.built
+        full = {"mlp": max(built.mlp), "heads": max(built.heads), "hidden": built.hidden, "depth": len(built.layers)}
+        for axis in AXES:
+            name, sizes = f"elastic[{axis!r}]", self.elastic[axis]
+            if not isinstance(sizes, list) or not sizes:
+                raise invalid(name, sizes, "It must be a list of sizes.", f"Pass at least [{full[axis]}].")
+            for size in sizes:
+                require_int(name, size)
+            if sizes[0] != full[axis]:
+                rule = f"The first choice is the full size, {full[axis]}."
+                raise invalid(name, sizes, rule, f"Begin the list with {full[axis]}.")
+            if any(small >= large for large, small in pairwise(sizes)):
+                raise invalid(name, sizes, "The sizes must descend strictly.", "Sort them and drop repeated ones.")
+        for heads in self.elastic["heads"]:
+            if heads % self.kv_heads(heads):
+                rule = f"Every one of the {self.kv_heads(heads)} KV heads keeps the same number of query heads."
+                raise invalid("elastic['heads']", heads, rule, "Use multiples of the number of KV heads.")
+        for axis, sizes in (("mlp", built.mlp), ("heads", built.heads)):
+            if missing := set(sizes) - set(self.elastic[axis]):
+                rule = f"Some layers are built with {sorted(missing)}, which is not among the choices."
+                raise invalid(f"elastic[{axis!r}]", self.elastic[axis], rule, "List every size that a layer has.")
+        ranking = self.elastic["layer_ranking"]
+        droppable = self.num_hidden_layers - self.elastic["depth"][-1]
+        valid = isinstance(ranking, list) and all(type(i) is int and 0 < i < self.num_hidden_layers for i in ranking)
+        if not valid or len(set(ranking)) != len(ranking) or len(ranking) < droppable:
+            # Layer 0 always stays: its cache entry is where a cache's length is read.
+            rule = (
+                f"It lists at least {droppable} different layers between 1 and {self.num_hidden_layers - 1}"
+                " in the order in which they are dropped."
+            )
+            raise invalid("elastic['layer_ranking']", ranking, rule, "Rank as many layers as `depth` drops.")
+
+    def _full_frontier(self) -> list[dict[str, Any]]:
+        if self.frontier is None:
+            return [self.row("1", self.built)]
+        if not isinstance(self.frontier, list) or not self.frontier:
+            raise invalid("frontier", self.frontier, "It is a list of rows.", "Pass None for the full size alone.")
+        return self.frontier
+
+    def _check_frontier(self) -> None:
+        names = set()
+        for i, row in enumerate(self.frontier):
+            at = f"frontier[{i}]"
+            if not isinstance(row, dict) or set(row) != set(ROW_FIELDS):
+                raise invalid(at, row, f"A row has the fields {', '.join(ROW_FIELDS)}.", "Build it with `config.row`.")
+            name, loss = row["name"], row["loss"]
+            if not isinstance(name, str) or not name or name in names:
+                rule = "Every row has a name of its own."
+                raise invalid(f"{at}['name']", name, rule, "Pass a non-empty string that no other row has.")
+            names.add(name)
+            if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
+                raise invalid(f"{at}['loss']", loss, "It is in nats per token.", "Pass a finite number or None.")
+            if not isinstance(row["metrics"], dict):
+                raise invalid(f"{at}['metrics']", row["metrics"], "It maps names to values.", "Pass a dict.")
+            for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
+                require_int(f"{at}[{key!r}]", row[key])
+            if row["subnetwork"] is None:
+                continue
+            if not isinstance(row["subnetwork"], dict):
+                raise invalid(f"{at}['subnetwork']", row["subnetwork"], "It holds sizes.", "Pass a dict.")
+            exact = self.row(name, resolve(self, row["subnetwork"]))
+            for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
+                if row[key] != exact[key]:
+                    rule = f"The sub-network of this row has {exact[key]:,}."
+                    raise invalid(f"{at}[{key!r}]", row[key], rule, "Build rows with `config.row`.")

@@ -1,0 +1,72 @@
+"""Layers that run on the leading slice of their own weights.
+
+Each layer reads how much of its input it got from the input itself, and is told how much output to make; called
+with neither narrowed it is the stock layer. A slice is a view: nothing is copied, gradients land in the full
+parameter, and a product of the small size is all that is computed (Flextron, arXiv 2406.10260, section 3.1:
+`MLP_d(X) = sigma(X (I_d W1)^T) (I_d W2)`, where `I_d` selects the first d neurons).
+
+At its built size a layer is called as `layer(x)` alone (`project` does that), so that PEFT, torchao, vLLM and
+others may put their own layers in these places. Nothing outside a layer reads its `weight`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ElasticLinear(nn.Linear):
+    """`nn.Linear` on the leading rows and columns of its weight."""
+
+    def forward(self, input: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
+        """Map `[..., i]` to `[..., out_features]` with `weight[:out_features, :i]`.
+
+        Args:
+            input: Shape `[..., i]` with `i <= in_features`; a narrower input uses the leading columns.
+            out_features: Leading rows to use; None for all.
+        """
+        weight, bias = self.leading(input.shape[-1], out_features)
+        return F.linear(input, weight, bias)
+
+    def leading(self, in_features: int, out_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Views of the weight and bias that a product of these sizes uses."""
+        weight: torch.Tensor = self.weight
+        bias: torch.Tensor | None = self.bias
+        if out_features is not None and out_features != self.out_features:
+            weight, bias = weight[:out_features], bias if bias is None else bias[:out_features]
+        if in_features != self.in_features:
+            weight = weight[:, :in_features]
+        return weight, bias
+
+
+class ElasticEmbedding(nn.Embedding):
+    """`nn.Embedding` on the leading columns of its weight."""
+
+    def forward(self, input: torch.Tensor, embedding_dim: int | None = None) -> torch.Tensor:
+        """Map ids `[...]` to `[..., embedding_dim]`; None for the full width."""
+        weight = self.weight if embedding_dim is None else self.weight[:, :embedding_dim]
+        return F.embedding(input, weight, self.padding_idx)
+
+
+class ElasticRMSNorm(nn.Module):
+    """RMS norm over the channels that its input has."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise `[..., h]` in float32 and scale it with the leading `h` weights."""
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.eps)
+        return self.weight[: hidden_states.shape[-1]] * hidden_states.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def project(layer: nn.Module, input: torch.Tensor, size: int | None) -> torch.Tensor:
+    """Call `layer` for `size` output features; None means its built size, and then any layer will do."""
+    return layer(input) if size is None else layer(input, size)

@@ -1,0 +1,526 @@
+"""One decoder for every family, every size of which is a prefix of its weights.
+
+Read top to bottom: rotary positions, attention, MLP, layer, decoder, language-model head. A `SubNetwork` comes down
+as an argument and each layer runs on the leading slice of its own weights (`elastic.py`); a size is passed on only
+where it differs from what was built, so a model at its built size is an ordinary decoder.
+
+Shapes: B batch, S sequence, D hidden, F neurons, H query heads, G KV heads, R = H / G query heads for each KV head,
+E head_dim, V vocabulary. Query heads are stored rank-major, [R, G, E]: the r best of every group are leading rows.
+
+Loading at a budget builds the small shape at once and reads only the leading slices of the stored tensors
+(`checkpoint.py`).
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .checkpoint import leading_slices, write_beside
+from .configuration_flextron import FlextronConfig
+from .elastic import ElasticEmbedding, ElasticLinear, ElasticRMSNorm, project
+from .errors import invalid
+from .families import extract
+from .subnetwork import SubNetwork, resolve
+
+Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
+
+
+class FlextronRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary positions, for every `rope_type` of transformers."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: FlextronConfig):
+        super().__init__()
+        self.config = config.per_layer_config[0]  # rope reads head counts, which are not global when layers differ
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        functions = {"default": self.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}
+        inv_freq, self.attention_scaling = functions[self.rope_type](self.config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: FlextronConfig) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [E / 2] and the factor on the cosines and sines; transformers calls it by this name."""
+        rope = config.rope_parameters
+        size = int(config.head_dim * rope.get("partial_rotary_factor", 1.0))
+        return 1.0 / (rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `[B, heads, S, E]` by positions whose cosines and sines are `[B, S, E]`."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention in plain products, the one implementation that returns its weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NarrowedAttention:
+    """An attention module as an attention function sees it, with fewer query heads for each KV head.
+
+    The functions of transformers read `num_key_value_groups` from the module; a view keeps that number out of the
+    module's own state, so that one model may run two budgets at the same time.
+    """
+
+    def __init__(self, module: nn.Module, num_key_value_groups: int):
+        self.module = module
+        self.num_key_value_groups = num_key_value_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class FlextronAttention(nn.Module):
+    """Causal self-attention on the leading query heads.
+
+    An MHA parent (G = H) drops a KV head with its query head. A GQA parent keeps its KV heads and runs fewer query
+    heads for each, so the KV cache has the same shape at every budget.
+    """
+
+    def __init__(self, config: FlextronConfig, layer_idx: int, linear: type[nn.Linear]):
+        super().__init__()
+        layer = config.per_layer_config[layer_idx]
+        heads, self.kv_heads = layer.num_attention_heads, layer.num_key_value_heads
+        self.config = config
+        self.layer_idx = layer_idx
+        self.kv_heads_at = config.kv_heads
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = heads // self.kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
+        self.k_proj = linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
+        self.v_proj = linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
+        self.o_proj = linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        heads: int | None = None,
+        hidden: int | None = None,
+        observe: Observer | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend with the leading `heads` query heads and write `hidden` channels; None means all of them."""
+        batch, length, _ = hidden_states.shape
+        kv_heads = self.kv_heads if heads is None else self.kv_heads_at(heads)
+        q_size = None if heads is None else heads * self.head_dim
+        kv_size = None if kv_heads == self.kv_heads else kv_heads * self.head_dim
+        ranks = self.num_key_value_groups if heads is None else heads // kv_heads
+
+        query = project(self.q_proj, hidden_states, q_size).view(batch, length, ranks, kv_heads, self.head_dim)
+        query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)  # [B, G R, S, E], the order attention functions expect
+        key = project(self.k_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim).transpose(1, 2)
+        value = project(self.v_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim)
+        value = value.transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self if ranks == self.num_key_value_groups else NarrowedAttention(self, ranks),
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(batch, length, kv_heads, ranks, self.head_dim)
+        attn_output = attn_output.transpose(2, 3).flatten(2)  # back to rank-major [B, S, R G E]
+        if observe is not None:
+            observe("heads", self.layer_idx, attn_output)
+        return project(self.o_proj, attn_output, hidden), attn_weights
+
+
+class FlextronMLP(nn.Module):
+    """Gated MLP on the leading neurons."""
+
+    def __init__(self, config: FlextronConfig, layer_idx: int, linear: type[nn.Linear]):
+        super().__init__()
+        size = config.per_layer_config[layer_idx].intermediate_size
+        self.layer_idx = layer_idx
+        self.gate_proj = linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.up_proj = linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = linear(size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mlp: int | None = None,
+        hidden: int | None = None,
+        observe: Observer | None = None,
+    ) -> torch.Tensor:
+        """Map `[B, S, d]` through `mlp` neurons to `hidden` channels; None means all of them."""
+        gate, up = project(self.gate_proj, hidden_states, mlp), project(self.up_proj, hidden_states, mlp)
+        neurons = self.act_fn(gate) * up
+        if observe is not None:
+            observe("mlp", self.layer_idx, neurons)
+        return project(self.down_proj, neurons, hidden)
+
+
+class FlextronDecoderLayer(GradientCheckpointingLayer):
+    """Norm, attention, norm, MLP, each added to the residual stream."""
+
+    def __init__(self, config: FlextronConfig, layer_idx: int, linear: type[nn.Linear]):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = FlextronAttention(config, layer_idx, linear)
+        self.mlp = FlextronMLP(config, layer_idx, linear)
+        self.input_layernorm = ElasticRMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = ElasticRMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mlp: int | None = None,
+        hidden: int | None = None,
+        observe: Observer | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Run the layer with `mlp` neurons and `hidden` channels; the rest goes to the attention."""
+        attn_input = self.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(attn_input, hidden=hidden, observe=observe, **kwargs)
+        residual = hidden_states + attn_output
+
+        mlp_input = self.post_attention_layernorm(residual)
+        output = residual + self.mlp(mlp_input, mlp, hidden, observe)
+        if observe is not None:
+            observe("layer", self.layer_idx, hidden_states, output)
+            observe("hidden", self.layer_idx, attn_input, mlp_input)
+        return output
+
+
+class FlextronPreTrainedModel(PreTrainedModel):
+    """What the decoder and its heads share: budgets, loading at a budget, saving."""
+
+    config_class = FlextronConfig
+    config: FlextronConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FlextronDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": FlextronDecoderLayer, "attentions": FlextronAttention}
+
+    def __init__(self, config: FlextronConfig):
+        stored = resolve(config, config.flextron_budget)
+        super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
+        self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
+        self.built = resolve(self.config, None)
+        self._subnetwork = self.built
+        self._shared = False
+
+    # ----------------------------------------------------------------------------------------- budgets
+
+    @property
+    def subnetwork(self) -> SubNetwork:
+        """The sub-network that runs when no budget is passed."""
+        return self._subnetwork
+
+    @property
+    def frontier(self) -> list[dict[str, Any]]:
+        """Recommended sub-networks that these weights hold, largest first, with exact costs and measured loss."""
+        return [dict(row) for row in self.config.frontier if row["subnetwork"] is not None]
+
+    def resolve_budget(self, budget: Any = None) -> SubNetwork:
+        """The sub-network that a budget means here; None means the current default.
+
+        Raises:
+            ValueError: the budget means nothing here, or more than the weights hold.
+        """
+        if budget is None:
+            return self._subnetwork
+        if isinstance(budget, SubNetwork) and self.built.contains(budget):
+            return budget
+        return resolve(self.config, budget)
+
+    def set_budget(self, budget: Any) -> None:
+        """Run this sub-network from now on. Nothing is copied; None goes back to everything that is loaded.
+
+        Raises:
+            ValueError: as `resolve_budget`, or the layers are quantized at their built size.
+        """
+        subnetwork = self.built if budget is None else self.resolve_budget(budget)
+        if subnetwork != self.built and getattr(self.config, "quantization_config", None) is not None:
+            rule = "The layers of a quantized model exist only at the size they were built at."
+            raise invalid("budget", budget, rule, "Load it with `flextron_budget=` and the quantization together.")
+        self._subnetwork = subnetwork
+
+    @contextmanager
+    def at_budget(self, budget: Any) -> Iterator[None]:
+        """Run this sub-network inside the `with` block."""
+        before = self._subnetwork
+        self.set_budget(budget)
+        try:
+            yield
+        finally:
+            self._subnetwork = before
+
+    def share(self, budget: Any):
+        """A second model object at `budget` on the same parameters, for instance as `assistant_model`.
+
+        Only Python objects are created. Training or moving one model moves the other; only the original can be
+        saved.
+        """
+        subnetwork = self.resolve_budget(budget)
+        tensors = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
+        twin = copy.deepcopy(self, tensors)
+        twin._shared = True
+        twin.set_budget(subnetwork)
+        return twin
+
+    # ---------------------------------------------------------------------------------- loading, saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; `flextron_budget` and `flextron_context` also beside a config object.
+
+        Only safetensors are read.
+        """
+        ours = {key: kwargs.pop(key) for key in ("flextron_budget", "flextron_context") if key in kwargs}
+        if isinstance(config, PreTrainedConfig):
+            config = copy.deepcopy(config)
+            for key, value in ours.items():
+                setattr(config, key, value)
+            config.validate()
+        else:
+            kwargs.update(ours)
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # The one place where the model and its files are both known: hand on lazy slices instead of whole tensors.
+        if model.stored is not None and state_dict is None and checkpoint_files is not None:
+            state_dict, checkpoint_files = leading_slices(model, checkpoint_files), None
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, written beside the target and moved into place when complete.
+
+        Raises:
+            ValueError: the model shares its parameters with another (`share`), which holds more than it runs.
+        """
+        if self._shared:
+            rule = "A model made by `share` runs a part of the weights of another and has none of its own."
+            raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
+        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
+        hub = {key: kwargs.pop(key) for key in ("commit_message", "private", "create_pr", "revision") if key in kwargs}
+        if not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+        with write_beside(save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+        if push:
+            self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
+
+
+class FlextronModel(FlextronPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: FlextronConfig):
+        super().__init__(config)
+        config = self.config
+        # Quantizers that look for the exact class get it; such a model runs at its built size only.
+        linear = nn.Linear if getattr(config, "quantization_config", None) is not None else ElasticLinear
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(FlextronDecoderLayer(config, i, linear) for i in range(config.num_hidden_layers))
+        self.norm = ElasticRMSNorm(config.hidden_size, config.norm_eps)
+        self.rotary_emb = FlextronRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        flextron_budget: Any = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder at `flextron_budget` (None: the default of `set_budget`).
+
+        Args:
+            input_ids: Token ids `[B, S]`; or pass `inputs_embeds` `[B, S, D]`, of which a narrower hidden size
+                uses the leading channels.
+            attention_mask: `[B, S]` with zeros at padding, or a prepared 4-D mask.
+        """
+        subnetwork, built = self.resolve_budget(flextron_budget), self.built
+        hidden = None if subnetwork.hidden == built.hidden else subnetwork.hidden
+        if input_ids is not None and inputs_embeds is None:
+            hidden_states = project(self.embed_tokens, input_ids, hidden)
+        elif inputs_embeds is not None and input_ids is None:
+            hidden_states = inputs_embeds[..., :hidden]
+        else:
+            both = (input_ids is not None, inputs_embeds is not None)
+            raise invalid("input_ids, inputs_embeds", both, "Exactly one of the two is needed.", "Pass one of them.")
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+
+        for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
+            hidden_states = self.layers[layer](
+                hidden_states,
+                mlp=None if mlp == built.mlp[layer] else mlp,
+                heads=None if heads == built.heads[layer] else heads,
+                hidden=hidden,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
+
+
+class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
+    """The decoder with its language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: FlextronConfig):
+        super().__init__(config)
+        self.model = FlextronModel(self.config)
+        self.vocab_size = self.config.vocab_size
+        self.lm_head = ElasticLinear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        flextron_budget: Any = None,
+        head_loss: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next tokens at `flextron_budget` (None: the default of `set_budget`).
+
+        Args:
+            labels: Ids `[B, S]` to predict, shifted here; -100 is ignored.
+            logits_to_keep: Compute only the last so many logits, or those at these positions; 0 for all.
+            head_loss: Called as `head_loss(hidden_states, lm_head)` instead of computing logits, for losses
+                that never hold `[B, S, V]`; its value is the `loss` of the output, and `logits` is None.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            flextron_budget=self.resolve_budget(flextron_budget),
+            **kwargs,
+        )
+        logits, hidden_states = None, outputs.last_hidden_state
+        if head_loss is not None:
+            loss = head_loss(hidden_states, self.lm_head)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def generate(self, *args, flextron_budget: Any = None, **kwargs):
+        """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is."""
+        if flextron_budget is not None:
+            kwargs["flextron_budget"] = self.resolve_budget(flextron_budget)
+        return super().generate(*args, **kwargs)
+
+    def extract(self, budget: Any = None) -> PreTrainedModel:
+        """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
+
+        Raises:
+            ValueError: the stock class cannot hold these sizes, for instance when layers differ.
+        """
+        return extract(self, self.resolve_budget(budget))
+
+
+FlextronModel.register_for_auto_class("AutoModel")
+FlextronForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+FlextronConfig.register_for_auto_class()

@@ -1,0 +1,44 @@
+import os
+
+# Before anything imports huggingface_hub or torch: no network, quiet, and one thread for each test process.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "OMP_NUM_THREADS": "1",
+}
+
+import datasets
+import pytest
+import torch
+from helpers import VARIANTS, elastic_of, parent_of
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def variant(request):
+    """Name of a kind of LLaMA: MHA or GQA, tied or not, with and without biases, with its own head size."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def parent(variant):
+    """A stock model with random weights. Shared: do not change it."""
+    return parent_of(variant)
+
+
+@pytest.fixture(scope="session")
+def elastic(variant, parent):
+    """The parent made elastic on all four axes. Shared: do not change it."""
+    return elastic_of(variant, parent)
+
+
+@pytest.fixture
+def ids():
+    """Token ids `[2, 12]`."""
+    return torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))

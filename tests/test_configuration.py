@@ -1,0 +1,73 @@
+"""`FlextronConfig`: round trips, defaults, narrowing. Malformed input is in test_bad_input.py."""
+
+import json
+
+import pytest
+from helpers import all_sizes
+
+from modeling_flextron import FlextronConfig, count_parameters
+
+SMALL = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "elastic": {"mlp": [64, 32], "heads": [4, 2], "depth": [3, 2], "layer_ranking": [1]},
+}  # fmt: skip
+
+
+def test_defaults_fill_every_axis_with_the_full_size():
+    config = FlextronConfig(**{**SMALL, "elastic": None})
+    assert config.elastic == {"mlp": [64], "heads": [4], "hidden": [32], "depth": [3], "layer_ranking": []}
+    assert [row["name"] for row in config.frontier] == ["1"]
+    assert config.head_dim == 8 and config.num_key_value_heads == 4
+
+
+def test_json_round_trip(elastic, tmp_path):
+    config = elastic.config
+    config.save_pretrained(tmp_path)
+    again = FlextronConfig.from_pretrained(tmp_path)
+    assert again.elastic == config.elastic and again.frontier == config.frontier and again.built == config.built
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoModel"].endswith("FlextronModel")
+
+
+def test_the_budget_keyword_reaches_the_config(tmp_path):
+    FlextronConfig(**SMALL).save_pretrained(tmp_path)
+    assert FlextronConfig.from_pretrained(tmp_path, flextron_budget=0.5).flextron_budget == 0.5
+    assert FlextronConfig.from_pretrained(tmp_path, flextron_context=7).flextron_context == 7
+    with pytest.raises(ValueError, match="flextron_budget"):
+        FlextronConfig.from_pretrained(tmp_path, flextron_budget=[0.5])
+
+
+def test_narrowed_config_describes_the_small_model(elastic):
+    config = elastic.config
+    for sub in all_sizes(elastic):
+        small = config.narrowed(sub)
+        assert small.built == sub.within(sub)
+        assert count_parameters(small, small.built) == count_parameters(config, sub)
+        assert small.parent_size() == config.parent_size()
+        assert small.flextron_budget is None
+        held = [row for row in small.frontier if row["subnetwork"] is not None]
+        assert small.resolve(held[0]["subnetwork"]) == small.built
+        for row in held:
+            assert small.built.contains(small.resolve(row["subnetwork"]))
+
+
+def test_narrowing_twice_is_narrowing_once(elastic):
+    rows = [elastic.config.resolve(row["subnetwork"]) for row in elastic.frontier]
+    for outer, inner in zip(rows, rows[1:], strict=False):
+        twice = elastic.config.narrowed(outer).narrowed(inner.within(outer))
+        once = elastic.config.narrowed(inner)
+        assert twice.to_dict() == once.to_dict()
+
+
+def test_a_heterogeneous_config_is_written_as_per_layer_config(tmp_path):
+    config = FlextronConfig(**SMALL)
+    small = config.narrowed(config.resolve({"mlp": [64, 32, 64], "heads": [2, 4, 2]}))
+    small.save_pretrained(tmp_path)
+    again = FlextronConfig.from_pretrained(tmp_path)
+    assert [layer.intermediate_size for layer in again.per_layer_config] == [64, 32, 64]
+    assert [layer.num_key_value_heads for layer in again.per_layer_config] == [2, 4, 2]
+    assert again.built == small.built
+
+
+def test_depth_keeps_what_the_ranking_does_not_drop():
+    config = FlextronConfig(**SMALL)
+    assert config.kept_layers(3) == (0, 1, 2) and config.kept_layers(2) == (0, 2)

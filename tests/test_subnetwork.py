@@ -1,0 +1,145 @@
+"""Budgets and costs."""
+
+import math
+
+import pytest
+import torch
+from helpers import all_sizes, elastic_of
+
+from modeling_flextron import (
+    FlextronConfig,
+    SubNetwork,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes,
+    weight_bytes,
+)
+from modeling_flextron.subnetwork import parse_budget
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        (None, "full", None),
+        (0.5, "fraction", 0.5),
+        (1, "fraction", 1.0),
+        (1.0, "fraction", 1.0),
+        ("0.5", "fraction", 0.5),
+        (".25", "fraction", 0.25),
+        (350_000_000, "parameters", 350_000_000),
+        ("350000000", "parameters", 350_000_000),
+        ("350M", "parameters", 350e6),
+        ("3.5B", "parameters", 3.5e9),
+        ("3.5 b", "parameters", 3.5e9),
+        ("6GiB", "memory", 6 * 2**30),
+        ("900MiB", "memory", 900 * 2**20),
+        ("1.5 GB", "memory", 1.5e9),
+        ("25ms", "latency", 0.025),
+        ("loss<=2.31", "loss", 2.31),
+        ("ppl <= 10", "loss", math.log(10)),
+        ("small", "name", "small"),
+        ("auto", "auto", None),
+        ("auto:0.5", "auto", 0.5),
+        ("automatic", "name", "automatic"),
+        ("bulk", "name", "bulk"),
+    ],
+)
+def test_grammar(text, kind, value):
+    parsed = parse_budget(text)
+    assert parsed.kind == kind
+    assert parsed.value == pytest.approx(value) if isinstance(value, float) else parsed.value == value
+
+
+def test_costs_of_a_known_model():
+    config = FlextronConfig(  # the shape of Llama-3.2-1B
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    full = config.built
+    assert count_parameters(config, full) == 1_235_814_400  # as its model card says
+    assert count_parameters(config, full, embeddings=False) == 1_235_814_400 - 128256 * 2048
+    assert weight_bytes(config, full) == 2 * 1_235_814_400
+    assert weight_bytes(config, full, torch.float32) == 4 * 1_235_814_400
+    assert kv_cache_bytes(config, full, 4096) == 2 * 16 * 8 * 64 * 4096 * 2
+    per_layer = 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192
+    assert flops_per_token(config, full) == 2 * (16 * per_layer + 128256 * 2048)
+    assert flops_per_token(config, full, context=100) - flops_per_token(config, full) == 16 * 4 * 2048 * 100
+
+
+def test_every_cost_is_at_most_that_of_a_larger_network(elastic):
+    config = elastic.config
+    for small in all_sizes(elastic):
+        for cost in (count_parameters, flops_per_token, weight_bytes):
+            assert cost(config, small) <= cost(config, config.built)
+        assert kv_cache_bytes(config, small, 10) <= kv_cache_bytes(config, config.built, 10)
+
+
+def test_gqa_keeps_its_cache_and_mha_shrinks_it():
+    gqa, mha = elastic_of("gqa-wide-heads").config, elastic_of("mha").config
+    assert gqa.kv_heads(2) == gqa.kv_heads(8) == 2
+    assert [mha.kv_heads(heads) for heads in (4, 2)] == [4, 2]
+
+
+class TestResolve:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return elastic_of("gqa-wide-heads", budgets={"large": 1, "medium": 0.6, "small": 0.25})
+
+    def test_a_fraction_is_an_upper_limit_on_non_embedding_parameters(self, model):
+        full = count_parameters(model.config, model.built, embeddings=False)
+        for fraction in (1.0, 0.99, 0.6, 0.4, 0.25):
+            found = model.config.resolve(fraction)
+            assert count_parameters(model.config, found, embeddings=False) <= fraction * full
+            larger = [r for r in model.frontier if r["non_embedding_parameters"] <= fraction * full]
+            assert count_parameters(model.config, found) == max(r["parameters"] for r in larger)
+
+    def test_parameters_count_the_embeddings_too(self, model):
+        row = model.frontier[1]
+        assert model.config.resolve(row["parameters"]) == model.config.resolve("medium")
+        assert model.config.resolve(row["parameters"] - 1) == model.config.resolve("small")
+
+    def test_memory_is_weights_and_cache(self, model):
+        config = model.config
+        small = config.resolve("small")
+        need = weight_bytes(config, small) + kv_cache_bytes(config, small, config.flextron_context)
+        assert config.resolve(f"{need / 2**20}MiB") == small
+        with pytest.raises(ValueError, match="smallest sub-network, 'small', costs"):
+            config.resolve(f"{need / 2**20 - 0.001}MiB")
+
+    def test_memory_depends_on_dtype_and_context(self, model):
+        values = model.config.to_dict()
+        medium = model.config.resolve("medium")
+        need = weight_bytes(model.config, medium) + kv_cache_bytes(model.config, medium, 4096)
+        half = FlextronConfig.from_dict({**values, "dtype": "bfloat16"})
+        assert half.resolve(f"{need / 2 / 2**20}MiB") == half.resolve("medium")
+        short = FlextronConfig.from_dict(values, flextron_context=0)
+        assert short.resolve(f"{weight_bytes(short, medium) / 2**20}MiB") == short.resolve("medium")
+
+    def test_quality_picks_the_cheapest_that_is_good_enough(self, model):
+        values = model.config.to_dict()
+        for row, loss in zip(values["frontier"], (2.0, 2.2, 2.6), strict=True):
+            row["loss"] = loss
+        config = FlextronConfig.from_dict(values)
+        assert config.resolve("loss<=2.3") == config.resolve("medium")
+        assert config.resolve(f"ppl<={math.exp(2.61)}") == config.resolve("small")
+        with pytest.raises(ValueError, match="best measured loss is 2.0000"):
+            config.resolve("loss<=1.9")
+
+    def test_a_dict_names_exact_sizes_and_the_rest_is_full(self, model):
+        assert model.config.resolve({"mlp": 48}) == SubNetwork(64, (0, 1, 2, 3), (48,) * 4, (8,) * 4)
+        sub = model.config.resolve({"layers": 3, "mlp": [96, 48, 24], "heads": [4, 8, 4], "hidden": 32})
+        assert sub.mlp == (96, 48, 24) and sub.hidden == 32 and len(sub.layers) == 3
+        assert model.config.resolve(sub.to_dict()) == sub
+
+    def test_a_subnetwork_is_taken_as_it_is(self, model):
+        odd = SubNetwork(63, (0, 2), (95, 17), (8, 2))
+        assert model.config.resolve(odd) == odd
+
+
+def test_contains_and_within():
+    outer = SubNetwork(8, (0, 2, 3), (10, 8, 10), (4, 4, 2))
+    inner = SubNetwork(6, (0, 3), (10, 5), (4, 2))
+    assert outer.contains(inner) and outer.contains(outer) and not inner.contains(outer)
+    assert not outer.contains(SubNetwork(6, (0, 1), (1, 1), (1, 1)))
+    assert not outer.contains(SubNetwork(6, (0, 2), (10, 9), (1, 1)))
+    assert inner.within(outer).layers == (0, 2)

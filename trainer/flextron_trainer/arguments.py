@@ -1,0 +1,66 @@
+"""`FlextronTrainingArguments`: the ordinary `TrainingArguments` and what elastic training adds to them."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from modeling_flextron.errors import invalid, require_int
+
+from .sampling import SAMPLERS
+
+STAGES = ("elastic",)
+
+
+@dataclass
+class FlextronTrainingArguments(TrainingArguments):
+    """Arguments of a `FlextronTrainer`.
+
+    The learning rate and its schedule have defaults of their own. Weight decay stays 0, as in `TrainingArguments`:
+    the weights outside the sub-network of a step get no gradient and must not decay either.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    stage: str = field(
+        default="elastic", metadata={"help": "What is trained: 'elastic' trains the weights at many sizes."}
+    )
+    sampler: str = field(
+        default="sandwich",
+        metadata={
+            "help": "Sub-networks of a step: 'sandwich' (largest, smallest, random rows between), 'uniform' or"
+            " 'weighted' rows of the frontier, 'random' (sizes drawn for every layer)."
+        },
+    )
+    subnetworks_per_step: int = field(default=3, metadata={"help": "Sub-networks trained on every batch."})
+    sampling_weights: list[float] | None = field(
+        default=None, metadata={"help": "For 'weighted': one weight for each row of the frontier, largest first."}
+    )
+    kd_weight: float = field(default=1.0, metadata={"help": "Weight of the KL divergence to the teacher."})
+    ce_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the cross entropy, added to distillation (alone it is 1)."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    loss_chunk_size: int = field(default=512, metadata={"help": "Tokens whose logits exist at the same time."})
+
+    def __post_init__(self):
+        for name, allowed in (("stage", STAGES), ("sampler", SAMPLERS)):
+            if getattr(self, name) not in allowed:
+                raise invalid(name, getattr(self, name), f"It is one of {', '.join(allowed)}.", "Pick one of them.")
+        require_int("subnetworks_per_step", self.subnetworks_per_step, minimum=2 if self.sampler == "sandwich" else 1)
+        require_int("loss_chunk_size", self.loss_chunk_size)
+        for name in ("kd_weight", "ce_weight"):
+            if not _number(getattr(self, name)) or getattr(self, name) < 0:
+                raise invalid(name, getattr(self, name), "It must be a number of at least 0.", "Pass a float.")
+        if not _number(self.temperature) or self.temperature <= 0:
+            raise invalid("temperature", self.temperature, "It must be a positive number.", "Pass for instance 1.0.")
+        if self.sampling_weights is not None and self.sampler != "weighted":
+            rule = f"The sampler {self.sampler!r} does not use them."
+            raise invalid("sampling_weights", self.sampling_weights, rule, "Pass sampler='weighted' as well.")
+        if self.label_smoothing_factor:
+            rule = "The losses of elastic training have no label smoothing."
+            raise invalid("label_smoothing_factor", self.label_smoothing_factor, rule, "Leave it at 0.")
+        super().__post_init__()
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,319 @@
+"""The `flextron` command: a thin layer over the Python API. Every verb ends with one JSON line on stdout."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    help="Make a trained LLaMA elastic, train it at many sizes at once, and use any of them.",
+)  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a Flextron model.", show_default=False)]
+Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda; by default a GPU when there is one.")]
+Budget = Annotated[
+    str | None, typer.Option(help="0.5, 350M, 6GiB, the name of a row, or the fields of a SubNetwork as JSON.")
+]
+DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
+
+
+def finish(**result: Any) -> None:
+    """Print the JSON line that ends a verb."""
+    print(json.dumps(result), flush=True)
+
+
+def numbers(text: str | None) -> list[int | float] | None:
+    """Parse `1,0.75,512`."""
+    from modeling_flextron.errors import invalid
+
+    if text is None:
+        return None
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise invalid("choices", text, "They are numbers with commas between.", "Write for instance 1,0.5.") from None
+
+
+def budget_value(text: str | None) -> Any:
+    """A budget as typed: JSON fields, or the grammar's own text."""
+    return json.loads(text) if text and text.lstrip().startswith("{") else text
+
+
+def device_or_default(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@app.command()
+def convert(
+    parent: Annotated[str, typer.Argument(help="Folder or Hub id of a trained LLaMA.", show_default=False)],
+    output: Output,
+    calibration: Annotated[str | None, typer.Option(help=f"Text to rank with: {DATA} None: by weight norms.")] = None,
+    mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes: 1,0.75,0.5")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads: 1,0.5")] = None,
+    hidden: Annotated[str | None, typer.Option(help="Width of the residual stream: 1,0.75")] = None,
+    depth: Annotated[str | None, typer.Option(help="Layers: 1,0.75")] = None,
+    budgets: Annotated[str, typer.Option(help="Budgets of the frontier, with commas between.")] = "1,0.75,0.5,0.25",
+    max_samples: Annotated[int, typer.Option(help="Calibration samples.")] = 1024,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
+    order: Annotated[str, typer.Option(help="importance, or random or reverse as a control.")] = "importance",
+    dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
+    device: Device = None,
+    seed: int = 0,
+) -> None:
+    """Make a trained model elastic.
+
+    Example: `flextron convert meta-llama/Llama-3.2-1B elastic --calibration ./text --mlp 1,0.75,0.5,0.25`
+
+    The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
+    """
+    from transformers import AutoTokenizer
+
+    from .convert import convert as run
+    from .data import load_text
+    from .model_card import write_model_card
+
+    elastic = run(
+        parent,
+        None if calibration is None else load_text(calibration),
+        mlp=numbers(mlp),
+        heads=numbers(heads),
+        hidden=numbers(hidden),
+        depth=numbers(depth),
+        budgets=[part.strip() for part in budgets.split(",")],
+        importance=output / "importance.safetensors",
+        order=order,
+        max_samples=max_samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        device=device_or_default(device),
+        dtype=dtype,
+    )
+    elastic.save_pretrained(output)
+    write_model_card(elastic, output)
+    try:
+        AutoTokenizer.from_pretrained(parent).save_pretrained(output)
+    except (OSError, ValueError) as error:
+        print(f"{parent} has no tokenizer that can be copied: {error}", file=sys.stderr)
+    finish(output=str(output), frontier=elastic.frontier)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    model: Model,
+    dataset: Annotated[str, typer.Argument(help=f"Training text: {DATA}", show_default=False)],
+    teacher: Annotated[str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'.")] = None,
+    eval_dataset: Annotated[str | None, typer.Option(help="Evaluation text; by default 2 % of the rows.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a training sample.")] = 1024,
+    resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
+) -> None:
+    """Train an elastic model at many sizes at once.
+
+    Example: `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --max_steps 1000 --bf16`
+
+    Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
+    weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
+    `--loss_chunk_size`. The trained model, its card and its plot end up in `--output_dir`.
+    """
+    from transformers import AutoTokenizer, HfArgumentParser
+
+    from .arguments import FlextronTrainingArguments
+    from .data import load_text, pack
+    from .trainer import FlextronTrainer
+
+    (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(context.args)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    rows = pack(load_text(dataset), tokenizer, sequence_length)
+    if eval_dataset is None:
+        parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=arguments.data_seed or arguments.seed)
+        rows, eval_rows = parts["train"], parts["test"]
+    else:
+        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length)
+    trainer = FlextronTrainer(
+        model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    finish(output=arguments.output_dir, **metrics)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    dataset: Annotated[str, typer.Argument(help=f"Held-out text: {DATA}", show_default=False)],
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 1024,
+    max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
+    write: Annotated[bool, typer.Option(help="Write the losses into the frontier of the model's config.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss against parameters into this PNG.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure loss, perplexity and next-token accuracy of every size.
+
+    Example: `flextron evaluate elastic ./held-out --write --plot frontier.png`
+    """
+    from transformers import AutoTokenizer
+
+    from modeling_flextron import FlextronForCausalLM, count_parameters
+    from modeling_flextron.checkpoint import write_file_beside
+    from modeling_flextron.errors import invalid
+
+    from .data import load_text, pack
+    from .evaluation import evaluate_frontier, evaluate_model
+    from .plots import plot_frontier
+
+    if write and (budget or not Path(model).is_dir()):
+        remedy = "Leave out `--budget`, and download the model first."
+        raise invalid("write", write, "Only a whole frontier, in a folder, can be written.", remedy)
+    loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    rows = pack(load_text(dataset), tokenizer, sequence_length)
+    rows = rows.select(range(min(max_samples, len(rows))))
+    if budget:
+        results = {text: evaluate_model(loaded, rows, batch_size, budget_value(text)) for text in budget}
+    else:
+        results = evaluate_frontier(loaded, rows, batch_size)
+    if write:
+        with write_file_beside(Path(model) / "config.json") as path:
+            loaded.config.to_json_file(path)
+    if plot is not None:
+        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(budget_value(name))) for name in results}
+        plot_frontier({model: [(sizes[name], result["loss"]) for name, result in results.items()]}, plot)
+    finish(model=model, dataset=dataset, results=results)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Output,
+    budget: Budget = None,
+    dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
+) -> None:
+    """Write one size as a model of its own.
+
+    Example: `flextron export elastic small --dense --budget 0.5`
+
+    With `--dense` the result is a stock checkpoint that needs no code of ours; without, a smaller Flextron model.
+    """
+    from transformers import AutoTokenizer
+
+    from modeling_flextron import FlextronForCausalLM
+    from modeling_flextron.checkpoint import write_beside
+
+    from .model_card import write_model_card
+
+    loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
+    parameters = loaded.num_parameters()
+    if dense:
+        with write_beside(output) as folder:
+            loaded.extract().save_pretrained(folder)
+    else:
+        loaded.save_pretrained(output)
+        write_model_card(loaded, output)
+    try:
+        AutoTokenizer.from_pretrained(model, trust_remote_code=True).save_pretrained(output)
+    except (OSError, ValueError) as error:
+        print(f"{model} has no tokenizer that can be copied: {error}", file=sys.stderr)
+    finish(output=str(output), parameters=parameters, dense=dense)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repo on the Hub, user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option(help="Create the repo as private.")] = False,
+) -> None:
+    """Upload a saved model to the Hub in one commit.
+
+    Example: `flextron push elastic me/flextron-llama --private`
+    """
+    from huggingface_hub import HfApi
+
+    from modeling_flextron.errors import invalid
+
+    if not (folder / "config.json").is_file():
+        rule = "It is not the folder of a saved model."
+        raise invalid("folder", str(folder), rule, "Pass the output of `flextron convert` or `flextron train`.")
+    api = HfApi()
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    ignored = ["checkpoint-*", "runs/*", "training_args.json"]
+    commit = api.upload_folder(folder_path=folder, repo_id=repo.repo_id, ignore_patterns=ignored)
+    finish(repo=repo.repo_id, commit=commit.oid)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    budget: Budget = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the most likely token.")] = False,
+    device: Device = None,
+    seed: int = 0,
+) -> None:
+    """Continue a text at a budget.
+
+    Example: `flextron generate elastic "def main():" --budget 0.5`
+    """
+    from transformers import AutoTokenizer, set_seed
+
+    from modeling_flextron import FlextronForCausalLM
+
+    set_seed(seed)
+    loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
+    loaded = loaded.to(device_or_default(device))
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
+    finish(budget=budget, parameters=loaded.num_parameters(), text=tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("flextron-demo"),
+    dataset: Annotated[str, typer.Option(help=f"Text: {DATA}")] = "stdlib",
+    parent: Annotated[str | None, typer.Option(help="Hub id or folder of a trained LLaMA; default: train one.")] = None,
+    parent_steps: Annotated[int, typer.Option(help="Training steps of the parent.")] = 600,
+    elastic_steps: Annotated[int, typer.Option(help="Steps of elastic training.")] = 200,
+    device: Device = None,
+    seed: int = 0,
+) -> None:
+    """Train a small LLaMA, make it elastic, train it at every size, and load the result without this package.
+
+    Example: `flextron demo --device cuda --parent meta-llama/Llama-3.2-1B --dataset ./text`
+    """
+    from .demo import run
+
+    result = run(
+        output, dataset=dataset, parent=parent, device=device, parent_steps=parent_steps, elastic_steps=elastic_steps,
+        seed=seed,
+    )  # fmt: skip
+    finish(**result)
+
+
+def main() -> None:
+    """Run the command; an error in the input is one message, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""From a trained dense model to an elastic one: rank, permute once, choose the recommended sizes.
+
+The function of the full network does not change. A parent that is loaded here is taken apart tensor by tensor, so
+that no second copy of it exists at any time.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
+from modeling_flextron.errors import invalid
+from modeling_flextron.families import axes, family_of, head_rows, layer_of, stock_name, stored_heads
+from modeling_flextron.subnetwork import AXES, parse_budget, row_cost
+
+from .data import calibration_batches
+from .importance import ORDERS, Importance, read_or_measure
+
+DEFAULT_FRACTIONS = {
+    "mlp": (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8),
+    "heads": (1, 3 / 4, 1 / 2, 1 / 4),
+    "hidden": (1,),
+    "depth": (1,),
+}
+Choices = Sequence[int | float]
+
+
+def convert(
+    parent: str | os.PathLike | PreTrainedModel,
+    calibration: Any = None,
+    *,
+    mlp: Choices | None = None,
+    heads: Choices | None = None,
+    hidden: Choices | None = None,
+    depth: Choices | None = None,
+    budgets: Sequence[Any] | Mapping[str, Any] = (1, 0.75, 0.5, 0.25),
+    tokenizer: Any = None,
+    importance: str | os.PathLike | None = None,
+    order: str = "importance",
+    max_samples: int = 1024,
+    sequence_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    **load_kwargs: Any,
+) -> FlextronForCausalLM:
+    """Convert a trained dense model into an elastic one.
+
+    Args:
+        parent: A model, a Hub id or a folder. A model stays as it is; one loaded here is taken apart.
+        calibration: Text or token ids that are typical of the model's use: a list, a `datasets.Dataset`, a
+            streamed one, or a tensor `[N, S]`. None ranks by the norms of the weights, with a warning.
+        mlp, heads, hidden, depth: Allowed sizes on each axis, descending, the full one first: fractions of the
+            parent's size, or sizes. None for the default: eighths for `mlp` and quarters for `heads` where the
+            parent's sizes allow them, and the full size alone for `hidden` and `depth`.
+        budgets: What the rows of the frontier may cost at most, in units of the budget grammar. A mapping also
+            names the rows; otherwise a row is called as its budget is written. A budget that the choices cannot
+            reach gets the smallest sub-network, with a warning, and is called by the fraction that this costs.
+        tokenizer: For text; by default that of `parent` when it is an id or a folder.
+        importance: File to keep the scores in (`importance.safetensors`). A later conversion of the same parent
+            with other choices reads them.
+        order: `"importance"`; `"random"` and `"reverse"` are controls that show what the ranking is worth.
+        max_samples, sequence_length, batch_size: Size of the calibration.
+        seed: For `order="random"`.
+        device: Where to run; by default where the parent is.
+        load_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` with an id or a folder.
+
+    Returns:
+        The elastic model in the parent's dtype, in evaluation mode, with its frontier.
+
+    Raises:
+        ValueError: an unsupported architecture, sizes that do not divide, empty calibration data, ids outside the
+            parent's vocabulary, a budget below the smallest sub-network, or a checkpoint with missing or
+            unexpected tensors.
+    """
+    if order not in ORDERS:
+        raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'importance' to get a good model.")
+    source, owned = parent, not isinstance(parent, PreTrainedModel)
+    if not isinstance(parent, PreTrainedModel):
+        parent = _load(parent, load_kwargs)
+    elif load_kwargs:
+        raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
+    family_of(parent.config.model_type)
+    config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
+    named = _named_budgets(budgets)
+
+    batches: list[torch.Tensor] = []
+    if calibration is not None:
+        if tokenizer is None and owned:
+            tokenizer = _tokenizer_of(source)
+        batches = calibration_batches(
+            calibration,
+            tokenizer=tokenizer,
+            vocab_size=config.vocab_size,
+            sequence_length=min(sequence_length, config.max_position_embeddings),
+            batch_size=batch_size,
+            max_samples=max_samples,
+        )
+    else:
+        warnings.warn(
+            "convert() got no calibration data: units are ranked by the norms of their weights, which is much worse"
+            " than by their activations, and the frontier is chosen by size alone. Pass `calibration=` with some text.",
+            stacklevel=2,
+        )
+
+    elastic = _take(parent, config, release=owned).to(device or parent.device)
+    depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
+    scores = read_or_measure(importance, elastic, batches, depth_drops)
+    elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
+    _permute(elastic, scores.reordered(order, seed))
+    elastic.config.frontier = _frontier(elastic, named, batches[: max(1, 64 // batch_size)])
+    elastic.config.validate()
+    return elastic
+
+
+def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedModel:
+    kwargs = {"dtype": "auto", **load_kwargs}
+    parent, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(map(str, info[problem]))
+            rule = f"Its checkpoint has {problem.removesuffix('_keys')} tensors: {', '.join(names[:3])}."
+            raise invalid("parent", str(source), rule, "Use a complete checkpoint of a causal language model.")
+    return parent
+
+
+def _tokenizer_of(source: Any) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None  # token ids need none; text without one is refused where it is read
+
+
+# ------------------------------------------------------------------------------------------------ the config
+
+
+def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronConfig:
+    """The config of the elastic model: the parent's fields, and the allowed sizes."""
+    family = family_of(parent.model_type)
+    fields = {ours: getattr(parent, theirs) for ours, theirs in family.fields.items()}
+    shape = {
+        name: getattr(parent, name)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    }
+    full = {
+        "mlp": parent.intermediate_size,
+        "heads": parent.num_attention_heads,
+        "hidden": parent.hidden_size,
+        "depth": parent.num_hidden_layers,
+    }
+    grouped = parent.num_attention_heads > parent.num_key_value_heads
+    units = {"mlp": 1, "heads": parent.num_key_value_heads if grouped else 1, "hidden": 1, "depth": 1}
+    elastic = {axis: _sizes(axis, fractions[axis], full[axis], units[axis]) for axis in AXES}
+    # Any ranking will do until the real one is known.
+    elastic["layer_ranking"] = list(range(1, 1 + full["depth"] - elastic["depth"][-1]))
+    return FlextronConfig(
+        **fields, **shape, base_model_type=parent.model_type, intermediate_size=full["mlp"], elastic=elastic,
+        dtype=parent.dtype,
+    )  # fmt: skip
+
+
+def _sizes(axis: str, given: Choices | None, full: int, unit: int) -> list[int]:
+    """Sizes from fractions or sizes; `unit` must divide each."""
+    if given is None:
+        exact = [full * fraction for fraction in DEFAULT_FRACTIONS[axis]]
+        return [int(size) for size in exact if size == int(size) and size >= unit and size % unit == 0]
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise invalid(axis, given, "It is a list of sizes or fractions.", f"Pass for instance {axis}=[1, 0.5].")
+    sizes = []
+    for size in given:
+        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= full:
+            rule = f"A size is a fraction in (0, 1] or a number up to {full}."
+            raise invalid(axis, size, rule, f"Pass for instance {axis}=[1, 0.5].")
+        exact_size = full * size if size <= 1 else size
+        rounded = round(exact_size)
+        if abs(exact_size - rounded) > 1e-6 or rounded % unit:
+            nearest = max(unit, round(exact_size / unit) * unit)
+            what = f" of the {unit} KV heads" if unit > 1 else ""
+            rule = f"It makes {exact_size:g} of {full}, which is not a whole multiple{what}."
+            raise invalid(axis, size, rule, f"The nearest size is {nearest}.")
+        sizes.append(rounded)
+    if not sizes or sizes[0] != full:
+        raise invalid(axis, list(given), "The first size is the full one.", f"Begin the list with 1 (or {full}).")
+    if any(small >= large for large, small in pairwise(sizes)):
+        raise invalid(axis, list(given), "The sizes must descend strictly.", "Sort them and drop repeated ones.")
+    return sizes
+
+
+def _named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(budgets, (str, bytes)) or not isinstance(budgets, (Sequence, Mapping)) or not budgets:
+        rule = "They are a list of budgets, or names mapped to budgets."
+        raise invalid("budgets", budgets, rule, "Pass for instance budgets=[1, 0.5].")
+    if not isinstance(budgets, Mapping):
+        budgets = {f"{budget:g}" if isinstance(budget, float) else str(budget): budget for budget in budgets}
+    for name, budget in budgets.items():
+        if parse_budget(budget).kind not in ("fraction", "parameters", "memory"):
+            rule = "A row of the frontier has a budget of parameters or memory."
+            raise invalid(f"budgets[{name!r}]", budget, rule, "Pass a fraction, a count or a size in bytes.")
+    return dict(budgets)
+
+
+# ----------------------------------------------------------------------------------------------- the weights
+
+
+@torch.no_grad()
+def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> FlextronForCausalLM:
+    """An elastic model with the parent's weights in the parent's order, heads rank-major.
+
+    Args:
+        release: Empty each of the parent's tensors as soon as it is taken.
+    """
+    family = family_of(config.base_model_type)
+    with no_init_weights():
+        elastic = FlextronForCausalLM._from_config(config, dtype=parent.dtype)
+    theirs = dict(parent.state_dict(keep_vars=True))
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    rank_major = head_rows(stored_heads(heads, kv_heads), config.head_dim)
+    names = list(elastic.state_dict())
+    if config.tie_word_embeddings:
+        names.remove("lm_head.weight")
+        theirs.pop(stock_name(family, "lm_head.weight"), None)
+    for name in tqdm(names, desc="Converting", unit="tensor"):
+        source = theirs.pop(stock_name(family, name), None)
+        if source is None:
+            rule = f"It has no tensor {stock_name(family, name)!r}."
+            raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
+        tensor = source.detach()
+        if kv_heads < heads and "heads" in axes(name):
+            tensor = tensor.index_select(axes(name).index("heads"), rank_major.to(tensor.device))
+        elif not release:
+            tensor = tensor.clone()
+        if release:
+            source.data = source.new_empty(0)
+        module, _, kind = name.rpartition(".")
+        setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
+    if theirs:
+        rule = f"It has tensors that the family does not: {', '.join(sorted(theirs)[:3])}."
+        raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
+    elastic.tie_weights()
+    elastic.generation_config = parent.generation_config
+    return elastic.eval()
+
+
+@torch.no_grad()
+def _permute(elastic: FlextronForCausalLM, scores: Importance) -> None:
+    """Sort every axis by importance, in place, one tensor at a time; the full network computes the same."""
+    config = elastic.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    stored = {head: position for position, head in enumerate(stored_heads(heads, kv_heads))}
+    hidden = scores.hidden.argsort(descending=True, stable=True)
+    for name, parameter in tqdm(list(elastic.named_parameters()), desc="Permuting", unit="tensor"):
+        layer = layer_of(name)
+        for dim, axis in enumerate(axes(name)):
+            if axis == "hidden":
+                order = hidden
+            elif axis == "mlp":
+                order = scores.mlp[layer].argsort(descending=True, stable=True)
+            elif axis == "heads" or (axis == "kv_heads" and kv_heads == heads):
+                ranked = _ranked_heads(scores.heads[layer], kv_heads)
+                order = head_rows([stored[head] for head in ranked], config.head_dim)
+            else:
+                continue
+            parameter.data = parameter.data.index_select(dim, order.to(parameter.device))
+
+
+def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
+    """The parent's heads in stored order: the best of every group, then the second best of every group, ..."""
+    if kv_heads == len(scores):  # MHA: heads are free to change places
+        return scores.argsort(descending=True, stable=True).tolist()
+    ranks = scores.view(kv_heads, -1).argsort(dim=1, descending=True, stable=True)
+    heads = ranks + torch.arange(kv_heads)[:, None] * ranks.shape[1]
+    return heads.T.flatten().tolist()
+
+
+# ---------------------------------------------------------------------------------------------- the frontier
+
+
+def _frontier(elastic: FlextronForCausalLM, budgets: dict[str, Any], batches: list[torch.Tensor]) -> list[dict]:
+    """For each budget the best uniform sub-network within it and within the next larger row.
+
+    "Best" is the lowest loss on the calibration data, whichever axes it cuts; without data, the largest. Rows nest,
+    so that a model loaded at one can go down to all smaller ones.
+    """
+    config, rows, inside = elastic.config, list[dict](), elastic.built
+    uniform = _uniform_subnetworks(config)
+    limits = {name: _limit(config, budget) for name, budget in budgets.items()}
+    for name, (kind, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / _full_cost(config, item[1][0])):
+        allowed = [s for s in uniform if inside.contains(s)]
+        fitting = [s for s in allowed if row_cost(config, config.row("", s), kind) <= limit]
+        if not fitting:
+            fitting = [min(allowed, key=lambda s: row_cost(config, config.row("", s), kind))]
+            name = _name_of_smallest(config, name, budgets[name], fitting[0])
+        largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
+        largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
+        best = largest[0]
+        if batches and len(largest) > 1:
+            losses = {s: mean_loss(elastic, s, batches) for s in tqdm(largest[:16], desc=f"Budget {name}")}
+            best = min(losses, key=lambda s: losses[s])
+        row = config.row(name, best)
+        if any(row["subnetwork"] == other["subnetwork"] for other in rows):
+            warnings.warn(
+                f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=3
+            )
+            continue
+        rows.append(row)
+        inside = best
+    return rows
+
+
+def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
+    """What a row is called whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
+    fraction = count_parameters(config, smallest, embeddings=False) / config.parent_size()
+    warnings.warn(
+        f"The choices do not reach budget {budget!r}: the smallest sub-network costs {fraction:.4g} of the parent's"
+        " non-embedding parameters and takes its place. Allow smaller sizes on some axis to reach it.",
+        stacklevel=4,
+    )
+    return name if name != str(budget) else f"{math.ceil(fraction * 1000) / 1000:g}"
+
+
+def _limit(config: FlextronConfig, budget: Any) -> tuple[str, float]:
+    parsed = parse_budget(budget)
+    return parsed.kind, parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
+
+
+def _full_cost(config: FlextronConfig, kind: str) -> int:
+    return row_cost(config, config.row("", config.built), kind)
+
+
+def _uniform_subnetworks(config: FlextronConfig) -> list[SubNetwork]:
+    result = []
+    for hidden, depth, mlp, heads in product(*(config.choices(axis) for axis in ("hidden", "depth", "mlp", "heads"))):
+        layers = config.kept_layers(depth)
+        result.append(SubNetwork(hidden, layers, (mlp,) * depth, (heads,) * depth))
+    return result
+
+
+@torch.no_grad()
+def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: list[torch.Tensor]) -> float:
+    """Mean next-token loss in nats over batches of ids `[B, S]`."""
+    losses = [
+        model(ids.to(model.device), labels=ids.to(model.device), use_cache=False, flextron_budget=subnetwork).loss
+        for ids in batches
+    ]
+    return torch.stack(losses).mean().item()

@@ -1,0 +1,197 @@
+"""Text in, blocks of token ids out: for calibration and for training. Reading and caching are left to `datasets`."""
+
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from modeling_flextron.errors import invalid, require_int
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def load_text(source: str, split: str = "train") -> datasets.Dataset:
+    """Read a text dataset.
+
+    Args:
+        source: A folder (its text files, one row each), a `.jsonl`, `.parquet`, `.csv` or plain text file, the id
+            of a dataset on the Hub, or `"stdlib"` for the sources of Python's own standard library.
+        split: Split of a Hub dataset.
+
+    Raises:
+        ValueError: nothing to read there.
+    """
+    path = Path(source)
+    if source == "stdlib":
+        return _files_as_rows(Path(sysconfig.get_paths()["stdlib"]), "*.py")
+    if path.is_dir():
+        return _files_as_rows(path, "*")
+    if path.is_file() and path.suffix in FORMATS:
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    if path.is_file():
+        return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8", errors="replace")]})
+    if source.startswith(("/", ".")):
+        raise invalid("dataset", source, "There is no such file or folder.", "Check the path.")
+    return datasets.load_dataset(source, split=split)
+
+
+def _files_as_rows(folder: Path, pattern: str) -> datasets.Dataset:
+    rows = []
+    for path in sorted(folder.rglob(pattern)):
+        if path.is_file() and "site-packages" not in path.parts:
+            try:
+                rows.append(path.read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, OSError):
+                continue  # not text
+    if not rows:
+        raise invalid("dataset", str(folder), "The folder holds no text files.", "Pass one that does.")
+    return datasets.Dataset.from_dict({"text": rows})
+
+
+def text_column(dataset) -> str:
+    """The column of a dataset that holds its text.
+
+    Raises:
+        ValueError: no column does, or it is not clear which.
+    """
+    columns = list(dataset.column_names or next(iter(dataset)))
+    if "text" in columns:
+        return "text"
+    features = dataset.features or {}
+    strings = [name for name in columns if getattr(features.get(name), "dtype", "") in ("string", "large_string")]
+    if len(strings) != 1:
+        rule = "One column must hold the text: one called 'text', or the only one of strings."
+        raise invalid("dataset", columns, rule, "Rename the column to 'text'.")
+    return strings[0]
+
+
+def pack(dataset: datasets.Dataset, tokenizer, sequence_length: int, num_proc: int | None = None) -> datasets.Dataset:
+    """Tokenize a text dataset and cut it into blocks of equal length, documents joined by the end-of-text token.
+
+    Args:
+        dataset: Rows of text, see `text_column`.
+        tokenizer: A Hugging Face tokenizer.
+        sequence_length: Tokens in a block; what is left at the end is dropped.
+        num_proc: Processes to tokenize with.
+
+    Returns:
+        A dataset of `input_ids` and equal `labels`, as a causal language model takes them.
+
+    Raises:
+        ValueError: the text is shorter than one block.
+    """
+    require_int("sequence_length", sequence_length, minimum=2)
+    column = text_column(dataset)
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        return {"input_ids": [ids + separator for ids in tokenizer(rows[column], add_special_tokens=False).input_ids]}
+
+    def cut(rows: dict[str, list]) -> dict[str, list]:
+        ids = [token for row in rows["input_ids"] for token in row]
+        stops = range(sequence_length, len(ids) + 1, sequence_length)
+        blocks = [ids[stop - sequence_length : stop] for stop in stops]
+        return {"input_ids": blocks, "labels": blocks}
+
+    tokens = dataset.map(
+        tokenize, batched=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing"
+    )
+    blocks = tokens.map(cut, batched=True, num_proc=num_proc, desc="Packing")
+    if len(blocks) == 0:
+        rule = f"It has {sum(map(len, tokens['input_ids'])):,} tokens, fewer than one block of {sequence_length}."
+        raise invalid("dataset", f"{len(dataset)} rows", rule, "Pass more text or a smaller `sequence_length`.")
+    return blocks
+
+
+def collator(tokenizer: Any = None) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """Batches of rows with `input_ids` and, unless they are the same, `labels`, padded on the right.
+
+    Args:
+        tokenizer: Its padding token fills short rows; without one 0 does, which the mask and the labels hide.
+    """
+    padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": -100, "attention_mask": 0}
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        columns: dict[str, list[torch.Tensor]] = {name: [] for name in padding}
+        for row in rows:
+            ids = torch.as_tensor(row["input_ids"])
+            columns["input_ids"].append(ids)
+            columns["labels"].append(torch.as_tensor(row.get("labels", ids)))
+            columns["attention_mask"].append(torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))))
+        batch = {
+            name: pad_sequence(tensors, batch_first=True, padding_value=padding[name])
+            for name, tensors in columns.items()
+        }
+        if batch["attention_mask"].all():
+            del batch["attention_mask"]  # attention is faster without one
+        return batch
+
+    return collate
+
+
+def calibration_batches(
+    data: Any, *, tokenizer, vocab_size: int, sequence_length: int, batch_size: int, max_samples: int
+) -> list[torch.Tensor]:
+    """Token batches `[B, S]` for calibration, read from the front of any kind of data.
+
+    Args:
+        data: Rows of text (strings, or dicts with a text column), rows with `input_ids`, tensors of ids `[S]`, or
+            one tensor `[N, S]`; a list, a dataset, or a streamed one.
+        tokenizer: For text.
+        vocab_size: Of the parent; a larger id is refused.
+        sequence_length: Tokens in a sample; shorter rows are joined.
+        batch_size: Samples in a batch.
+        max_samples: Read no more samples than this.
+
+    Raises:
+        ValueError: no data, data that cannot be read, or ids that the parent does not have.
+    """
+    for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
+        require_int(name, value)
+    require_int("sequence_length", sequence_length, minimum=2)
+    blocks: list[torch.Tensor] = []
+    rest: list[int] = []
+    for ids in _token_rows(data, tokenizer):
+        rest.extend(ids)
+        while len(rest) >= sequence_length and len(blocks) < max_samples:
+            blocks.append(torch.tensor(rest[:sequence_length]))
+            rest = rest[sequence_length:]
+        if len(blocks) == max_samples:
+            break
+    if not blocks and len(rest) > 1:
+        blocks = [torch.tensor(rest)]
+    if not blocks:
+        remedy = "Pass some text, or None to rank by the norms of the weights."
+        raise invalid("calibration", data, "It holds no tokens.", remedy)
+    samples = torch.stack(blocks)
+    if samples.min() < 0 or samples.max() >= vocab_size:
+        rule = f"The parent has {vocab_size} tokens, and the data has the ids {samples.min()} to {samples.max()}."
+        raise invalid("calibration", data, rule, "Tokenize it with the parent's own tokenizer.")
+    return list(samples.split(batch_size))
+
+
+def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:
+    if isinstance(data, (str, bytes)) or not isinstance(data, (Iterable, datasets.Dataset)):
+        raise invalid("calibration", data, "It is a collection of texts or token ids.", "Pass a list or a dataset.")
+    column = None
+    for row in data:
+        if isinstance(row, dict):
+            if "input_ids" in row:
+                row = row["input_ids"]
+            else:
+                column = column or (text_column(data) if hasattr(data, "column_names") else "text")
+                row = row.get(column)
+        if isinstance(row, str):
+            if tokenizer is None:
+                remedy = "Pass `tokenizer=`, or rows of `input_ids`."
+                raise invalid("calibration", row, "Text needs a tokenizer.", remedy)
+            row = tokenizer(row, add_special_tokens=False).input_ids
+        if isinstance(row, torch.Tensor):
+            row = row.flatten().tolist()
+        if not isinstance(row, list) or not all(type(token) is int for token in row):
+            raise invalid("calibration", row, "A row is a text or a list of token ids.", "Pass rows of one of these.")
+        yield row

@@ -1,0 +1,179 @@
+"""Distillation without the logits: forward KL and cross entropy, a chunk of tokens at a time.
+
+The loss of one token with student logits s, teacher logits t, target y, and temperature T is
+
+    kd_weight * T^2 * KL(softmax(t / T) || softmax(s / T))  -  ce_weight * log softmax(s)[y]
+
+(forward KL on the logits alone: Minitron, arXiv 2407.14679, section 2.4; Nemotron Elastic, arXiv 2511.16664). Its
+gradient in s is `kd_weight * T * (softmax(s / T) - softmax(t / T)) + ce_weight * (softmax(s) - onehot(y))`, so the
+gradients in the hidden states and in the output weights are known as soon as a chunk's logits are, and neither
+`[tokens, V]` logits nor their graph is kept. N tokens, V vocabulary, D hidden.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from modeling_flextron.errors import invalid
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the teacher says about a batch: its last hidden states `[B, S, Dt]` and its output weights `[V, Dt]`."""
+
+    hidden_states: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass
+class HeadLoss:
+    """A loss on hidden states, for the `head_loss` argument of `FlextronForCausalLM.forward`.
+
+    Args:
+        labels: Ids `[B, S]`; position i is trained to predict `labels[:, i + 1]`, where that is not -100.
+        teacher: Distil from these states; None for cross entropy alone.
+        kd_weight: Weight of the KL divergence.
+        ce_weight: Weight of the cross entropy.
+        temperature: T above.
+        chunk_size: Tokens whose logits exist at the same time.
+        normalizer: What the sum over tokens is divided by; None for the number of target tokens.
+    """
+
+    labels: torch.Tensor
+    teacher: Teacher | None = None
+    kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    chunk_size: int = 512
+    normalizer: torch.Tensor | float | None = None
+    hidden_states: torch.Tensor | None = field(default=None, init=False)  # of the last call, for in-place distillation
+
+    def __call__(self, hidden_states: torch.Tensor, head: Any) -> torch.Tensor:
+        """The loss of hidden states `[B, S, D]` under an output layer."""
+        if not hasattr(head, "leading"):
+            rule = "The chunked loss needs the plain output layer of the model, not a replacement."
+            remedy = "Leave `lm_head` out of the adapters or the quantization."
+            raise invalid("lm_head", type(head).__name__, rule, remedy)
+        self.hidden_states = hidden_states.detach()
+        weight, _ = head.leading(hidden_states.shape[-1])
+        targets = F.pad(self.labels, (0, 1), value=IGNORED)[:, 1:].to(hidden_states.device)
+        valid = targets != IGNORED
+        return chunked_loss(
+            hidden_states[valid],
+            weight,
+            targets[valid],
+            teacher_hidden=None if self.teacher is None else self.teacher.hidden_states[valid],
+            teacher_weight=None if self.teacher is None else self.teacher.weight,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+            normalizer=self.normalizer,
+        )
+
+
+def chunked_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_weight: torch.Tensor | None = None,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    temperature: float = 1.0,
+    chunk_size: int = 512,
+    normalizer: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """The loss above, summed over tokens and divided by `normalizer`; differentiable in `hidden` and `weight`.
+
+    Args:
+        hidden: `[N, D]`.
+        weight: `[V, D]`.
+        targets: `[N]` ids.
+        teacher_hidden: `[N, Dt]`, or None for cross entropy alone.
+        teacher_weight: `[V, Dt]`.
+        normalizer: None for N.
+    """
+    if len(targets) == 0:
+        return hidden.sum() * 0.0 + weight.sum() * 0.0
+    scale = torch.as_tensor(1.0 / len(targets) if normalizer is None else 1.0 / normalizer, device=hidden.device)
+    return _ChunkedLoss.apply(
+        hidden, weight, targets, teacher_hidden, teacher_weight, kd_weight, ce_weight, temperature, chunk_size, scale
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Computes both gradients in the forward pass, where a chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, targets, teacher_hidden, teacher_weight, kd_weight, ce_weight, temperature, chunk, scale
+    ):
+        compute = _compute_dtype(hidden)
+        weight_c = weight.to(compute)
+        teacher_c = None if teacher_weight is None else teacher_weight.to(compute)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(targets), chunk):
+                part = slice(start, start + chunk)
+                states = hidden[part].to(compute)
+                logits = F.linear(states, weight_c).float()
+                teacher_logits = None
+                if teacher_c is not None:
+                    teacher_logits = F.linear(teacher_hidden[part].to(compute), teacher_c).float()
+                value, slope = _loss_and_slope(logits, targets[part], teacher_logits, kd_weight, ce_weight, temperature)
+                loss += value * scale
+                if not (wants_hidden or wants_weight):
+                    continue
+                slope = (slope * scale).to(compute)
+                if wants_hidden:
+                    grad_hidden[part] = slope @ weight_c
+                if wants_weight and compute == torch.float32:
+                    grad_weight.addmm_(slope.T, states)
+                elif wants_weight:
+                    grad_weight += slope.T @ states
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight.mul_(grad_loss)).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, *(None,) * 8
+
+
+def _loss_and_slope(logits, targets, teacher_logits, kd_weight, ce_weight, temperature):
+    """Summed loss of a chunk and its gradient in the logits `[n, V]`; writes over both kinds of logits."""
+    value, slope = 0.0, 0.0
+    if ce_weight or teacher_logits is None:
+        log_probabilities = logits.log_softmax(dim=-1)
+        rows = torch.arange(len(targets), device=targets.device)
+        value = -ce_weight * log_probabilities[rows, targets].sum()
+        slope = log_probabilities.exp_()
+        slope[rows, targets] -= 1
+        slope *= ce_weight
+    if teacher_logits is not None:
+        student = logits.div_(temperature).log_softmax(dim=-1)
+        teacher = teacher_logits.div_(temperature).log_softmax(dim=-1)
+        probabilities = teacher.exp()
+        value = value + kd_weight * temperature**2 * (probabilities * teacher.sub_(student)).sum()
+        slope = slope + student.exp_().sub_(probabilities).mul_(kd_weight * temperature)
+    return value, slope
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype of the products: that of autocast when it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype

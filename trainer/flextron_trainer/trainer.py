@@ -1,0 +1,267 @@
+"""`FlextronTrainer`: a `Trainer` whose every step trains several sizes of the same weights.
+
+Stage `elastic` (Flextron, arXiv 2406.10260, section 3.2; distillation as in Nemotron Elastic, arXiv 2511.16664): for
+every batch a few sub-networks are drawn (`sampling.py`), each runs forward and backward on its own, so that memory
+is that of one, and the optimizer steps once. The teacher's hidden states are computed once for a batch. Everything
+else is the ordinary Trainer.
+"""
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
+from transformers.utils import logging
+
+from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.errors import invalid
+from modeling_flextron.families import FAMILIES
+
+from .arguments import FlextronTrainingArguments
+from .data import collator
+from .losses import HeadLoss, Teacher
+from .model_card import write_model_card
+from .sampling import Draw, check_weights, draw
+
+logger = logging.get_logger(__name__)
+
+
+class FlextronTrainer(Trainer):
+    """Trains an elastic model at many sizes at once.
+
+    Args:
+        model: A `FlextronForCausalLM`, or the folder or Hub id of one.
+        args: `FlextronTrainingArguments`.
+        teacher: Who is imitated: a model, its folder or Hub id (usually the parent), `"self"` (the full network of
+            the same step, which then learns from the text; no second copy), or None to learn from the text alone.
+        data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
+            and, unless they are the same, `labels`.
+
+    `evaluate()` measures every row of the frontier, returns `eval_loss_<row>` for each beside the `eval_loss` of the
+    model's current budget, and writes the losses into `model.config.frontier`.
+
+    Raises:
+        ValueError: the model is not elastic, or the teacher has another vocabulary or an unknown architecture.
+    """
+
+    model: Any
+    args: FlextronTrainingArguments
+    loss_is_scaled_for_ga = True  # our losses are sums divided by the tokens of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | os.PathLike,
+        args: FlextronTrainingArguments,
+        teacher: PreTrainedModel | str | os.PathLike | None = None,
+        **kwargs,
+    ):
+        if not isinstance(args, FlextronTrainingArguments):
+            remedy = "Build a FlextronTrainingArguments; it takes every argument of TrainingArguments."
+            raise invalid("args", type(args).__name__, "They carry the arguments of elastic training.", remedy)
+        if isinstance(model, (str, os.PathLike)):
+            model = FlextronForCausalLM.from_pretrained(model)
+        if getattr(model.config, "model_type", None) != "flextron":
+            remedy = "Make it elastic first: `convert(model, calibration=...)`."
+            raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
+        if args.sampler == "weighted":
+            check_weights(model.config, args.sampling_weights)
+        if args.n_gpu > 1:
+            logger.warning("Several GPUs in one process are not used: launch one process for each with accelerate.")
+            args._n_gpu = 1  # what Trainer itself does for models that DataParallel cannot wrap
+        kwargs.setdefault("data_collator", collator(kwargs.get("processing_class")))
+        self.in_place = isinstance(teacher, str) and teacher == "self"
+        super().__init__(model=model, args=args, **kwargs)
+        self.teacher = None if teacher is None or self.in_place else self._load_teacher(teacher)
+        self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
+        self._warn_about_untrained_sizes()
+
+    def _load_teacher(self, teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
+        if isinstance(teacher, (str, os.PathLike)):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
+        if teacher.config.vocab_size != self.model.config.vocab_size:
+            rule = f"The model has {self.model.config.vocab_size} tokens."
+            remedy = "Teach with the parent, or with another model of the same tokenizer."
+            raise invalid("teacher", f"{teacher.config.vocab_size} tokens", rule, remedy)
+        if teacher.config.model_type not in (*FAMILIES, "flextron"):
+            rule = f"The supported families are {', '.join(FAMILIES)}."
+            raise invalid("teacher", teacher.config.model_type, rule, "Teach with the parent.")
+        if teacher is self.model:
+            remedy = "Pass teacher='self' to learn from the full network of the same step."
+            raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
+        return teacher.to(self.args.device).eval().requires_grad_(False)
+
+    def _warn_about_untrained_sizes(self) -> None:
+        rows = sum(row["subnetwork"] is not None for row in self.model.config.frontier)
+        weights = self.args.sampling_weights or [1.0]
+        if weights[0] == 0 or self.args.sampler == "random":
+            logger.warning(
+                f"The full network is hardly among the sampled sub-networks (sampler={self.args.sampler!r}), so its"
+                " quality will drop. Use sampler='sandwich', or give the first row of the frontier some weight."
+            )
+        if rows < 2:
+            logger.warning("The frontier has a single row: nothing smaller is trained or evaluated by name.")
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward for every sub-network of this step; return the mean of their losses."""
+        inputs = self._prepare_inputs(inputs)
+        draws = self.draws(self.state.global_step)
+        teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
+        for drawn in draws:
+            loss = HeadLoss(
+                inputs["labels"],
+                teacher,
+                kd_weight=self.args.kd_weight,
+                # Nobody to imitate, or the full network of an in-place step: learn from the text.
+                ce_weight=self.args.ce_weight if teacher is not None else 1.0,
+                temperature=self.args.temperature,
+                chunk_size=self.args.loss_chunk_size,
+            )
+            share = super().training_step(
+                model, {**inputs, "drawn": drawn, "head_loss": loss, "draws": len(draws)}, num_items_in_batch
+            )
+            self._check_finite(share, drawn)
+            self._losses[drawn.name].append(share * len(draws))
+            total += share
+            if self.in_place and teacher is None:
+                teacher = self._in_place_teacher(loss.hidden_states)
+        return total
+
+    def draws(self, step: int) -> list[Draw]:
+        """The sub-networks of an optimizer step."""
+        drawn = draw(
+            self.model.config,
+            self.args.sampler,
+            self.args.subnetworks_per_step,
+            seed=self.args.seed,
+            step=step,
+            weights=self.args.sampling_weights,
+        )
+        if self.in_place and drawn[0].subnetwork != self.model.config.built:
+            drawn = [Draw(self.model.config.frontier[0]["name"], self.model.config.built), *drawn]
+        return drawn
+
+    @torch.no_grad()
+    def _teach(self, inputs: dict[str, Any]) -> Teacher | None:
+        if self.teacher is None:
+            return None
+        inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        if self.teacher.config.model_type == "flextron":
+            inputs["flextron_budget"] = self.teacher.subnetwork
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
+            states = self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
+        return Teacher(states, self.teacher.get_output_embeddings().weight[:, : states.shape[-1]])
+
+    def _in_place_teacher(self, states: torch.Tensor | None) -> Teacher | None:
+        if states is None:
+            return None
+        weight, _ = self.model.get_output_embeddings().leading(states.shape[-1])
+        return Teacher(states, weight.detach())
+
+    def _check_finite(self, loss: torch.Tensor, drawn: Draw) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss of sub-network {drawn.name!r} ({drawn.subnetwork.to_dict()}) is {loss.item()} at step"
+                f" {self.state.global_step}. Training stops here, before the weights are touched. Resume from the last"
+                " checkpoint with a lower learning rate, or look for broken samples."
+            )
+
+    def compute_loss(
+        self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """The loss of one draw, its share of the step's mean; outside of training the model's own loss."""
+        if "drawn" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        drawn, loss, draws = inputs.pop("drawn"), inputs.pop("head_loss"), inputs.pop("draws")
+        inputs.pop("labels")
+        loss.normalizer, world = num_items_in_batch, 1
+        if num_items_in_batch is None:
+            draws *= self.current_gradient_accumulation_steps
+        elif self.args.average_tokens_across_devices:
+            world = self.accelerator.num_processes // self.get_tp_size()  # gradients are averaged over processes
+        outputs = model(**inputs, use_cache=False, flextron_budget=drawn.subnetwork, head_loss=loss)
+        value = outputs.loss * world / draws
+        return (value, outputs) if return_outputs else value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `loss_<row>`, the mean loss of every size since the last log, to the training logs."""
+        if "loss" in logs and self._losses:
+            for name in sorted(self._losses):
+                mean = torch.stack(self._losses[name]).mean()
+                steps = self.current_gradient_accumulation_steps
+                logs[f"loss_{name}"] = round(self.accelerator.gather(mean).mean().item() * steps, 6)
+            self._losses.clear()
+        super().log(logs, start_time)
+
+    # ---------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, **kwargs):
+        """Evaluate at the current budget and, for `evaluate()`, at every row of the frontier."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if description != "Evaluation" or f"{prefix}_loss" not in output.metrics:
+            return output
+        current = self.model.subnetwork
+        for row in self.model.config.frontier:
+            if row["subnetwork"] is None:
+                continue
+            metrics = output.metrics
+            if self.model.resolve_budget(row["subnetwork"]) != current:
+                with self.model.at_budget(row["subnetwork"]):
+                    metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
+            output.metrics[f"{prefix}_loss_{row['name']}"] = metrics[f"{prefix}_loss"]
+            if prefix == "eval":
+                row["loss"] = metrics["eval_loss"]
+        return output
+
+    # ------------------------------------------------------------------------------------ saving, resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _last_complete_checkpoint(self) -> str:
+        """The newest checkpoint whose last file, the trainer's state, was written to its end."""
+        found = {}
+        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
+            if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+                found[int(match[1])] = folder
+        for step in sorted(found, reverse=True):
+            try:
+                state = TrainerState.load_from_json(str(found[step] / "trainer_state.json"))
+            except (OSError, ValueError, TypeError):
+                logger.warning(f"{found[step]} was not written to its end and is skipped.")
+                continue
+            if state.global_step == step:
+                return str(found[step])
+        rule = f"There is no complete checkpoint in {self.args.output_dir!r}."
+        raise invalid("resume_from_checkpoint", True, rule, "Start without it, or pass the path of a checkpoint.")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # The state is what `_last_complete_checkpoint` looks for: in a folder that is written again it goes first.
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            (folder / "trainer_state.json").unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # As the base class does, with the arguments as JSON instead of a pickle.
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and folder.exists():
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
+        if self.is_world_process_zero():
+            write_model_card(self.model, self.args.output_dir, arguments=self.args)
