@@ -155,7 +155,7 @@ def test_gradients_are_equal_with_and_without_checkpointing(elastic, ids):
         for checkpointing in (False, True):
             model = copy.deepcopy(elastic).train()
             if checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             model(ids, labels=ids, flextron_budget=sub, use_cache=False).loss.backward()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
         for name, gradient in gradients[0].items():

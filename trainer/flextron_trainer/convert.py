@@ -258,6 +258,7 @@ def _permute(elastic: FlextronForCausalLM, scores: Importance) -> None:
     hidden = scores.hidden.argsort(descending=True, stable=True)
     for name, parameter in tqdm(list(elastic.named_parameters()), desc="Permuting", unit="tensor"):
         layer = layer_of(name)
+        index: list[torch.Tensor] = []
         for dim, axis in enumerate(axes(name)):
             if axis == "hidden":
                 order = hidden
@@ -267,8 +268,10 @@ def _permute(elastic: FlextronForCausalLM, scores: Importance) -> None:
                 ranked = _ranked_heads(scores.heads[layer], kv_heads)
                 order = head_rows([stored[head] for head in ranked], config.head_dim)
             else:
-                continue
-            parameter.data = parameter.data.index_select(dim, order.to(parameter.device))
+                order = torch.arange(parameter.shape[dim])
+            index.append(order.to(parameter.device))
+        # Both dimensions of a matrix in one step, without a tensor in between.
+        parameter.data = parameter.data[(index[0][:, None], index[1]) if len(index) == 2 else index[0]]
 
 
 def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:

@@ -133,7 +133,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss += value * scale
                 if not (wants_hidden or wants_weight):
                     continue
-                slope = (slope * scale).to(compute)
+                slope = slope.mul_(scale).to(compute)
                 if wants_hidden:
                     grad_hidden[part] = slope @ weight_c
                 if wants_weight and compute == torch.float32:
@@ -155,22 +155,32 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _loss_and_slope(logits, targets, teacher_logits, kd_weight, ce_weight, temperature):
-    """Summed loss of a chunk and its gradient in the logits `[n, V]`; writes over both kinds of logits."""
+    """Summed loss of a chunk and its gradient in the logits `[n, V]`, in place: both kinds of logits are used up."""
+    if teacher_logits is None:
+        return _cross_entropy_and_slope(logits, targets, ce_weight)
     value, slope = 0.0, 0.0
-    if ce_weight or teacher_logits is None:
-        log_probabilities = logits.log_softmax(dim=-1)
-        rows = torch.arange(len(targets), device=targets.device)
-        value = -ce_weight * log_probabilities[rows, targets].sum()
-        slope = log_probabilities.exp_()
-        slope[rows, targets] -= 1
-        slope *= ce_weight
-    if teacher_logits is not None:
-        student = logits.div_(temperature).log_softmax(dim=-1)
-        teacher = teacher_logits.div_(temperature).log_softmax(dim=-1)
-        probabilities = teacher.exp()
-        value = value + kd_weight * temperature**2 * (probabilities * teacher.sub_(student)).sum()
-        slope = slope + student.exp_().sub_(probabilities).mul_(kd_weight * temperature)
-    return value, slope
+    if ce_weight:
+        value, slope = _cross_entropy_and_slope(logits.clone(), targets, ce_weight)
+    student = _normalize(logits.div_(temperature))
+    teacher = _normalize(teacher_logits.div_(temperature))
+    probabilities = teacher.exp()
+    divergence = probabilities.flatten().dot(teacher.sub_(student).flatten())
+    value += kd_weight * temperature**2 * divergence
+    return value, student.exp_().sub_(probabilities).mul_(kd_weight * temperature).add_(slope)
+
+
+def _cross_entropy_and_slope(logits, targets, weight):
+    rows = torch.arange(len(targets), device=targets.device)
+    log_probabilities = _normalize(logits)
+    value = -weight * log_probabilities[rows, targets].sum()
+    slope = log_probabilities.exp_()
+    slope[rows, targets] -= 1
+    return value, slope.mul_(weight)
+
+
+def _normalize(logits):
+    """Logits to log-probabilities, in place."""
+    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:

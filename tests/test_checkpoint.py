@@ -1,0 +1,212 @@
+"""Reading only what a budget needs, and writing so that nothing is half-written."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from helpers import difference, elastic_of, run_python
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, pipeline
+
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronModel
+from modeling_flextron.checkpoint import LeadingSlice, write_beside, write_file_beside
+
+
+@pytest.fixture(scope="module")
+def model():
+    return elastic_of("gqa-wide-heads")
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_slice_is_read_when_it_is_indexed(saved):
+    file = str(saved / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    with safe_open(file, framework="pt") as tensors:
+        full = tensors.get_tensor(name)
+    part = LeadingSlice(file, name, (5, 7), "F32")
+    assert part.get_shape() == [5, 7] and part.get_dtype() == "F32"
+    assert torch.equal(part[...], full[:5, :7]) and part[...].is_contiguous()
+    assert torch.equal(part[1:3, 2], full[1:3, 2])
+    assert part[...].untyped_storage().nbytes() == 5 * 7 * 4  # nothing of the rest stays alive
+
+
+@torch.no_grad()
+def test_loading_options(model, saved, ids):
+    expected = model(ids, flextron_budget=0.35).logits
+    load = AutoModelForCausalLM.from_pretrained
+    assert difference(load(saved, flextron_budget="0.35", device_map="cpu")(ids).logits, expected) < 1e-5
+    assert difference(load(saved, flextron_budget=0.35, device_map="auto")(ids).logits, expected) < 1e-5
+    half = load(saved, flextron_budget=0.35, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and difference(half(ids).logits, expected) < 0.1 * expected.abs().max()
+    config = FlextronConfig.from_pretrained(saved)
+    assert difference(load(saved, config=config, flextron_budget=0.35)(ids).logits, expected) < 1e-5
+    assert config.flextron_budget is None
+    config.flextron_budget = 0.35
+    small = AutoModelForCausalLM.from_config(config)
+    assert small.num_parameters() == model.frontier[2]["parameters"]
+    base = FlextronModel.from_pretrained(saved, flextron_budget=0.35)
+    states = model.model(ids, flextron_budget=model.resolve_budget(0.35)).last_hidden_state
+    assert difference(base(ids).last_hidden_state, states) < 1e-5
+
+
+@torch.no_grad()
+def test_disk_offload(model, saved, ids, tmp_path):
+    names = [name for name, _ in model.named_children()]
+    assert names == ["model", "lm_head"]
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map["model.layers"] = "disk"
+    loaded = FlextronForCausalLM.from_pretrained(
+        saved, flextron_budget=0.35, device_map=device_map, offload_folder=tmp_path
+    )
+    assert difference(loaded(ids).logits, model(ids, flextron_budget=0.35).logits) < 1e-5
+
+
+def test_pipeline_passes_the_budget(model, saved):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+    write = pipeline("text-generation", str(saved), tokenizer=tokenizer, model_kwargs={"flextron_budget": "0.35"})
+    assert write.model.num_parameters() == model.frontier[2]["parameters"]
+    assert write("w5 w6 w7", max_new_tokens=3)[0]["generated_text"].startswith("w5 w6 w7")
+    family = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    assert family("w5", max_new_tokens=3, flextron_budget=0.35)[0]["generated_text"].startswith("w5")
+
+
+@torch.no_grad()
+def test_a_loaded_part_saves_as_itself(model, saved, ids, tmp_path):
+    for budget in ("0.35", {"mlp": [96, 48, 72, 24], "heads": [8, 4, 8, 4]}):
+        part = FlextronForCausalLM.from_pretrained(saved, flextron_budget=budget)
+        part.save_pretrained(tmp_path / "part")
+        again = FlextronForCausalLM.from_pretrained(tmp_path / "part")
+        assert torch.equal(part(ids).logits, again(ids).logits)
+        smaller = FlextronForCausalLM.from_pretrained(tmp_path / "part", flextron_budget={"mlp": 24})
+        assert difference(again(ids, flextron_budget={"mlp": 24}).logits, smaller(ids).logits) < 1e-5
+
+
+def test_sharded_files(model, ids, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    loaded = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=0.35)
+    assert difference(loaded(ids).logits, model(ids, flextron_budget=0.35).logits) < 1e-5
+    model.save_pretrained(tmp_path)  # a single file now: the shards of the earlier save must go
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_follows_the_budget(tmp_path, dtype):
+    """Loading a tenth of a 200 MB checkpoint never holds much more than that tenth."""
+    config = FlextronConfig(
+        vocab_size=1000, hidden_size=512, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8,
+        elastic={"mlp": [4096, 256], "heads": [8, 2]},
+    )  # fmt: skip
+    FlextronForCausalLM(config).save_pretrained(tmp_path)
+    code = """
+import torch
+from modeling_flextron import FlextronForCausalLM
+folder, dtype, budget = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+def memory(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+tiny = torch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+model = FlextronForCausalLM.from_pretrained(folder, flextron_budget=budget, dtype=getattr(torch, dtype))
+print("PEAK", memory("VmHWM") - before, sum(p.numel() * p.element_size() for p in model.parameters()))
+"""
+    out = run_python(code, tmp_path, dtype, {"mlp": 256, "heads": 2}).stdout
+    peak, loaded = (int(number) for number in out.split("PEAK")[1].split())
+    stored = (tmp_path / "model.safetensors").stat().st_size
+    assert stored > 6 * loaded
+    largest_tensors = 4 * 512 * 4096 * 4  # four threads read one stored tensor each
+    assert peak < 1.5 * loaded + largest_tensors
+    assert peak < 0.3 * stored
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_file_is_refused_by_name(model, tmp_path, damage):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 10_000 if damage == "truncated" else 0])
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=0.35)
+
+
+def test_a_pickle_is_not_read(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        FlextronForCausalLM.from_pretrained(tmp_path)
+
+
+class TestWriting:
+    def test_a_new_folder_appears_when_it_is_complete(self, tmp_path):
+        target = tmp_path / "new"
+        with write_beside(target) as folder:
+            (folder / "config.json").write_text("{}")
+            assert not target.exists()
+        assert [path.name for path in target.iterdir()] == ["config.json"]
+        assert oct(target.stat().st_mode & 0o777) == oct(0o777 & ~_umask())
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+    def test_an_error_leaves_everything_as_it_was(self, tmp_path):
+        target = tmp_path / "old"
+        target.mkdir()
+        (target / "config.json").write_text("old")
+        with pytest.raises(ZeroDivisionError), write_beside(target) as folder:
+            (folder / "config.json").write_text("new")
+            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), write_file_beside(target / "config.json") as file:
+            file.write_text("new")
+            raise ZeroDivisionError
+        assert (target / "config.json").read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+    def test_foreign_files_stay(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with write_beside(tmp_path) as folder:
+            (folder / "config.json").write_text("{}")
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_killed_in_the_middle_of_a_save(self, model, ids, tmp_path):
+        """SIGKILL while the weights are written: the earlier save still loads and gives its own logits."""
+        target = tmp_path / "model"
+        model.save_pretrained(target)
+        code = """
+import os, signal, torch
+from modeling_flextron import FlextronForCausalLM
+import transformers.modeling_utils as utils
+model = FlextronForCausalLM.from_pretrained(sys.argv[1])
+torch.nn.init.zeros_(model.lm_head.weight)
+def half_written(tensors, filename, metadata):
+    open(filename, "wb").write(b"0" * 1000)
+    os.kill(os.getpid(), signal.SIGKILL)
+utils.safe_save_file = half_written
+model.save_pretrained(sys.argv[1])
+"""
+        done = run_python(code, target, check=False)
+        assert done.returncode == -signal.SIGKILL
+        with torch.no_grad():
+            again = FlextronForCausalLM.from_pretrained(target)
+            assert torch.equal(again(ids).logits, model(ids).logits)
+        assert json.loads((target / "config.json").read_text())["model_type"] == "flextron"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,224 @@
+"""Conversion: ranking, permutation, choices, the frontier. What it refuses is in test_bad_input.py."""
+
+import datasets
+import pytest
+import torch
+from helpers import CHOICES, difference, elastic_of, parent_of, run_python
+
+from flextron_trainer import convert
+from flextron_trainer.convert import _ranked_heads
+from flextron_trainer.importance import Importance, fingerprint, measure
+from modeling_flextron import count_parameters
+
+DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def test_from_a_folder_as_from_a_model(parent, ids, tmp_path):
+    parent.save_pretrained(tmp_path / "parent")
+    from_model = convert(parent, DATA, **CHOICES)
+    from_folder = convert(tmp_path / "parent", DATA, **CHOICES)
+    for (name, a), (_, b) in zip(from_model.named_parameters(), from_folder.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert from_model.config.to_dict() == from_folder.config.to_dict()
+
+
+@torch.no_grad()
+def test_a_model_given_by_the_user_stays_as_it_is(parent, ids):
+    before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+    elastic = convert(parent, DATA, **CHOICES)
+    for parameter in elastic.parameters():
+        parameter.fill_(0.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parent.state_dict().items())
+
+
+@pytest.mark.parametrize("order", ["importance", "random", "reverse"])
+@torch.no_grad()
+def test_every_order_keeps_the_function(parent, ids, order):
+    assert difference(convert(parent, DATA, order=order, **CHOICES)(ids).logits, parent(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_without_data_it_warns_and_ranks_by_weights(parent, ids):
+    with pytest.warns(UserWarning, match="no calibration data"):
+        elastic = convert(parent, **CHOICES)
+    assert difference(elastic(ids).logits, parent(ids).logits) < 1e-5
+
+
+def test_scores_sort_every_axis():
+    """The stored order is descending in the scores that the finished model itself measures."""
+    for variant in ("mha", "gqa-wide-heads"):
+        elastic = elastic_of(variant, sequence_length=24)
+        scores = measure(elastic, [DATA])
+        kv_heads = elastic.config.num_key_value_heads
+        assert (scores.mlp.diff(dim=1) <= 1e-4).all()
+        assert (scores.hidden.diff() <= 1e-3).all()
+        groups = scores.heads.view(4, 1, -1) if variant == "mha" else scores.heads.view(4, kv_heads, -1)
+        assert (groups.diff(dim=-1) <= 1e-4).all()
+
+
+def test_scores_are_those_of_the_definition():
+    """Minitron's aggregation, computed by hand at the places that stock hooks show."""
+    parent = parent_of("gqa-wide-heads")
+    seen = {}
+
+    def keep(name):
+        def hook(module, inputs, output=None):
+            seen.setdefault(name, []).append(inputs[0] if output is None else output)
+
+        return hook
+
+    for i, layer in enumerate(parent.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(keep(f"mlp{i}"))
+        layer.self_attn.o_proj.register_forward_pre_hook(keep(f"heads{i}"))
+        layer.input_layernorm.register_forward_hook(keep(f"norm{i}a"))
+        layer.post_attention_layernorm.register_forward_hook(keep(f"norm{i}b"))
+    with torch.no_grad():
+        states = parent(DATA, output_hidden_states=True).hidden_states
+
+    def score(name):
+        return torch.cat(seen[name]).abs().mean(dim=1).square().sum(dim=0).sqrt()
+
+    unpermuted = elastic_of("gqa-wide-heads", parent, order="importance")
+    from flextron_trainer.convert import _elastic_config, _take
+
+    unpermuted = _take(parent, _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth"))), False)
+    found = measure(unpermuted, list(DATA.split(5)))
+    torch.testing.assert_close(found.mlp, torch.stack([score(f"mlp{i}") for i in range(4)]))
+    by_head = torch.stack([score(f"heads{i}").view(8, 16).norm(dim=-1) for i in range(4)])
+    torch.testing.assert_close(found.heads, by_head)
+    torch.testing.assert_close(found.hidden, sum(score(f"norm{i}{p}") for i in range(4) for p in "ab"))
+    turn = 1 - torch.cosine_similarity(states[0], states[1], dim=-1).mean()
+    torch.testing.assert_close(found.layers[0], turn, atol=2e-3, rtol=0.02)  # batches of unequal size
+
+
+def test_heads_are_ranked_inside_their_groups():
+    scores = torch.tensor([1.0, 5.0, 2.0, 9.0, 8.0, 7.0])  # two groups of three
+    assert _ranked_heads(scores, 2) == [1, 3, 2, 4, 0, 5]
+    assert _ranked_heads(scores, 6) == [3, 4, 5, 1, 2, 0]
+    assert _ranked_heads(scores, 1) == [3, 4, 5, 1, 2, 0]
+
+
+def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
+    path = tmp_path / "scores" / "importance.safetensors"
+    first = convert(parent, DATA, importance=path, mlp=[1, 0.5], depth=[1, 0.75])
+    monkeypatch.setattr("flextron_trainer.importance.measure", None)  # a second measurement would fail
+    monkeypatch.setattr("flextron_trainer.importance.rank_layers", None)
+    again = convert(parent, DATA, importance=path, mlp=[1, 0.25], depth=[1, 0.75])
+    for (name, a), (_, b) in zip(first.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.config.choices("mlp") == [96, 24]
+
+
+def test_scores_of_another_parent_are_refused(parent, tmp_path):
+    path = tmp_path / "importance.safetensors"
+    convert(parent, DATA, importance=path)
+    other = parent_of("mha", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="scores of another parent"):
+        convert(other, DATA, importance=path)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a file of importance scores"):
+        convert(parent, DATA, importance=path)
+
+
+def test_fingerprints_differ():
+    a, b = parent_of("mha"), parent_of("mha")
+    assert fingerprint(a) == fingerprint(b)
+    with torch.no_grad():
+        b.model.layers[1].mlp.up_proj.weight.mul_(1.01)
+    assert fingerprint(a) != fingerprint(b)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DATA,
+        list(DATA),
+        DATA.tolist(),
+        [{"input_ids": row} for row in DATA.tolist()],
+        datasets.Dataset.from_dict({"input_ids": DATA.tolist()}),
+        datasets.Dataset.from_dict({"input_ids": DATA.tolist()}).to_iterable_dataset(),
+    ],
+    ids=["tensor", "tensors", "lists", "dicts", "dataset", "stream"],
+)
+def test_kinds_of_calibration_data(data):
+    parent = parent_of("mha")
+    expected = convert(parent, DATA, sequence_length=24)
+    found = convert(parent, data, sequence_length=24)
+    assert torch.equal(expected.model.layers[0].mlp.up_proj.weight, found.model.layers[0].mlp.up_proj.weight)
+
+
+class TestFrontier:
+    def test_rows_keep_their_budgets_and_nest(self, elastic):
+        full = elastic.config.parent_size()
+        rows = [elastic.config.resolve(row["subnetwork"]) for row in elastic.frontier]
+        for row, sub in zip(elastic.frontier, rows, strict=True):
+            assert count_parameters(elastic.config, sub, embeddings=False) <= float(row["name"]) * full
+        for larger, smaller in zip(rows, rows[1:], strict=False):
+            assert larger.contains(smaller)
+
+    def test_named_budgets_in_any_unit(self, parent):
+        elastic = convert(parent, DATA, budgets={"all": 1, "half": "0.5", "tiny": 40_000, "phone": "1MiB"})
+        assert {row["name"] for row in elastic.frontier} <= {"all", "half", "tiny", "phone"}
+
+    def test_what_cannot_be_reached_becomes_the_smallest_with_a_warning(self, parent):
+        with pytest.warns(UserWarning, match="do not reach budget 0.01"):
+            elastic = convert(parent, DATA, mlp=[1, 0.5], heads=[1, 0.5], budgets=[1, 0.01])
+        row = elastic.frontier[-1]
+        fraction = row["non_embedding_parameters"] / elastic.config.parent_size()
+        assert 0 <= float(row["name"]) - fraction < 0.001
+        assert elastic.resolve_budget(float(row["name"])) == elastic.resolve_budget(row["name"])
+
+    def test_axes_are_mixed_by_loss_and_not_by_size(self, monkeypatch):
+        """Among the largest networks within a budget the one with the lowest measured loss is taken."""
+        import importlib
+
+        module = importlib.import_module("flextron_trainer.convert")
+        monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: -sub.mlp[0])
+        wide = elastic_of("mha", budgets=[1, 0.5])
+        monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: sub.mlp[0])
+        narrow = elastic_of("mha", budgets=[1, 0.5])
+        mlp = [model.resolve_budget(0.5).mlp[0] for model in (wide, narrow)]
+        assert mlp[0] > mlp[1]
+
+
+@pytest.mark.slow
+def test_conversion_of_a_folder_holds_one_copy(tmp_path):
+    """The memory that a conversion takes stays well below two copies of the weights (mapped files do not count)."""
+    code = """
+import threading, time
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from flextron_trainer import convert
+folder = sys.argv[1]
+shape = dict(vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
+def memory():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, memory())
+        time.sleep(0.002)
+if sys.argv[2] == "save":
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+else:
+    small = LlamaForCausalLM(LlamaConfig(**{**shape, "num_hidden_layers": 1, "intermediate_size": 64}))
+    data = torch.randint(0, 2000, (4, 16))
+    convert(small, data)
+    before = memory()
+    threading.Thread(target=watch, daemon=True).start()
+    model = convert(folder, data)
+    print("PEAK", peak - before, sum(p.numel() * 4 for p in model.parameters()))
+"""
+    run_python(code, tmp_path, "save")
+    peak, size = (int(number) for number in run_python(code, tmp_path, "convert").stdout.split("PEAK")[1].split())
+    assert size > 200e6
+    assert 0.9 * size < peak < 1.3 * size
+
+
+def test_importance_reordered_is_deterministic():
+    scores = Importance(*(torch.rand(2, 3) for _ in range(2)), torch.rand(4), torch.rand(2), torch.empty(0).long())
+    assert torch.equal(scores.reordered("random", 1).mlp, scores.reordered("random", 1).mlp)
+    assert not torch.equal(scores.reordered("random", 1).mlp, scores.reordered("random", 2).mlp)
+    assert torch.equal(scores.reordered("reverse", 1).hidden, -scores.hidden)

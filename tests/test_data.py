@@ -1,0 +1,86 @@
+"""Text to blocks of ids."""
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flextron_trainer.data import calibration_batches, collator, load_text, pack
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, 30)}}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+
+
+def test_pack_joins_documents_and_drops_the_rest(tokenizer):
+    rows = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6", "w7 w8 w9"]})
+    blocks = pack(rows, tokenizer, 4)
+    assert blocks["input_ids"][:] == [[2, 3, 4, 1], [5, 6, 1, 7]] and blocks["labels"][:] == blocks["input_ids"][:]
+
+
+def test_another_column_is_found_when_it_is_the_only_one(tokenizer):
+    rows = datasets.Dataset.from_dict({"content": ["w2 w3 w4"], "score": [1]})
+    assert pack(rows, tokenizer, 4)["input_ids"][:] == [[2, 3, 4, 1]]
+
+
+def test_too_short_and_unclear_text_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="4 tokens, fewer than one block of 64"):
+        pack(datasets.Dataset.from_dict({"text": ["w2 w3 w4"]}), tokenizer, 64)
+    with pytest.raises(ValueError, match="One column must hold the text"):
+        pack(datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]}), tokenizer, 4)
+
+
+def test_load_text(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "sub" / "b.md").write_text("two")
+    (tmp_path / "c.bin").write_bytes(b"\xff\xfe\x00")
+    assert load_text(str(tmp_path))["text"][:] == ["one", "two"]
+    assert load_text(str(tmp_path / "a.txt"))["text"][:] == ["one"]
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert load_text(str(tmp_path / "rows.jsonl"))["text"][:] == ["x", "y"]
+    datasets.Dataset.from_dict({"text": ["p"]}).to_parquet(tmp_path / "rows.parquet")
+    assert load_text(str(tmp_path / "rows.parquet"))["text"][:] == ["p"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no text files"):
+        load_text(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="no such file"):
+        load_text(str(tmp_path / "nowhere"))
+
+
+def test_the_standard_library_is_a_corpus():
+    rows = load_text("stdlib")
+    assert len(rows) > 300 and not any("site-packages" in text[:100] for text in rows["text"][:20])
+
+
+def test_collator_pads_and_copies_labels():
+    batch = collator()([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    full = collator()([{"input_ids": torch.tensor([1, 2]), "labels": [-100, 2]}])
+    assert set(full) == {"input_ids", "labels"} and full["labels"].tolist() == [[-100, 2]]
+
+
+def test_calibration_reads_no_more_than_it_needs(tokenizer):
+    def endless():
+        while True:
+            yield "w2 w3 w4 w5"
+
+    batches = calibration_batches(
+        endless(), tokenizer=tokenizer, vocab_size=30, sequence_length=3, batch_size=2, max_samples=5
+    )
+    assert [tuple(batch.shape) for batch in batches] == [(2, 3), (2, 3), (1, 3)]
+    assert batches[0].tolist() == [[2, 3, 4], [5, 2, 3]]
+
+
+def test_calibration_text_in_any_column_name(tokenizer):
+    rows = datasets.Dataset.from_dict({"content": ["w2 w3 w4 w5"]})
+    (batch,) = calibration_batches(
+        rows, tokenizer=tokenizer, vocab_size=30, sequence_length=2, batch_size=4, max_samples=5
+    )
+    assert batch.tolist() == [[2, 3], [4, 5]]

@@ -1,0 +1,68 @@
+"""The tables between stock models and ours, in both directions."""
+
+import pytest
+import torch
+from helpers import difference, elastic_of, parent_of
+from transformers import GenerationConfig
+
+from modeling_flextron.families import FAMILIES, axes, family_of, head_rows, stock_name, stored_heads
+
+
+def test_every_tensor_of_ours_is_in_the_table(elastic, parent):
+    family = family_of("llama")
+    ours = {stock_name(family, name) for name in elastic.state_dict()}
+    assert ours == set(parent.state_dict())
+    for name, tensor in elastic.state_dict().items():
+        assert len(axes(name)) == tensor.ndim
+
+
+def test_config_fields_go_there_and_back(elastic, parent):
+    stock = elastic.extract().config
+    family = FAMILIES["llama"]
+    for ours, theirs in family.fields.items():
+        assert getattr(stock, theirs) == getattr(parent.config, theirs) == getattr(elastic.config, ours)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        assert getattr(stock, name) == getattr(parent.config, name)
+    assert stock.architectures is None or stock.architectures == ["LlamaForCausalLM"]
+
+
+def test_head_order_is_rank_major():
+    # three KV heads with two query heads each: the first of every group, then the second of every group
+    assert stored_heads(6, 3) == [0, 2, 4, 1, 3, 5]
+    assert stored_heads(4, 4) == [0, 1, 2, 3] and stored_heads(4, 1) == [0, 1, 2, 3]
+    assert head_rows([1, 0], 2).tolist() == [2, 3, 0, 1]
+
+
+def test_extract_keeps_dtype_device_tying_and_generation_settings():
+    parent = parent_of("gqa-tied-llama3").bfloat16()
+    parent.generation_config = GenerationConfig(max_new_tokens=3, temperature=0.5, do_sample=True)
+    elastic = elastic_of("gqa-tied-llama3", parent)
+    stock = elastic.extract("0.6")
+    assert stock.dtype == torch.bfloat16 == stock.config.dtype
+    assert stock.lm_head.weight is stock.model.embed_tokens.weight
+    assert stock.generation_config.max_new_tokens == 3
+    assert not stock.training
+
+
+def test_extract_copies(elastic):
+    mine = {tensor.data_ptr() for tensor in elastic.parameters()}
+    assert not mine & {tensor.data_ptr() for tensor in elastic.extract().parameters()}
+
+
+@torch.no_grad()
+def test_extract_from_a_part_that_was_loaded(elastic, ids, tmp_path):
+    from modeling_flextron import FlextronForCausalLM
+
+    elastic.save_pretrained(tmp_path)
+    name = elastic.frontier[2]["name"]
+    part = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=name)
+    if part.built.hidden % part.built.heads[0] == 0:
+        assert difference(part.extract()(ids).logits, elastic(ids, flextron_budget=name).logits) < 1e-5
+
+
+def test_what_no_stock_class_holds_is_refused_with_a_way_out():
+    elastic = elastic_of("gqa-wide-heads", heads=[1, 0.75, 0.5, 0.25])
+    with pytest.raises(ValueError, match="same sizes in every layer"):
+        elastic.extract({"mlp": [96, 48, 48, 48]})
+    with pytest.raises(ValueError, match="6 query heads do not divide"):
+        elastic.extract({"heads": 6})
