@@ -1,7 +1,7 @@
 """Quality of every sub-network on held-out text, with the `evaluate` library and without the network."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -51,7 +51,7 @@ class NextToken(evaluate.Metric):
 
 
 @torch.no_grad()
-def evaluate_model(model, rows: Iterable[dict[str, Any]], batch_size: int = 8, budget: Any = None) -> dict[str, float]:
+def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, budget: Any = None) -> dict[str, float]:
     """`NextToken` of one model at one size.
 
     Args:
@@ -64,16 +64,15 @@ def evaluate_model(model, rows: Iterable[dict[str, Any]], batch_size: int = 8, b
     model.eval()
     extra = {} if budget is None else {"flextron_budget": budget}
     loader: DataLoader = DataLoader(rows, batch_size=batch_size, collate_fn=collator())  # type: ignore[arg-type]
+    if len(loader) == 0:
+        raise invalid("rows", rows, "There are no rows to evaluate on.", "Pass some text.")
     for batch in tqdm(loader, desc="Evaluating" if budget is None else f"Evaluating {budget!r}", leave=False):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False, **extra).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
         metric.add_batch(predictions=logits.argmax(-1).cpu(), references=labels.cpu(), nll=nll.cpu())
-    result = metric.compute()
-    if result is None:
-        raise invalid("dataset", rows, "It has no rows.", "Pass some text.")
-    return result
+    return metric.compute() or {}
 
 
 def evaluate_frontier(

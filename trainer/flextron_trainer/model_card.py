@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import os
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,13 @@ def _range(sizes: tuple[int, ...]) -> str:
 def non_default_arguments(arguments: FlextronTrainingArguments) -> dict[str, Any]:
     """The training arguments that were changed, without paths, logging and other matters of the machine."""
     local = {"output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "hub_token", "use_cpu"}
+    defaults = FlextronTrainingArguments(output_dir=str(arguments.output_dir), use_cpu=arguments.use_cpu)
     changed = {}
     for field in fields(arguments):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
         value = getattr(arguments, field.name)
-        plain = isinstance(value, (str, int, float, bool, list))
-        if field.init and field.name not in local and plain and value != default and str(value) != str(default):
-            changed[field.name] = value
+        plain = isinstance(value, (str, int, float, list))
+        if field.name not in local and plain and value != getattr(defaults, field.name):
+            changed[field.name] = getattr(value, "value", value)  # of an enumeration
     return changed
 
 

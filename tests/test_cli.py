@@ -1,0 +1,171 @@
+"""Every verb of the `flextron` command, on tiny models and this checkout's own text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import parent_of
+from test_trainer import environment
+from typer.testing import CliRunner
+
+from flextron_trainer.cli import app
+from flextron_trainer.demo import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+VERBS = ("convert", "train", "evaluate", "export", "push", "generate", "demo")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a parent, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("cli")
+    texts = [path.read_text() for path in sorted((ROOT / "modeling_flextron").glob("*.py"))]
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+    parent = parent_of("gqa-wide-heads", vocab_size=300, pad_token_id=tokenizer.pad_token_id)
+    parent.save_pretrained(folder / "parent")
+    tokenizer.save_pretrained(folder / "parent")
+    (folder / "text").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "text" / f"{i}.txt").write_text(text)
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def flextron(*arguments: object) -> dict:
+    """Run a verb in this process; its JSON line."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def elastic(work):
+    result = flextron(
+        "convert", "parent", "elastic", "--calibration", "text", "--mlp", "1,0.5,0.25", "--heads", "1,0.5",
+        "--budgets", "1,0.6,0.45", "--max-samples", 16, "--sequence-length", 32, "--device", "cpu",
+    )  # fmt: skip
+    assert [row["name"] for row in result["frontier"]] == ["1", "0.6", "0.45"]
+    names = {path.name for path in (work / "elastic").iterdir()}
+    assert {"config.json", "importance.safetensors", "README.md", "tokenizer.json", "modeling_flextron.py"} <= names
+    return work / "elastic"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example(verb):
+    done = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert done.exit_code == 0 and f"Example: flextron {verb}" in done.stdout.replace("`", "")
+
+
+def test_all_verbs_are_listed():
+    out = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
+    assert all(verb in out for verb in VERBS)
+
+
+def test_evaluate_writes_and_plots(elastic):
+    result = flextron(
+        "evaluate", "elastic", "text", "--write", "--plot", "frontier.png", "--sequence-length", 32,
+        "--max-samples", 8, "--device", "cpu",
+    )  # fmt: skip
+    config = json.loads((elastic / "config.json").read_text())
+    assert [row["loss"] for row in config["frontier"]] == [entry["loss"] for entry in result["results"].values()]
+    assert Path("frontier.png").stat().st_size > 1000
+    one = flextron(
+        "evaluate", "elastic", "text", "--budget", "0.45", "--budget", '{"mlp": 24}', "--sequence-length", 32,
+        "--max-samples", 8, "--device", "cpu",
+    )  # fmt: skip
+    assert one["results"]["0.45"] == pytest.approx(result["results"]["0.45"])
+    assert set(one["results"]) == {"0.45", '{"mlp": 24}'}
+
+
+@pytest.mark.slow
+def test_train(elastic):
+    result = flextron(
+        "train", "elastic", "text", "--teacher", "parent", "--sequence-length", 32, "--output_dir", "run",
+        "--max_steps", 3, "--sampler", "uniform", "--use_cpu", "--report_to", "none", "--save_strategy", "no",
+    )  # fmt: skip
+    assert {"eval_loss", "eval_loss_0.45", "output"} <= set(result)
+    assert "- `sampler`: `uniform`" in Path("run/README.md").read_text()
+    written = flextron("generate", "run", "def main(", "--budget", "0.45", "--max-new-tokens", 3, "--device", "cpu")
+    assert written["text"].startswith("def main(")
+
+
+def test_export(elastic):
+    from transformers import AutoModelForCausalLM
+
+    small = flextron("export", "elastic", "small", "--budget", "0.45")
+    dense = flextron("export", "elastic", "dense", "--dense", "--budget", "0.45")
+    assert small["parameters"] == dense["parameters"]
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in ("small", "dense")]
+    assert [type(model).__name__ for model in models] == ["FlextronForCausalLM", "LlamaForCausalLM"]
+    ids = torch.randint(0, 300, (1, 9))
+    torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, atol=1e-5, rtol=1e-5)
+    assert not list(Path("dense").glob("*.py")) and Path("dense/tokenizer.json").is_file()
+
+
+def test_push(elastic, monkeypatch):
+    """One commit of the folder; the Hub itself is not there."""
+    import huggingface_hub
+
+    calls = {}
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls["create"] = (repo_id, private)
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path, repo_id, ignore_patterns):
+            calls["upload"] = (str(folder_path), repo_id)
+            return type("Commit", (), {"oid": "abc"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert flextron("push", "elastic", "me/elastic", "--private") == {"repo": "me/elastic", "commit": "abc"}
+    assert calls == {"create": ("me/elastic", True), "upload": ("elastic", "me/elastic")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "elastic", "x", "--budget", "0.01"], "`flextron_budget`='0.01' cannot be used"),
+        (["push", "text", "me/x"], "`folder`='text' cannot be used"),
+        (["convert", "parent", "out", "--mlp", "1,x"], "`choices`='1,x' cannot be used"),
+        (["generate", "nowhere/at-all", "x"], "Error: "),
+    ],
+)
+def test_an_error_is_one_message(elastic, arguments, message):
+    command = [sys.executable, "-m", "flextron_trainer", *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=elastic.parent)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_demo_in_small(work):
+    """All six parts of the demo, with a handful of steps, on the text of this checkout."""
+    result = flextron(
+        "demo", "--output", "demo", "--dataset", "text", "--parent-steps", 3, "--elastic-steps", 2, "--device", "cpu"
+    )
+    assert Path(result["plot"]).stat().st_size > 1000
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= {
+        path.name for path in Path(result["repo"]).iterdir()
+    }
+    assert len(result["rows"]) >= 3
+    for row in result["rows"]:
+        assert row["tokens_per_second"] > 0 and row["bytes"] == 4 * row["parameters"]
+        assert all(row[key] > 0 for key in ("parent_loss", "sliced_loss", "trained_loss"))
+    sizes = [row["parameters"] for row in result["rows"]]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.slow
+def test_demo_with_a_parent_of_the_user(work):
+    result = flextron(
+        "demo", "--output", "demo2", "--dataset", "text", "--parent", "parent", "--elastic-steps", 1, "--device", "cpu"
+    )
+    assert result["rows"][0]["sliced_loss"] == pytest.approx(result["rows"][0]["parent_loss"], rel=1e-4)
