@@ -42,7 +42,7 @@ Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while
 
 
 class FlextronRotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotary positions, for every `rope_type` of transformers."""
+    """Cosines and sines `[B, 1, S, E]` of the rotary positions, for every `rope_type` of transformers."""
 
     inv_freq: torch.Tensor
 
@@ -67,15 +67,15 @@ class FlextronRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `[B, heads, S, E]` by positions whose cosines and sines are `[B, S, E]`."""
+    """Rotate `[B, heads, S, E]` by positions whose cosines and sines are `[B, 1, S, E]`."""
     first, second = states.chunk(2, dim=-1)
-    return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
