@@ -2,8 +2,9 @@
 
 Each layer reads how much of its input it got from the input itself, and is told how much output to make; called
 with neither narrowed it is the stock layer. A slice is a view: nothing is copied, gradients land in the full
-parameter, and a product of the small size is all that is computed (Flextron, arXiv 2406.10260, section 3.1:
-`MLP_d(X) = sigma(X (I_d W1)^T) (I_d W2)`, where `I_d` selects the first d neurons).
+parameter, and a product of the small size is all that is computed: with the selector `I_d` of the first d
+neurons, `MLP_d(X) = sigma(X (I_d W1)^T) (I_d W2)` (Flextron, arXiv 2406.10260; written out for every axis in Nemotron
+Elastic, arXiv 2511.16664, equations 34-46).
 
 At its built size a layer is called as `layer(x)` alone (`project` does that), so that PEFT, torchao, vLLM and
 others may put their own layers in these places. Nothing outside a layer reads its `weight`.

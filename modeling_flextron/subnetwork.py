@@ -6,8 +6,8 @@ asked for. A budget is what the user writes (`flextron_budget=0.5`, `"350M"`, `"
 `resolve` turns it into a `SubNetwork` with the frontier of the config, the table of recommended sizes.
 
 Costs follow from the config alone and are exact: `count_parameters` equals `sum(p.numel())` of the extracted
-model. Axes and nesting: Flextron (arXiv 2406.10260) sections 3.1-3.2; `hidden` and `depth` as in
-Nemotron Elastic (arXiv 2511.16664).
+model. Axes `mlp` and `heads`, and nesting: Flextron (arXiv 2406.10260); `hidden` and `depth`: Nemotron
+Elastic (arXiv 2511.16664, equations 34-46).
 """
 
 import math

@@ -255,7 +255,7 @@ def test_messages_say_what_is_needed():
         config.resolve("ppl<=10")
     with pytest.raises(ValueError, match="supported families are llama"):
         gpt2()
-    with pytest.raises(ValueError, match="makes 31.68 of 96.*nearest size is 32"):
+    with pytest.raises(ValueError, match=r"makes 31.68 of 96.*nearest size is 32"):
         converted(mlp=[1, 0.33])()
     with pytest.raises(ValueError, match="teacher='self'"):
         model = elastic_of("mha")

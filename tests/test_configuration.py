@@ -1,6 +1,7 @@
 """`FlextronConfig`: round trips, defaults, narrowing. Malformed input is in test_bad_input.py."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from helpers import all_sizes
@@ -52,7 +53,7 @@ def test_narrowed_config_describes_the_small_model(elastic):
 
 def test_narrowing_twice_is_narrowing_once(elastic):
     rows = [elastic.config.resolve(row["subnetwork"]) for row in elastic.frontier]
-    for outer, inner in zip(rows, rows[1:], strict=False):
+    for outer, inner in pairwise(rows):
         twice = elastic.config.narrowed(outer).narrowed(inner.within(outer))
         once = elastic.config.narrowed(inner)
         assert twice.to_dict() == once.to_dict()

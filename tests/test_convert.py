@@ -1,12 +1,14 @@
 """Conversion: ranking, permutation, choices, the frontier. What it refuses is in test_bad_input.py."""
 
+from itertools import pairwise
+
 import datasets
 import pytest
 import torch
 from helpers import CHOICES, difference, elastic_of, parent_of, run_python
 
 from flextron_trainer import convert
-from flextron_trainer.convert import _ranked_heads
+from flextron_trainer.convert import _elastic_config, _ranked_heads, _take
 from flextron_trainer.importance import Importance, fingerprint, measure
 from modeling_flextron import count_parameters
 
@@ -79,10 +81,8 @@ def test_scores_are_those_of_the_definition():
     def score(name):
         return torch.cat(seen[name]).abs().mean(dim=1).square().sum(dim=0).sqrt()
 
-    unpermuted = elastic_of("gqa-wide-heads", parent, order="importance")
-    from flextron_trainer.convert import _elastic_config, _take
-
-    unpermuted = _take(parent, _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth"))), False)
+    config = _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth")))
+    unpermuted = _take(parent, config, release=False)
     found = measure(unpermuted, list(DATA.split(5)))
     torch.testing.assert_close(found.mlp, torch.stack([score(f"mlp{i}") for i in range(4)]))
     by_head = torch.stack([score(f"heads{i}").view(8, 16).norm(dim=-1) for i in range(4)])
@@ -154,7 +154,7 @@ class TestFrontier:
         rows = [elastic.config.resolve(row["subnetwork"]) for row in elastic.frontier]
         for row, sub in zip(elastic.frontier, rows, strict=True):
             assert count_parameters(elastic.config, sub, embeddings=False) <= float(row["name"]) * full
-        for larger, smaller in zip(rows, rows[1:], strict=False):
+        for larger, smaller in pairwise(rows):
             assert larger.contains(smaller)
 
     def test_named_budgets_in_any_unit(self, parent):

@@ -130,4 +130,3 @@ assert not any(name.startswith(("modeling_flextron", "flextron_trainer")) for na
     for budget in budgets:
         expected = elastic(ids, flextron_budget=budget or elastic.built).logits
         assert difference(expected, result["logits"][str(budget)]) < 1e-5
-

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-c", "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"]
-    done = subprocess.run([*build, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    code = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
 
@@ -45,7 +45,8 @@ import torch, trainer
 assert trainer.MINE
 from transformers import LlamaConfig, LlamaForCausalLM
 import flextron_trainer, modeling_flextron
-assert flextron_trainer.__file__.startswith({str(tmp_path)!r}) and modeling_flextron.__file__.startswith({str(tmp_path)!r})
+for package in (flextron_trainer, modeling_flextron):
+    assert package.__file__.startswith({str(tmp_path)!r})
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.model_card import write_model_card
 parent = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

@@ -122,7 +122,7 @@ class TestResolve:
         config = FlextronConfig.from_dict(values)
         assert config.resolve("loss<=2.3") == config.resolve("medium")
         assert config.resolve(f"ppl<={math.exp(2.61)}") == config.resolve("small")
-        with pytest.raises(ValueError, match="best measured loss is 2.0000"):
+        with pytest.raises(ValueError, match=r"best measured loss is 2\.0000"):
             config.resolve("loss<=1.9")
 
     def test_a_dict_names_exact_sizes_and_the_rest_is_full(self, model):

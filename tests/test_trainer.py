@@ -52,9 +52,7 @@ class TestAgainstThePlainTrainer:
     def test_8_full_network_without_distillation_is_the_plain_trainer(self, tmp_path, accumulation, optim):
         changes = {"gradient_accumulation_steps": accumulation, "optim": optim}
         plain = self.plain(tmp_path, **changes)
-        ours = trainer(
-            tmp_path, teacher=None, model=full_only(), sampler="uniform", subnetworks_per_step=1, **changes
-        )
+        ours = trainer(tmp_path, teacher=None, model=full_only(), sampler="uniform", subnetworks_per_step=1, **changes)
         ours.train()
         for a, b in zip(losses(plain), losses(ours), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["step"] == b["step"]

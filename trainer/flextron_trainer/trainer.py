@@ -1,9 +1,9 @@
 """`FlextronTrainer`: a `Trainer` whose every step trains several sizes of the same weights.
 
-Stage `elastic` (Flextron, arXiv 2406.10260, section 3.2; distillation as in Nemotron Elastic, arXiv 2511.16664): for
-every batch a few sub-networks are drawn (`sampling.py`), each runs forward and backward on its own, so that memory
-is that of one, and the optimizer steps once. The teacher's hidden states are computed once for a batch. Everything
-else is the ordinary Trainer.
+Stage `elastic` (elastic continued training of Flextron, arXiv 2406.10260; distillation as in Nemotron Elastic, arXiv
+2511.16664): for every batch a few sub-networks are drawn (`sampling.py`), each runs forward and backward on its own,
+so that memory is that of one, and the optimizer steps once. The teacher's hidden states are computed once for a
+batch. Everything else is the ordinary Trainer.
 """
 
 import os

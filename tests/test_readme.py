@@ -1,0 +1,77 @@
+"""What the README and the examples print is what runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import parent_of
+from transformers import AutoModelForCausalLM
+
+from flextron_trainer import convert
+from flextron_trainer.demo import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = ["def main():\n    return 0\n", "class Example:\n    pass\n"] * 20
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as `make demo` leaves it, with random weights, and a parent with its tokenizer."""
+    folder = tmp_path_factory.mktemp("readme")
+    parent = parent_of("gqa-wide-heads", vocab_size=300, intermediate_size=192)
+    tokenizer = train_tokenizer(TEXT, vocab_size=300)
+    elastic = convert(parent, TEXT, tokenizer=tokenizer, sequence_length=16)
+    for saved, name in ((elastic, "flextron-demo/elastic"), (parent, "parent")):
+        saved.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text("".join(TEXT) * 8)
+    return folder
+
+
+def run(workplace, *command):
+    done = subprocess.run([sys.executable, *command], cwd=workplace, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readme_is_short_and_complete():
+    for text in snippets():
+        assert len([line for line in text.splitlines() if line.strip()]) <= 12
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for path in tracked:
+        if path.startswith(("modeling_flextron/", "trainer/", "benchmarks/", "examples/")) and path.endswith(".py"):
+            assert Path(path).name in README, f"{path} is not in the tree of the README"
+    for target in ("make demo", "make test"):
+        assert target in README
+
+
+@pytest.mark.slow
+def test_lines_for_users_run_as_printed(workplace):
+    run(workplace, "-c", snippets()[0])
+    dense = AutoModelForCausalLM.from_pretrained(workplace / "llama-half")
+    assert type(dense).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.slow
+def test_lines_for_training_run_as_printed(workplace):
+    """With the ids of the README replaced by a parent and a text that exist here."""
+    text = snippets()[1].replace("meta-llama/Llama-3.2-1B", "parent").replace("./text", "text.txt")
+    text = text.replace("max_steps=1000", "max_steps=2, use_cpu=True, report_to='none'").replace("512", "16")
+    run(workplace, "-c", text)
+    assert (workplace / "run" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_example_runs(workplace):
+    arguments = ["--output_dir", "trained", "--max_steps", "2", "--use_cpu", "--report_to", "none"]
+    script = (ROOT / "examples" / "convert_and_train.py").read_text()
+    (workplace / "script.py").write_text(script.replace("SEQUENCE_LENGTH = 512", "SEQUENCE_LENGTH = 16"))
+    assert "eval_loss_0.5" in run(workplace, "script.py", "parent", "text.txt", *arguments)
+    assert (workplace / "trained" / "README.md").is_file()
