@@ -66,7 +66,7 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
     loader: DataLoader = DataLoader(rows, batch_size=batch_size, collate_fn=collator())  # type: ignore[arg-type]
     if len(loader) == 0:
         raise invalid("rows", rows, "There are no rows to evaluate on.", "Pass some text.")
-    for batch in tqdm(loader, desc="Evaluating" if budget is None else f"Evaluating {budget!r}", leave=False):
+    for batch in tqdm(loader, desc="Evaluating", leave=False):
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False, **extra).logits[:, :-1].float()
