@@ -115,23 +115,24 @@ def head_rows(order: list[int], head_dim: int) -> torch.Tensor:
     return (torch.tensor(order)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
+def fits_stock(subnetwork: SubNetwork) -> bool:
+    """Whether a stock class can hold a sub-network: the same sizes in every layer, and heads that divide `hidden`."""
+    return subnetwork.uniform and subnetwork.hidden % subnetwork.heads[0] == 0
+
+
 def stock_config(config, subnetwork: SubNetwork) -> PreTrainedConfig:
     """The config of the stock model that computes what a sub-network computes.
 
     Raises:
         ValueError: no stock config has these sizes.
     """
-    if not subnetwork.uniform:
-        uniform = [row["name"] for row in config.frontier if row["subnetwork"] and _uniform(row)]
-        raise invalid(
-            "budget", subnetwork.to_dict(), "A stock class has the same sizes in every layer.",
-            f"Use a uniform sub-network (such as {uniform}), or save this one as a Flextron model.",
-        )  # fmt: skip
-    heads, family = subnetwork.heads[0], family_of(config.base_model_type)
-    if subnetwork.hidden % heads:
-        rule = f"`{config.base_model_type}` refuses a hidden size that its {heads} query heads do not divide."
-        legal = [size for size in config.choices("hidden") if size % heads == 0]
-        raise invalid("budget", subnetwork.to_dict(), rule, f"Use another head count, or a hidden size among {legal}.")
+    family = family_of(config.base_model_type)
+    if not fits_stock(subnetwork):
+        rule = f"`{config.base_model_type}` has the same sizes in every layer, and a head count that divides `hidden`."
+        legal = [heads for heads in config.choices("heads") if subnetwork.hidden % heads == 0]
+        remedy = f"Use one of {legal} heads in every layer, or save these sizes as a Flextron model."
+        raise invalid("budget", subnetwork.to_dict(), rule, remedy)
+    heads = subnetwork.heads[0]
     values = {theirs: copy.deepcopy(getattr(config, ours)) for ours, theirs in family.fields.items()}
     return AutoConfig.for_model(
         config.base_model_type,
@@ -143,10 +144,6 @@ def stock_config(config, subnetwork: SubNetwork) -> PreTrainedConfig:
         num_key_value_heads=config.kv_heads(heads),
         dtype=config.dtype,
     )
-
-
-def _uniform(row: dict) -> bool:
-    return all(isinstance(row["subnetwork"][axis], int) for axis in ("mlp", "heads"))
 
 
 @torch.no_grad()

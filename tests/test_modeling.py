@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters, flops_per_token
+from modeling_flextron.families import fits_stock
 
 ROPES = {
     "default": {},
@@ -256,7 +257,7 @@ def test_a_small_step_computes_no_product_of_full_size(variant, ids):
     elastic.set_attn_implementation("eager")  # the one whose products torch counts on every device
     for sub in all_sizes(elastic, count=4):
         flops = {}
-        if sub.uniform and sub.hidden % sub.heads[0] == 0:
+        if fits_stock(sub):
             dense = elastic.extract(sub)
             dense.set_attn_implementation("eager")
             for name, model in {"ours": elastic, "dense": dense}.items():
@@ -292,7 +293,7 @@ def test_half_precision(elastic, ids):
     for sub in all_sizes(elastic, count=2):
         small = half(ids, flextron_budget=sub).logits
         assert small.dtype == torch.bfloat16
-        if sub.uniform and sub.hidden % sub.heads[0] == 0:
+        if fits_stock(sub):
             assert difference(half.extract(sub)(ids).logits, small) < 0.05 * small.abs().max().item()
 
 

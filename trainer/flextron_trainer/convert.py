@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import axes, family_of, head_rows, layer_of, stock_name, stored_heads
+from modeling_flextron.families import axes, family_of, fits_stock, head_rows, layer_of, stock_name, stored_heads
 from modeling_flextron.subnetwork import AXES, parse_budget, row_cost
 
 from .data import calibration_batches
@@ -287,16 +287,16 @@ def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
 
 
 def _frontier(elastic: FlextronForCausalLM, budgets: dict[str, Any], batches: list[torch.Tensor]) -> list[dict]:
-    """For each budget the best uniform sub-network within it and within the next larger row.
+    """For each budget the best sub-network that a stock class can hold, within it and within the next larger row.
 
     "Best" is the lowest loss on the calibration data, whichever axes it cuts; without data, the largest. Rows nest,
     so that a model loaded at one can go down to all smaller ones.
     """
     config, rows, inside = elastic.config, list[dict](), elastic.built
-    uniform = _uniform_subnetworks(config)
+    exportable = [s for s in _uniform_subnetworks(config) if fits_stock(s)]
     limits = {name: _limit(config, budget) for name, budget in budgets.items()}
     for name, (kind, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / _full_cost(config, item[1][0])):
-        allowed = [s for s in uniform if inside.contains(s)]
+        allowed = [s for s in exportable if inside.contains(s)]
         fitting = [s for s in allowed if row_cost(config, config.row("", s), kind) <= limit]
         if not fitting:
             fitting = [min(allowed, key=lambda s: row_cost(config, config.row("", s), kind))]

@@ -113,7 +113,8 @@ def run(
     """Run the demo and leave a Hub-ready folder.
 
     Args:
-        output: Folder to work in; the elastic model ends up in `output/elastic`, the plot in `output/frontier.png`.
+        output: Folder to work in; the elastic model ends up in `output/elastic`, the plot in `output/frontier.png`,
+            what is returned in `output/results.json`.
         dataset: Text: `"stdlib"` for the sources of Python's standard library, or anything `data.load_text` reads.
         parent: Hub id or folder of a trained LLaMA; None trains a small one first.
         device: `"cpu"` or `"cuda"`; by default a GPU when there is one.
@@ -191,7 +192,9 @@ def run(
     for used in runs:
         console.print(f"\n[bold]budget {used['budget']} writes:[/bold] {used['text']!r}", highlight=False)
     console.print(f"\nThe model is in {repo}, the plot in {output / 'frontier.png'}.")
-    return {"repo": str(repo), "plot": str(output / "frontier.png"), "device": device, "rows": results}
+    summary = {"repo": str(repo), "plot": str(output / "frontier.png"), "device": device, "rows": results}
+    (output / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
 
 
 def use_without_package(repo: str | os.PathLike, prompt: str, budgets: list[str]) -> list[dict[str, Any]]:
