@@ -25,7 +25,7 @@ from .data import calibration_batches
 from .importance import ORDERS, Importance, read_or_measure
 
 DEFAULT_FRACTIONS = {
-    "mlp": (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8),
+    "mlp": tuple(part / 16 for part in range(16, 1, -1)),
     "heads": (1, 3 / 4, 1 / 2, 1 / 4),
     "hidden": (1,),
     "depth": (1,),
@@ -59,7 +59,7 @@ def convert(
         calibration: Text or token ids that are typical of the model's use: a list, a `datasets.Dataset`, a
             streamed one, or a tensor `[N, S]`. None ranks by the norms of the weights, with a warning.
         mlp, heads, hidden, depth: Allowed sizes on each axis, descending, the full one first: fractions of the
-            parent's size, or sizes. None for the default: eighths for `mlp` and quarters for `heads` where the
+            parent's size, or sizes. None for the default: sixteenths for `mlp` and quarters for `heads` where the
             parent's sizes allow them, and the full size alone for `hidden` and `depth`.
         budgets: What the rows of the frontier may cost at most, in units of the budget grammar. A mapping also
             names the rows; otherwise a row is called as its budget is written. A budget that the choices cannot
