@@ -32,7 +32,8 @@ AUTO_MAP = {
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
-FAMILIES = ("llama",)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
+NORMS = ("rms", "layer")
 
 
 def _size(row: dict[str, Any]) -> int:
@@ -43,12 +44,21 @@ class FlextronConfig(PreTrainedConfig):
     """Configuration of a `FlextronModel`.
 
     Args:
-        base_model_type: Family of the parent (`"llama"`); `extract()` returns that stock class.
+        base_model_type: Family of the parent, such as `"llama"`; `extract()` returns that stock class.
         vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
         head_dim, hidden_act, max_position_embeddings, initializer_range, use_cache, pad_token_id, bos_token_id,
         eos_token_id, tie_word_embeddings, rope_parameters, attention_dropout, mlp_bias: as in `LlamaConfig`.
+        norm_type: `"rms"` or `"layer"`.
         norm_eps: Epsilon of every norm.
-        attention_bias: Biases on the q, k, v and o projections.
+        attention_bias: Biases on the q, k and v projections.
+        attention_output_bias: Bias on the output projection; None for the same as `attention_bias`.
+        qk_norm: RMS norms over the channels of each query and key head.
+        gated_mlp: `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
+        parallel_residual: Attention and MLP both read the input of the layer.
+        learned_positions: Learned embeddings of the positions instead of rotary ones.
+        residual_dropout, embedding_dropout: Dropout behind attention and MLP, and behind the embeddings.
+        sliding_window, layer_types: Tokens that `"sliding_attention"` layers see, and the kind of every layer; None
+            when all have `"full_attention"`.
         elastic: Allowed sizes: strictly descending lists under `mlp` (neurons), `heads` (query heads), `hidden`
             and `depth` (number of layers), each beginning with the full size, and `layer_ranking`, the layers
             in the order in which depth drops them.
@@ -88,6 +98,7 @@ class FlextronConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
+    norm_type: str = "rms"
     norm_eps: float = 1e-6
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -96,8 +107,17 @@ class FlextronConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict = None  # type: ignore[assignment]
     attention_bias: bool = False
+    attention_output_bias: bool = None  # type: ignore[assignment]
     attention_dropout: float = 0.0
+    qk_norm: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True
+    parallel_residual: bool = False
+    learned_positions: bool = False
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
     elastic: dict = None  # type: ignore[assignment]
     frontier: list = None  # type: ignore[assignment]
     parent_non_embedding_parameters: int | None = None
@@ -149,6 +169,16 @@ class FlextronConfig(PreTrainedConfig):
         shared = self.__dict__["num_key_value_heads"]
         return shared if self.__dict__["num_attention_heads"] > shared else heads
 
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The kind of attention of every layer, a key of transformers' masks."""
+        return self.layer_types or ["full_attention"] * self.num_hidden_layers
+
+    def anchors(self) -> set[int]:
+        """Layers that always stay: the first of each kind, from whose cache entry a cache's length is read."""
+        kinds = self.layer_kinds
+        return {kinds.index(kind) for kind in kinds}
+
     def choices(self, axis: str) -> list[int]:
         """Allowed sizes on an axis, largest first."""
         return self.elastic[axis]
@@ -192,6 +222,7 @@ class FlextronConfig(PreTrainedConfig):
         new.intermediate_size = max(subnetwork.mlp)
         new.num_attention_heads = max(subnetwork.heads)
         new.num_key_value_heads = max(kv_heads)
+        new.layer_types = self.layer_types and [self.layer_types[layer] for layer in subnetwork.layers]
         new.elastic = {
             "mlp": [size for size in self.choices("mlp") if size <= new.intermediate_size],
             "heads": [size for size in self.choices("heads") if size <= new.num_attention_heads],
@@ -246,16 +277,27 @@ class FlextronConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         require_int("num_key_value_heads", self.num_key_value_heads)
         require_int("head_dim", self.head_dim)
-        if self.head_dim % 2:
+        if self.head_dim % 2 and not self.learned_positions:
             rule = "Rotary embeddings rotate pairs, so the size of a head must be even."
             raise invalid("head_dim", self.head_dim, rule, "Pass an even `head_dim`.")
         if self.num_attention_heads % self.num_key_value_heads:
             rule = f"Every KV head serves the same number of the {self.num_attention_heads} query heads."
             raise invalid("num_key_value_heads", self.num_key_value_heads, rule, "Pass a divisor of that number.")
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"):
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        if self.norm_type not in NORMS:
+            raise invalid("norm_type", self.norm_type, f"It is one of {', '.join(NORMS)}.", "Pick one of them.")
+        if self.layer_types is not None:
+            require_int("sliding_window", self.sliding_window)
+        for name in (
+            "tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm", "mlp_bias", "gated_mlp",
+            "parallel_residual", "learned_positions", "use_cache",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "It must be a bool.", "Pass True or False.")
-        for name in ("norm_eps", "initializer_range", "attention_dropout"):
+        for name in (
+            "norm_eps", "initializer_range", "attention_dropout", "residual_dropout", "embedding_dropout"
+        ):  # fmt: skip
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise invalid(name, value, "It must be a finite number of at least 0.", "Pass a float.")
@@ -305,12 +347,12 @@ class FlextronConfig(PreTrainedConfig):
                 raise invalid(f"elastic[{axis!r}]", self.elastic[axis], rule, "List every size that a layer has.")
         ranking = self.elastic["layer_ranking"]
         droppable = self.num_hidden_layers - self.elastic["depth"][-1]
-        valid = isinstance(ranking, list) and all(type(i) is int and 0 < i < self.num_hidden_layers for i in ranking)
+        allowed = set(range(self.num_hidden_layers)) - self.anchors()
+        valid = isinstance(ranking, list) and all(type(i) is int and i in allowed for i in ranking)
         if not valid or len(set(ranking)) != len(ranking) or len(ranking) < droppable:
-            # Layer 0 always stays: its cache entry is where a cache's length is read.
             rule = (
-                f"It lists at least {droppable} different layers between 1 and {self.num_hidden_layers - 1}"
-                " in the order in which they are dropped."
+                f"It lists at least {droppable} different layers below {self.num_hidden_layers} in the order in which"
+                f" they are dropped, without {sorted(self.anchors())}, which always stay."
             )
             raise invalid("elastic['layer_ranking']", ranking, rule, "Rank as many layers as `depth` drops.")
 

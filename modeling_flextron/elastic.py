@@ -67,6 +67,15 @@ class ElasticRMSNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
+class ElasticLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels that its input has."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise `[..., h]` and apply the leading `h` weights and biases."""
+        size = input.shape[-1]
+        return F.layer_norm(input, (size,), self.weight[:size], self.bias[:size], self.eps)
+
+
 def project(layer: nn.Module, input: torch.Tensor, size: int | None) -> torch.Tensor:
     """Call `layer` for `size` output features; None means its built size, and then any layer will do."""
     return layer(input) if size is None else layer(input, size)

@@ -1,19 +1,22 @@
 """Stock architectures: how each writes what our decoder holds, read in both directions.
 
-`convert` (parent -> ours) and `extract` (ours -> stock) use the same tables: one of config fields, one of weight
-names, and the order in which query heads are stored. Which axis of the sub-network a dimension of a weight belongs
-to is a property of our decoder, in `axes`.
+`convert` (parent -> ours) and `extract` (ours -> stock) use the same tables: config fields, weight names, and the
+order in which query heads are stored. Which axis of the sub-network a dimension of a weight belongs to is a property
+of our decoder, in `axes`. A new LLaMA-like family is one more entry of `FAMILIES`; docs/families.md shows one.
 """
 
 import copy
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .errors import invalid
-from .subnetwork import SubNetwork
+from .subnetwork import SubNetwork, count_parameters, uniform_subnetworks
 
 
 @dataclass(frozen=True)
@@ -21,45 +24,140 @@ class Family:
     """A stock architecture.
 
     Args:
-        fields: Our config field -> the field of the stock config, where the value is the same.
-        weights: Our tensor name -> the stock name; `{i}` stands for the layer. A bias or weight that a model
-            does not have is simply absent from it.
+        fields: Our config field -> the stock field with the same value.
+        modules: Our module -> the stock one; `{i}` stands for the layer. Modules that a model does not have are
+            simply absent from it. q, k and v projections with one stock name are one fused projection.
+        constants: Our config fields that have the same value in every model of the family.
+        supported: Stock config field -> the one value of it that our decoder computes.
+        transposed: Stock modules whose weights are `[in, out]`.
+        fused_by_head: Whether the rows of a fused projection are `[head, (q, k, v), head_dim]` instead of
+            `[(q, k, v), head, head_dim]`.
+        heads_divide_hidden: Whether the stock config refuses other head counts.
     """
 
     fields: dict[str, str]
-    weights: dict[str, str]
+    modules: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    supported: dict[str, Any] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    fused_by_head: bool = False
+    heads_divide_hidden: bool = False
+
+    @property
+    def own_head_dim(self) -> bool:
+        """Whether the size of a head is a field of its own, not hidden / heads."""
+        return "head_dim" in self.fields
 
 
-_SHARED_FIELDS = (
-    "vocab_size hidden_act max_position_embeddings initializer_range use_cache pad_token_id bos_token_id eos_token_id"
-    " tie_word_embeddings rope_parameters head_dim attention_dropout attention_bias mlp_bias"
+def _same(names: str) -> dict[str, str]:
+    return {name: name for name in names.split()}
+
+
+_PARTS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
+_LAYER = f"{_PARTS} mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm".split()
+_LLAMA_MODULES = _same(" ".join(["model.embed_tokens model.norm lm_head", *(f"model.layers.{{i}}.{m}" for m in _LAYER)]))
+_SHARED = _same(
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size initializer_range use_cache"
+    " pad_token_id bos_token_id eos_token_id tie_word_embeddings hidden_act max_position_embeddings attention_dropout"
 )
-_PROJECTIONS = (
-    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-)
-_LAYER_NORMS = "model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight"
-_LLAMA_WEIGHTS = (
-    "model.embed_tokens.weight",
-    *_LAYER_NORMS,
-    *(f"model.layers.{{i}}.{name}.{kind}" for name in _PROJECTIONS.split() for kind in ("weight", "bias")),
-    "model.norm.weight",
-    "lm_head.weight",
-)
+_ROTARY = _SHARED | _same("rope_parameters")
+_LLAMA_LIKE = _ROTARY | _same("num_key_value_heads head_dim") | {"norm_eps": "rms_norm_eps"}
+_WINDOWS = _same("sliding_window layer_types")
 
 FAMILIES = {
     "llama": Family(
-        fields={name: name for name in _SHARED_FIELDS.split()} | {"norm_eps": "rms_norm_eps"},
-        weights={name: name for name in _LLAMA_WEIGHTS},
+        fields=_LLAMA_LIKE | _same("attention_bias mlp_bias"), modules=_LLAMA_MODULES, heads_divide_hidden=True
+    ),
+    "mistral": Family(fields=_LLAMA_LIKE | _same("sliding_window"), modules=_LLAMA_MODULES),
+    "qwen2": Family(
+        fields=_LLAMA_LIKE | _WINDOWS,
+        modules=_LLAMA_MODULES,
+        constants={"attention_bias": True, "attention_output_bias": False},
+    ),
+    "qwen3": Family(
+        fields=_LLAMA_LIKE | _WINDOWS | _same("attention_bias"), modules=_LLAMA_MODULES, constants={"qk_norm": True}
+    ),
+    "gpt2": Family(
+        fields=_SHARED
+        | {
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "norm_eps": "layer_norm_epsilon",
+            "attention_dropout": "attn_pdrop",
+            "residual_dropout": "resid_pdrop",
+            "embedding_dropout": "embd_pdrop",
+        },
+        modules={
+            "model.embed_tokens": "transformer.wte",
+            "model.embed_positions": "transformer.wpe",
+            "model.layers.{i}.input_layernorm": "transformer.h.{i}.ln_1",
+            "model.layers.{i}.self_attn.q_proj": "transformer.h.{i}.attn.c_attn",
+            "model.layers.{i}.self_attn.k_proj": "transformer.h.{i}.attn.c_attn",
+            "model.layers.{i}.self_attn.v_proj": "transformer.h.{i}.attn.c_attn",
+            "model.layers.{i}.self_attn.o_proj": "transformer.h.{i}.attn.c_proj",
+            "model.layers.{i}.post_attention_layernorm": "transformer.h.{i}.ln_2",
+            "model.layers.{i}.mlp.up_proj": "transformer.h.{i}.mlp.c_fc",
+            "model.layers.{i}.mlp.down_proj": "transformer.h.{i}.mlp.c_proj",
+            "model.norm": "transformer.ln_f",
+            "lm_head": "lm_head",
+        },
+        constants={
+            "norm_type": "layer",
+            "gated_mlp": False,
+            "learned_positions": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        supported={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+        },
+        transposed=frozenset({"c_attn", "c_proj", "c_fc"}),
+    ),
+    "gpt_neox": Family(
+        fields=_ROTARY
+        | {
+            "norm_eps": "layer_norm_eps",
+            "attention_bias": "attention_bias",
+            "parallel_residual": "use_parallel_residual",
+            "residual_dropout": "hidden_dropout",
+            "embedding_dropout": "hidden_dropout",
+        },
+        modules={
+            "model.embed_tokens": "gpt_neox.embed_in",
+            "model.layers.{i}.input_layernorm": "gpt_neox.layers.{i}.input_layernorm",
+            "model.layers.{i}.self_attn.q_proj": "gpt_neox.layers.{i}.attention.query_key_value",
+            "model.layers.{i}.self_attn.k_proj": "gpt_neox.layers.{i}.attention.query_key_value",
+            "model.layers.{i}.self_attn.v_proj": "gpt_neox.layers.{i}.attention.query_key_value",
+            "model.layers.{i}.self_attn.o_proj": "gpt_neox.layers.{i}.attention.dense",
+            "model.layers.{i}.post_attention_layernorm": "gpt_neox.layers.{i}.post_attention_layernorm",
+            "model.layers.{i}.mlp.up_proj": "gpt_neox.layers.{i}.mlp.dense_h_to_4h",
+            "model.layers.{i}.mlp.down_proj": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
+            "model.norm": "gpt_neox.final_layer_norm",
+            "lm_head": "lm_head",
+        },
+        constants={"norm_type": "layer", "gated_mlp": False, "mlp_bias": True},
+        fused_by_head=True,
     ),
 }
+_SUPPORTED = {"is_causal": True, "alibi": False, "num_local_experts": None, "num_experts": None}  # of any family
 
 _AXES = {
     "embed_tokens": ("vocab", "hidden"),
+    "embed_positions": ("positions", "hidden"),
     "lm_head": ("vocab", "hidden"),
     "q_proj": ("heads", "hidden"),
     "k_proj": ("kv_heads", "hidden"),
     "v_proj": ("kv_heads", "hidden"),
     "o_proj": ("hidden", "heads"),
+    "q_norm": ("head_dim",),
+    "k_norm": ("head_dim",),
     "gate_proj": ("mlp", "hidden"),
     "up_proj": ("mlp", "hidden"),
     "down_proj": ("hidden", "mlp"),
@@ -67,10 +165,11 @@ _AXES = {
     "post_attention_layernorm": ("hidden",),
     "norm": ("hidden",),
 }
+_FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 def axes(name: str) -> tuple[str, ...]:
-    """What each dimension of one of our tensors counts: `hidden`, `mlp`, `heads`, `kv_heads` or `vocab`."""
+    """What each dimension of one of our tensors counts: `hidden`, `mlp`, `heads`, `kv_heads`, or what never shrinks."""
     *_, module, kind = name.split(".")
     return _AXES[module][:1] if kind == "bias" else _AXES[module]
 
@@ -93,11 +192,67 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def check_supported(parent: PreTrainedConfig) -> None:
+    """Refuse a parent that computes what our decoder does not.
+
+    Raises:
+        ValueError: an unsupported architecture, or an unsupported option of a supported one.
+    """
+    for name, value in (_SUPPORTED | family_of(parent.model_type).supported).items():
+        found = getattr(parent, name, value)
+        if found != value and (found or value):
+            rule = f"A {parent.model_type} model is supported with `{name}={value}` alone."
+            raise invalid(f"parent.config.{name}", found, rule, "Use a parent without this option.")
+
+
+# ------------------------------------------------------------------------------------------------------ names
+
+
+def _template(name: str) -> tuple[str, str]:
+    """Module, with `{i}` for the layer, and kind (`weight` or `bias`) of one of our tensors."""
+    module, _, kind = name.rpartition(".")
+    layer = layer_of(name)
+    return (module if layer is None else module.replace(f"layers.{layer}.", "layers.{i}.", 1)), kind
+
+
 def stock_name(family: Family, name: str, layer: int | None = None) -> str:
     """The stock name of one of our tensors, at stock layer `layer` (default: the same layer)."""
-    ours = layer_of(name)
-    template = name if ours is None else name.replace(f"layers.{ours}.", "layers.{i}.", 1)
-    return family.weights[template].format(i=ours if layer is None else layer)
+    module, kind = _template(name)
+    return f"{family.modules[module]}.{kind}".format(i=layer_of(name) if layer is None else layer)
+
+
+def by_stock_name(family: Family, names: Iterable[str]) -> dict[str, list[str]]:
+    """Stock names -> those of our tensors that each holds: one, or q, k and v."""
+    result = defaultdict(list)
+    for name in names:
+        result[stock_name(family, name)].append(name)
+    return dict(result)
+
+
+# ---------------------------------------------------------------------------------------------------- tensors
+
+
+def from_stock(family: Family, name: str, tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """A view of our tensor `name` in the stock tensor that holds it; heads stay in the parent's order."""
+    module, kind = _template(name)
+    stock = family.modules[module]
+    if kind == "weight" and stock.rpartition(".")[2] in family.transposed:
+        tensor = tensor.t()
+    if list(family.modules.values()).count(stock) > 1:
+        part = _FUSED.index(module.rpartition(".")[2])
+        tensor = tensor.unflatten(0, (heads if family.fused_by_head else 1, 3, -1))[:, part].flatten(0, 1)
+    return tensor
+
+
+def to_stock(family: Family, stock: str, tensors: list[torch.Tensor], heads: int) -> torch.Tensor:
+    """The stock tensor `stock` of ours: the reverse of `from_stock`, q, k and v in this order."""
+    tensor = tensors[0]
+    if len(tensors) > 1:
+        groups = heads if family.fused_by_head else 1
+        tensor = torch.stack([part.unflatten(0, (groups, -1)) for part in tensors], dim=1).flatten(0, 2)
+    *_, module, kind = stock.split(".")
+    tensor = tensor.t() if kind == "weight" and module in family.transposed else tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def stored_heads(heads: int, kv_heads: int) -> list[int]:
@@ -115,74 +270,140 @@ def head_rows(order: list[int], head_dim: int) -> torch.Tensor:
     return (torch.tensor(order)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
-def fits_stock(subnetwork: SubNetwork) -> bool:
-    """Whether a stock class can hold a sub-network: the same sizes in every layer, and heads that divide `hidden`."""
-    return subnetwork.uniform and subnetwork.hidden % subnetwork.heads[0] == 0
+# ----------------------------------------------------------------------------------------------------- extract
 
 
-def stock_config(config, subnetwork: SubNetwork) -> PreTrainedConfig:
-    """The config of the stock model that computes what a sub-network computes.
+def misfit(config, subnetwork: SubNetwork) -> str | None:
+    """The rule of the stock class that a sub-network breaks, or None when the class can hold it."""
+    family, kind = family_of(config.base_model_type), config.base_model_type
+    if not subnetwork.uniform:
+        return f"`{kind}` has the same sizes in every layer."
+    hidden, heads = subnetwork.hidden, subnetwork.heads[0]
+    if not family.own_head_dim and hidden != heads * config.head_dim:
+        return f"`{kind}` has hidden / {config.head_dim} heads, which makes {hidden / config.head_dim:g} for {hidden}."
+    if family.heads_divide_hidden and hidden % heads:
+        return f"`{kind}` refuses a hidden size that its head count ({heads}) does not divide."
+    return None
+
+
+def padded(config, subnetwork: SubNetwork) -> SubNetwork | None:
+    """The smallest sizes of a stock model that can hold a sub-network beside zeros; None when there are none."""
+    family = family_of(config.base_model_type)
+    most, unit = max(subnetwork.heads), config.kv_heads(1)  # an MHA model has as many KV heads as query heads: 1
+    largest = subnetwork.hidden if family.heads_divide_hidden else max(most, subnetwork.hidden // config.head_dim)
+    for heads in range(most, largest + 1):
+        depth = len(subnetwork.layers)
+        uniform = SubNetwork(subnetwork.hidden, subnetwork.layers, (max(subnetwork.mlp),) * depth, (heads,) * depth)
+        if heads % unit == 0 and misfit(config, uniform) is None:
+            return uniform
+    return None
+
+
+def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False) -> SubNetwork:
+    """The sizes of the stock model that computes what a sub-network computes.
 
     Raises:
-        ValueError: no stock config has these sizes.
+        ValueError: the stock class cannot hold it, or, with `pad`, not even beside zeros.
     """
+    rule = misfit(config, subnetwork)
+    if rule is None:
+        return subnetwork
+    larger = padded(config, subnetwork)
+    if pad and larger is not None:
+        return larger
+    size = count_parameters(config, subnetwork)
+    legal = [s for s in uniform_subnetworks(config) if misfit(config, s) is None]
+    nearest = min(legal, key=lambda s: abs(count_parameters(config, s) - size)).to_dict()
+    remedy = f"The nearest sub-network that fits is {nearest}."
+    if larger is not None:
+        remedy += f" With `pad=True` zeros fill these sizes up to {count_parameters(config, larger):,} parameters."
+    raise invalid("budget", subnetwork.to_dict(), rule, remedy)
+
+
+def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
+    """The config of a stock model of these (uniform) sizes, with the layers of `sizes.layers`."""
     family = family_of(config.base_model_type)
-    if not fits_stock(subnetwork):
-        rule = f"`{config.base_model_type}` has the same sizes in every layer, and a head count that divides `hidden`."
-        legal = [heads for heads in config.choices("heads") if subnetwork.hidden % heads == 0]
-        remedy = f"Use one of {legal} heads in every layer, or save these sizes as a Flextron model."
-        raise invalid("budget", subnetwork.to_dict(), rule, remedy)
-    heads = subnetwork.heads[0]
-    values = {theirs: copy.deepcopy(getattr(config, ours)) for ours, theirs in family.fields.items()}
-    return AutoConfig.for_model(
-        config.base_model_type,
-        **values,
-        hidden_size=subnetwork.hidden,
-        intermediate_size=subnetwork.mlp[0],
-        num_hidden_layers=len(subnetwork.layers),
-        num_attention_heads=heads,
-        num_key_value_heads=config.kv_heads(heads),
-        dtype=config.dtype,
-    )
+    heads = sizes.heads[0]
+    shape = {
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.mlp[0],
+        "num_hidden_layers": len(sizes.layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.kv_heads(heads),
+        "layer_types": config.layer_types and [config.layer_types[layer] for layer in sizes.layers],
+    }
+    values = {
+        theirs: shape[ours] if ours in shape else copy.deepcopy(getattr(config, ours))
+        for ours, theirs in family.fields.items()
+    }
+    if "layer_types" in family.fields:
+        values["use_sliding_window"] = config.sliding_window is not None
+    return AutoConfig.for_model(config.base_model_type, **values, dtype=config.dtype)
 
 
 @torch.no_grad()
-def extract(model, subnetwork: SubNetwork) -> PreTrainedModel:
+def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel:
     """Copy a sub-network into a stock model of the parent's family.
 
     Args:
         model: A `FlextronForCausalLM`.
         subnetwork: What to copy; the stock class must be able to hold it.
+        pad: Fill it up with zeros to sizes that the class can hold.
 
     Returns:
         The stock model in the dtype and on the device of `model`, in evaluation mode.
     """
     config, family = model.config, family_of(model.config.base_model_type)
+    target = stock_sizes(config, subnetwork, pad)
     with no_init_weights():
-        stock = AutoModelForCausalLM.from_config(stock_config(config, subnetwork), dtype=model.dtype)
+        stock = AutoModelForCausalLM.from_config(stock_config(config, target), dtype=model.dtype)
     position: dict[int | None, int] = {layer: i for i, layer in enumerate(subnetwork.layers)}
-    heads = subnetwork.heads[0]
+    heads = target.heads[0]
     kv_heads = config.kv_heads(heads)
-    sizes = {"hidden": subnetwork.hidden, "mlp": subnetwork.mlp[0], "vocab": config.vocab_size}
-    sizes |= {"heads": heads * config.head_dim, "kv_heads": kv_heads * config.head_dim}
     stored = stored_heads(heads, kv_heads)
-    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim)
-
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        layer = layer_of(name)
-        if layer is not None and layer not in position:
-            continue
-        for dim, axis in enumerate(axes(name)):
-            tensor = tensor.narrow(dim, 0, sizes[axis])
-            if axis == "heads" and kv_heads < heads:
-                tensor = tensor.index_select(dim, group_major.to(tensor.device))
-        tensors[stock_name(family, name, position.get(layer))] = tensor.clone(memory_format=torch.contiguous_format)
+    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim).to(model.device)
+    names = [name for name in model.state_dict() if layer_of(name) in (None, *position)]
     if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        names.remove("lm_head.weight")
+
+    state, tensors = model.state_dict(), {}
+    for group in by_stock_name(family, names).values():
+        at = position.get(layer_of(group[0]), 0)
+        parts = []
+        for name in group:
+            tensor = state[name]
+            used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
+            for dim, axis in enumerate(axes(name)):
+                if axis in used:
+                    tensor = tensor.narrow(dim, 0, used[axis])
+                    tensor = _zeros_behind(tensor, dim, size[axis] - used[axis])
+                if axis == "heads" and kv_heads < heads:
+                    tensor = tensor.index_select(dim, group_major)
+            parts.append(tensor)
+        name = stock_name(family, group[0], position.get(layer_of(group[0])))
+        tensors[name] = to_stock(family, name, parts, heads)
     missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
     stock.tie_weights()
     assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.to(model.device).eval()
+
+
+def _axis_sizes(config, subnetwork: SubNetwork, at: int) -> dict[str, int]:
+    """Length of each axis in the kept layer number `at`."""
+    heads = subnetwork.heads[at]
+    return {
+        "hidden": subnetwork.hidden,
+        "mlp": subnetwork.mlp[at],
+        "heads": heads * config.head_dim,
+        "kv_heads": config.kv_heads(heads) * config.head_dim,
+    }
+
+
+def _zeros_behind(tensor: torch.Tensor, dim: int, count: int) -> torch.Tensor:
+    if count == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = count
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim)

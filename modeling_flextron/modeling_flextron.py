@@ -23,7 +23,7 @@ from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
@@ -33,12 +33,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint import leading_slices, write_beside
 from .configuration_flextron import FlextronConfig
-from .elastic import ElasticEmbedding, ElasticLinear, ElasticRMSNorm, project
+from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from .errors import invalid
 from .families import extract
 from .subnetwork import SubNetwork, resolve
 
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 class FlextronRotaryEmbedding(nn.Module):
@@ -73,7 +74,10 @@ class FlextronRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate `[B, heads, S, E]` by positions whose cosines and sines are `[B, 1, S, E]`."""
+    """Rotate the leading channels of `[B, heads, S, E]`, as many as cosines and sines `[B, 1, S, e]` have."""
+    size = cos.shape[-1]
+    if size < states.shape[-1]:
+        return torch.cat((rotate(states[..., :size], cos, sin), states[..., size:]), dim=-1)
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -88,6 +92,11 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def norm(config: FlextronConfig) -> nn.Module:
+    """The kind of norm that a model has between its layers."""
+    return {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type](config.hidden_size, config.norm_eps)
 
 
 class NarrowedAttention:
@@ -124,15 +133,18 @@ class FlextronAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.sliding_window = config.sliding_window if config.layer_kinds[layer_idx] == "sliding_attention" else None
         self.q_proj = linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
-        self.o_proj = linear(heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = linear(heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = ElasticRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = ElasticRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         heads: int | None = None,
@@ -148,13 +160,15 @@ class FlextronAttention(nn.Module):
         ranks = self.num_key_value_groups if heads is None else heads // kv_heads
 
         query = project(self.q_proj, hidden_states, q_size).view(batch, length, ranks, kv_heads, self.head_dim)
-        query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)  # [B, G R, S, E], the order attention functions expect
-        key = project(self.k_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim).transpose(1, 2)
+        key = project(self.k_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim)
         value = project(self.v_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim)
-        value = value.transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)  # [B, G R, S, E], the order attention functions expect
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
 
-        cos, sin = position_embeddings
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -169,6 +183,7 @@ class FlextronAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         attn_output = attn_output.reshape(batch, length, kv_heads, ranks, self.head_dim)
@@ -179,13 +194,13 @@ class FlextronAttention(nn.Module):
 
 
 class FlextronMLP(nn.Module):
-    """Gated MLP on the leading neurons."""
+    """MLP, gated or plain, on the leading neurons."""
 
     def __init__(self, config: FlextronConfig, layer_idx: int, linear: type[nn.Linear]):
         super().__init__()
         size = config.per_layer_config[layer_idx].intermediate_size
         self.layer_idx = layer_idx
-        self.gate_proj = linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.gate_proj = linear(config.hidden_size, size, bias=config.mlp_bias) if config.gated_mlp else None
         self.up_proj = linear(config.hidden_size, size, bias=config.mlp_bias)
         self.down_proj = linear(size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -198,23 +213,28 @@ class FlextronMLP(nn.Module):
         observe: Observer | None = None,
     ) -> torch.Tensor:
         """Map `[B, S, d]` through `mlp` neurons to `hidden` channels; None means all of them."""
-        gate, up = project(self.gate_proj, hidden_states, mlp), project(self.up_proj, hidden_states, mlp)
-        neurons = self.act_fn(gate) * up
+        neurons = project(self.up_proj, hidden_states, mlp)
+        if self.gate_proj is None:
+            neurons = self.act_fn(neurons)
+        else:
+            neurons = self.act_fn(project(self.gate_proj, hidden_states, mlp)) * neurons
         if observe is not None:
             observe("mlp", self.layer_idx, neurons)
         return project(self.down_proj, neurons, hidden)
 
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):
-    """Norm, attention, norm, MLP, each added to the residual stream."""
+    """Attention and MLP, each behind a norm and added to the residual stream, one after the other or in parallel."""
 
     def __init__(self, config: FlextronConfig, layer_idx: int, linear: type[nn.Linear]):
         super().__init__()
         self.layer_idx = layer_idx
         self.self_attn = FlextronAttention(config, layer_idx, linear)
         self.mlp = FlextronMLP(config, layer_idx, linear)
-        self.input_layernorm = ElasticRMSNorm(config.hidden_size, config.norm_eps)
-        self.post_attention_layernorm = ElasticRMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = norm(config)
+        self.post_attention_layernorm = norm(config)
+        self.parallel_residual = config.parallel_residual
+        self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
         self,
@@ -227,10 +247,10 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         """Run the layer with `mlp` neurons and `hidden` channels; the rest goes to the attention."""
         attn_input = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attn(attn_input, hidden=hidden, observe=observe, **kwargs)
-        residual = hidden_states + attn_output
+        residual = hidden_states + self.dropout(attn_output)
 
-        mlp_input = self.post_attention_layernorm(residual)
-        output = residual + self.mlp(mlp_input, mlp, hidden, observe)
+        mlp_input = self.post_attention_layernorm(hidden_states if self.parallel_residual else residual)
+        output = residual + self.dropout(self.mlp(mlp_input, mlp, hidden, observe))
         if observe is not None:
             observe("layer", self.layer_idx, hidden_states, output)
             observe("hidden", self.layer_idx, attn_input, mlp_input)
@@ -377,8 +397,13 @@ class FlextronModel(FlextronPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FlextronDecoderLayer(config, i, linear) for i in range(config.num_hidden_layers))
-        self.norm = ElasticRMSNorm(config.hidden_size, config.norm_eps)
-        self.rotary_emb = FlextronRotaryEmbedding(config)
+        self.norm = norm(config)
+        learned = config.learned_positions
+        self.embed_positions = (
+            ElasticEmbedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        )
+        self.rotary_emb = None if learned else FlextronRotaryEmbedding(config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -417,14 +442,23 @@ class FlextronModel(FlextronPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        kinds = self.config.layer_kinds
+        masks = {
+            kind: MASKS[kind](
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind in dict.fromkeys(kinds)
+        }
+        position_embeddings = None
+        if self.rotary_emb is not None:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + project(self.embed_positions, position_ids, hidden)
+        hidden_states = self.dropout(hidden_states)
 
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
             hidden_states = self.layers[layer](
@@ -432,7 +466,7 @@ class FlextronModel(FlextronPreTrainedModel):
                 mlp=None if mlp == built.mlp[layer] else mlp,
                 heads=None if heads == built.heads[layer] else heads,
                 hidden=hidden,
-                attention_mask=causal_mask,
+                attention_mask=masks[kinds[layer]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -512,13 +546,18 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
             kwargs["flextron_budget"] = self.resolve_budget(flextron_budget)
         return super().generate(*args, **kwargs)
 
-    def extract(self, budget: Any = None) -> PreTrainedModel:
+    def extract(self, budget: Any = None, pad: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
+
+        Args:
+            budget: What to copy; None for the current default.
+            pad: Where the stock class cannot hold these sizes, fill them up with zeros to the next ones that it
+                can: the same function, with more parameters.
 
         Raises:
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
-        return extract(self, self.resolve_budget(budget))
+        return extract(self, self.resolve_budget(budget), pad)
 
 
 FlextronModel.register_for_auto_class("AutoModel")

@@ -13,6 +13,7 @@ Elastic (arXiv 2511.16664, equations 34-46).
 import math
 import re
 from dataclasses import dataclass, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -66,6 +67,14 @@ class SubNetwork:
         }
 
 
+def uniform_subnetworks(config) -> list[SubNetwork]:
+    """Every sub-network of the choices that has the same sizes in all its layers."""
+    result = []
+    for hidden, depth, mlp, heads in product(*(config.choices(axis) for axis in ("hidden", "depth", "mlp", "heads"))):
+        result.append(SubNetwork(hidden, config.kept_layers(depth), (mlp,) * depth, (heads,) * depth))
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------- costs
 
 
@@ -75,20 +84,24 @@ def count_parameters(config, subnetwork: SubNetwork, embeddings: bool = True) ->
     Args:
         config: The `FlextronConfig` of the model that contains it.
         subnetwork: The sizes to count.
-        embeddings: Count the token embedding and an untied output head too; False gives the
+        embeddings: Count the embeddings and an untied output head too; False gives the
             non-embedding count that fractional budgets refer to.
     """
     hidden, head_dim = subnetwork.hidden, config.head_dim
-    total = hidden  # final norm
+    norm = hidden * (2 if config.norm_type == "layer" else 1)
+    matrices = 3 if config.gated_mlp else 2
+    total = norm  # the last one
     for mlp, heads in zip(subnetwork.mlp, subnetwork.heads, strict=True):
         queries, keys = heads * head_dim, config.kv_heads(heads) * head_dim
         total += hidden * (2 * queries + 2 * keys)  # q, o and k, v
-        total += 3 * hidden * mlp  # gate, up, down
-        total += 2 * hidden  # two norms
-        total += (queries + 2 * keys + hidden) * config.attention_bias
-        total += (2 * mlp + hidden) * config.mlp_bias
+        total += matrices * hidden * mlp
+        total += 2 * norm
+        total += 2 * head_dim * config.qk_norm
+        total += (queries + 2 * keys) * config.attention_bias + hidden * config.attention_output_bias
+        total += ((matrices - 1) * mlp + hidden) * config.mlp_bias
     if embeddings:
         total += config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+        total += config.max_position_embeddings * hidden * config.learned_positions
     return total
 
 
@@ -115,7 +128,8 @@ def flops_per_token(config, subnetwork: SubNetwork, context: int = 0) -> int:
     """
     head_dim, flops = config.head_dim, 2 * config.vocab_size * subnetwork.hidden
     for mlp, heads in zip(subnetwork.mlp, subnetwork.heads, strict=True):
-        projections = 2 * heads * head_dim + 2 * config.kv_heads(heads) * head_dim + 3 * mlp
+        projections = 2 * heads * head_dim + 2 * config.kv_heads(heads) * head_dim
+        projections += (3 if config.gated_mlp else 2) * mlp
         flops += 2 * subnetwork.hidden * projections + 4 * heads * head_dim * context
     return flops
 

@@ -8,7 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,8 +18,18 @@ from transformers.initialization import no_init_weights
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import axes, family_of, fits_stock, head_rows, layer_of, stock_name, stored_heads
-from modeling_flextron.subnetwork import AXES, parse_budget, row_cost
+from modeling_flextron.families import (
+    axes,
+    by_stock_name,
+    check_supported,
+    family_of,
+    from_stock,
+    head_rows,
+    layer_of,
+    misfit,
+    stored_heads,
+)
+from modeling_flextron.subnetwork import AXES, parse_budget, row_cost, uniform_subnetworks
 
 from .data import calibration_batches
 from .importance import ORDERS, Importance, read_or_measure
@@ -88,7 +98,7 @@ def convert(
         parent = _load(parent, load_kwargs)
     elif load_kwargs:
         raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
-    family_of(parent.config.model_type)
+    check_supported(parent.config)
     config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     named = _named_budgets(budgets)
 
@@ -144,27 +154,28 @@ def _tokenizer_of(source: Any) -> Any:
 
 def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronConfig:
     """The config of the elastic model: the parent's fields, and the allowed sizes."""
-    family = family_of(parent.model_type)
-    fields = {ours: getattr(parent, theirs) for ours, theirs in family.fields.items()}
-    shape = {
-        name: getattr(parent, name)
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    }
-    full = {
-        "mlp": parent.intermediate_size,
-        "heads": parent.num_attention_heads,
-        "hidden": parent.hidden_size,
-        "depth": parent.num_hidden_layers,
-    }
-    grouped = parent.num_attention_heads > parent.num_key_value_heads
-    units = {"mlp": 1, "heads": parent.num_key_value_heads if grouped else 1, "hidden": 1, "depth": 1}
+    family, kind = family_of(parent.model_type), parent.model_type
+    fields = {ours: getattr(parent, theirs, None) for ours, theirs in family.fields.items()}
+    fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]  # GPT-2 leaves it out
+    if fields.get("sliding_window"):
+        fields["layer_types"] = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
+    if "sliding_attention" not in (fields.get("layer_types") or ()):
+        fields |= {"sliding_window": None, "layer_types": None}
+    config = FlextronConfig(**family.constants | fields, base_model_type=kind, dtype=parent.dtype)
+
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    full = {"mlp": config.intermediate_size, "heads": heads, "hidden": config.hidden_size}
+    full["depth"] = config.num_hidden_layers
+    units = {"mlp": 1, "heads": kv_heads if heads > kv_heads else 1, "hidden": 1, "depth": 1}
     elastic = {axis: _sizes(axis, fractions[axis], full[axis], units[axis]) for axis in AXES}
+    droppable = [layer for layer in range(full["depth"]) if layer not in config.anchors()]
+    if full["depth"] - elastic["depth"][-1] > len(droppable):
+        rule = f"The layers {sorted(config.anchors())}, the first of each kind of attention, always stay."
+        raise invalid("depth", elastic["depth"][-1], rule, f"Keep at least {full['depth'] - len(droppable)} layers.")
     # Any ranking will do until the real one is known.
-    elastic["layer_ranking"] = list(range(1, 1 + full["depth"] - elastic["depth"][-1]))
-    return FlextronConfig(
-        **fields, **shape, base_model_type=parent.model_type, intermediate_size=full["mlp"], elastic=elastic,
-        dtype=parent.dtype,
-    )  # fmt: skip
+    config.elastic = {**elastic, "layer_ranking": droppable[: full["depth"] - elastic["depth"][-1]]}
+    config.validate()
+    return config
 
 
 def _sizes(axis: str, given: Choices | None, full: int, unit: int) -> list[int]:
@@ -226,21 +237,22 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
     names = list(elastic.state_dict())
     if config.tie_word_embeddings:
         names.remove("lm_head.weight")
-        theirs.pop(stock_name(family, "lm_head.weight"), None)
-    for name in tqdm(names, desc="Converting", unit="tensor"):
-        source = theirs.pop(stock_name(family, name), None)
+        theirs.pop("lm_head.weight", None)
+    for stock, ours in tqdm(by_stock_name(family, names).items(), desc="Converting", unit="tensor"):
+        source = theirs.pop(stock, None)
         if source is None:
-            rule = f"It has no tensor {stock_name(family, name)!r}."
+            rule = f"It has no tensor {stock!r}."
             raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
-        tensor = source.detach()
-        if kv_heads < heads and "heads" in axes(name):
-            tensor = tensor.index_select(axes(name).index("heads"), rank_major.to(tensor.device))
-        elif not release:
-            tensor = tensor.clone()
+        for name in ours:
+            tensor = from_stock(family, name, source.detach(), heads)
+            if kv_heads < heads and "heads" in axes(name):
+                tensor = tensor.index_select(axes(name).index("heads"), rank_major.to(tensor.device))
+            elif len(ours) > 1 or not release or not tensor.is_contiguous():
+                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            module, _, kind = name.rpartition(".")
+            setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
         if release:
             source.data = source.new_empty(0)
-        module, _, kind = name.rpartition(".")
-        setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
     if theirs:
         rule = f"It has tensors that the family does not: {', '.join(sorted(theirs)[:3])}."
         raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
@@ -287,17 +299,18 @@ def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
 
 
 def _frontier(elastic: FlextronForCausalLM, budgets: dict[str, Any], batches: list[torch.Tensor]) -> list[dict]:
-    """For each budget the best sub-network that a stock class can hold, within it and within the next larger row.
+    """For each budget the best uniform sub-network within it and within the next larger row.
 
-    "Best" is the lowest loss on the calibration data, whichever axes it cuts; without data, the largest. Rows nest,
+    Those that a stock class can hold as they are go before the others. "Best" is the lowest loss on the calibration data, whichever axes it cuts; without data, the largest. Rows nest,
     so that a model loaded at one can go down to all smaller ones.
     """
     config, rows, inside = elastic.config, list[dict](), elastic.built
-    exportable = [s for s in _uniform_subnetworks(config) if fits_stock(s)]
+    uniform = uniform_subnetworks(config)
     limits = {name: _limit(config, budget) for name, budget in budgets.items()}
     for name, (kind, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / _full_cost(config, item[1][0])):
-        allowed = [s for s in exportable if inside.contains(s)]
+        allowed = [s for s in uniform if inside.contains(s)]
         fitting = [s for s in allowed if row_cost(config, config.row("", s), kind) <= limit]
+        fitting = [s for s in fitting if misfit(config, s) is None] or fitting
         if not fitting:
             fitting = [min(allowed, key=lambda s: row_cost(config, config.row("", s), kind))]
             name = _name_of_smallest(config, name, budgets[name], fitting[0])
@@ -336,14 +349,6 @@ def _limit(config: FlextronConfig, budget: Any) -> tuple[str, float]:
 
 def _full_cost(config: FlextronConfig, kind: str) -> int:
     return row_cost(config, config.row("", config.built), kind)
-
-
-def _uniform_subnetworks(config: FlextronConfig) -> list[SubNetwork]:
-    result = []
-    for hidden, depth, mlp, heads in product(*(config.choices(axis) for axis in ("hidden", "depth", "mlp", "heads"))):
-        layers = config.kept_layers(depth)
-        result.append(SubNetwork(hidden, layers, (mlp,) * depth, (heads,) * depth))
-    return result
 
 
 @torch.no_grad()

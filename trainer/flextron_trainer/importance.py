@@ -184,14 +184,16 @@ def rank_layers(model, batches: Sequence[torch.Tensor], count: int) -> torch.Ten
     """The `count` layers that are best dropped, one after the other, by the error on the logits.
 
     In every round the layer goes whose absence changes the logits least:
-    `sum (logits_full - logits_without)^2 / sum logits_full^2`. Layer 0 always stays.
+    `sum (logits_full - logits_without)^2 / sum logits_full^2`. The first layer of each kind of attention stays.
     """
-    remaining, ranking = list(model.built.layers), list[int]()
+    remaining, ranking, anchors = list(model.built.layers), list[int](), model.config.anchors()
     batches = [batch.to(model.device) for batch in batches]
-    with tqdm(desc="Layer ranking", unit="layer", total=sum(len(remaining) - 1 - i for i in range(count))) as progress:
+    with tqdm(desc="Layer ranking", unit="layer", total=sum(len(remaining) - len(anchors) - i for i in range(count))) as progress:
         for _ in range(count):
             errors = {}
-            for candidate in remaining[1:]:
+            for candidate in remaining:
+                if candidate in anchors:
+                    continue
                 kept = tuple(layer for layer in remaining if layer != candidate)
                 smaller = SubNetwork(
                     model.built.hidden,
@@ -236,7 +238,8 @@ def read_or_measure(
         if batches:
             ranking = rank_layers(model, batches[: max(1, len(batches) // 16)], depth_drops)
         else:
-            ranking = 1 + scores.layers[1:].argsort()[:depth_drops]
+            order = scores.layers.argsort().tolist()
+            ranking = torch.tensor([layer for layer in order if layer not in model.config.anchors()][:depth_drops])
         scores = replace(scores, layer_ranking=ranking)
     if path is not None and scores is not known and batches:
         scores.save(path, parent)
