@@ -285,9 +285,8 @@ class FlextronTrainer(Trainer):
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The base class copies weights and config from the checkpoint and adds a pickle of the arguments.
-        pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
-        if pushes:
+        # The base class pushes the weights and the config of the checkpoint, without the code that the config names.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             for path in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(path, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
