@@ -12,6 +12,8 @@ from types import EllipsisType
 import torch
 from safetensors import safe_open
 
+from .errors import invalid
+
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 
 
@@ -78,28 +80,35 @@ def _contents(file: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
 
 
 @contextmanager
-def write_beside(target: str | os.PathLike) -> Iterator[Path]:
+def write_beside(target: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
     """Give a fresh folder to write into, and move it to `target` when the block ends without an error.
 
     A new target appears at once. In an existing one each file is replaced at once, weights before the config,
-    and weight files of the earlier save that are no longer part of it are removed; other files stay.
+    and weight files of an earlier save of the same `variant` that are no longer part of it are removed; other files
+    stay.
     """
     target = Path(target)
+    exists = target.exists()
+    if exists and not target.is_dir():
+        raise invalid("save_directory", str(target), "There is a file of this name.", "Pass the path of a folder.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # Inside a target that exists: it may be a mount point, onto which nothing can be moved from beside it.
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if exists else target.parent))
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())
-        if not target.exists():
+        if not exists:
             os.replace(folder, target)
             return
         written = sorted(folder.iterdir(), key=lambda path: (".safetensors" not in path.name, path.name))
         for path in written:
             os.replace(path, target / path.name)
         names = {path.name for path in written}
-        for stale in target.glob("model*.safetensors*"):
-            if stale.name not in names:
-                stale.unlink()
+        dot = re.escape(f".{variant}") if variant else ""
+        weights = re.compile(rf"model{dot}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dot}\.json")
+        for path in list(target.iterdir()):
+            if weights.fullmatch(path.name) and path.name not in names:
+                path.unlink()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

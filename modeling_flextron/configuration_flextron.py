@@ -40,6 +40,11 @@ def _size(row: dict[str, Any]) -> int:
     return row["non_embedding_parameters"]
 
 
+def _plain(budget: Any) -> Any:
+    """A budget as JSON has it: a `SubNetwork` becomes the dict of its sizes."""
+    return budget.to_dict() if hasattr(budget, "layers") else budget
+
+
 class FlextronConfig(PreTrainedConfig):
     """Configuration of a `FlextronModel`.
 
@@ -141,9 +146,14 @@ class FlextronConfig(PreTrainedConfig):
 
         The base class sets keywords only after construction, where no check would see them.
         """
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            # The base class would go on: with query heads in the order of another architecture.
+            raise invalid("model_type", kind, "It is no Flextron model.", "Make it one with `flextron convert`.")
+        if "flextron_budget" in kwargs:
+            kwargs["flextron_budget"] = _plain(kwargs["flextron_budget"])
         ours: dict[str, Any] = {key: kwargs[key] for key in ("flextron_budget", "flextron_context") if key in kwargs}
         result = super().from_dict(config_dict | ours, **kwargs)
-        (result[0] if isinstance(result, tuple) else result).validate()
+        (result[0] if isinstance(result, tuple) else result).validate()  # with the other keywords, set by now
         return result
 
     # ------------------------------------------------------------------------------------------- reading
@@ -210,6 +220,13 @@ class FlextronConfig(PreTrainedConfig):
             "metrics": {},
         }
 
+    def resize_vocabulary(self, before: int) -> None:
+        """Bring the costs in the frontier up to date when `vocab_size` was `before`."""
+        for row in self.frontier:
+            # In proportion, which also serves rows whose sub-network is not held.
+            embeddings = row["parameters"] - row["non_embedding_parameters"]
+            row["parameters"] += embeddings * self.vocab_size // before - embeddings
+
     def narrowed(self, subnetwork: SubNetwork) -> "FlextronConfig":
         """The config of a model that holds only `subnetwork`: its shape, its choices, its rows of the frontier."""
         new = copy.deepcopy(self)
@@ -259,6 +276,7 @@ class FlextronConfig(PreTrainedConfig):
         self._check_elastic()
         self.frontier = self._full_frontier()
         self._check_frontier()
+        self.flextron_budget = _plain(self.flextron_budget)
         parse_budget(self.flextron_budget)
         require_int("flextron_context", self.flextron_context, minimum=0)
         if self.parent_non_embedding_parameters is not None:

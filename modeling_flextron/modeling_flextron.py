@@ -278,6 +278,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
         self.built = resolve(self.config, None)
+        # The layers of a quantized model exist only at the size they were built at.
+        self.switchable = getattr(self.config, "quantization_config", None) is None
         self._subnetwork = self.built
         self._shared = False
 
@@ -286,7 +288,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
     @property
     def subnetwork(self) -> SubNetwork:
         """The sub-network that runs when no budget is passed."""
-        return self._subnetwork
+        return self.base_model._subnetwork  # one place, so that the decoder alone runs it too
 
     @property
     def frontier(self) -> list[dict[str, Any]]:
@@ -297,35 +299,36 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """The sub-network that a budget means here; None means the current default.
 
         Raises:
-            ValueError: the budget means nothing here, or more than the weights hold.
+            ValueError: the budget means nothing here, or more than the weights hold, or less than is built of a
+                quantized model.
         """
         if budget is None:
-            return self._subnetwork
-        if isinstance(budget, SubNetwork) and self.built.contains(budget):
-            return budget
-        return resolve(self.config, budget)
+            return self.subnetwork
+        held = isinstance(budget, SubNetwork) and self.built.contains(budget)
+        subnetwork = budget if held else resolve(self.config, budget)
+        if not self.switchable and subnetwork != self.built:
+            rule = "The layers of a quantized model exist only at the size they were built at."
+            remedy = "Load it with `flextron_budget=` and the quantization together."
+            raise invalid("flextron_budget", budget, rule, remedy)
+        return subnetwork
 
     def set_budget(self, budget: Any) -> None:
         """Run this sub-network from now on. Nothing is copied; None goes back to everything that is loaded.
 
         Raises:
-            ValueError: as `resolve_budget`, or the layers are quantized at their built size.
+            ValueError: as `resolve_budget`.
         """
-        subnetwork = self.built if budget is None else self.resolve_budget(budget)
-        if subnetwork != self.built and getattr(self.config, "quantization_config", None) is not None:
-            rule = "The layers of a quantized model exist only at the size they were built at."
-            raise invalid("budget", budget, rule, "Load it with `flextron_budget=` and the quantization together.")
-        self._subnetwork = subnetwork
+        self.base_model._subnetwork = self.built if budget is None else self.resolve_budget(budget)
 
     @contextmanager
     def at_budget(self, budget: Any) -> Iterator[None]:
         """Run this sub-network inside the `with` block."""
-        before = self._subnetwork
+        before = self.subnetwork
         self.set_budget(budget)
         try:
             yield
         finally:
-            self._subnetwork = before
+            self.base_model._subnetwork = before
 
     def share(self, budget: Any):
         """A second model object at `budget` on the same parameters, for instance as `assistant_model`.
@@ -376,13 +379,32 @@ class FlextronPreTrainedModel(PreTrainedModel):
             rule = "A model made by `share` runs a part of the weights of another and has none of its own."
             raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        hub = {key: kwargs.pop(key) for key in ("commit_message", "private", "create_pr", "revision") if key in kwargs}
+        both = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
+        only = ("commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+        hub = both | {key: kwargs.pop(key) for key in only if key in kwargs}
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
-        with write_beside(save_directory) as folder:
+        with write_beside(save_directory, kwargs.get("variant")) as folder:
             super().save_pretrained(folder, **kwargs)
         if push:
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""
+        before = self.config.vocab_size
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.resize_vocabulary(before)
+        return embeddings
+
+    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:
+        # The base class builds a plain layer, which could not run a smaller hidden size.
+        resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
+        if type(resized) is nn.Linear and isinstance(old_lm_head, ElasticLinear):
+            with torch.device("meta"):
+                elastic = ElasticLinear(resized.in_features, resized.out_features, bias=resized.bias is not None)
+            elastic.weight, elastic.bias = resized.weight, resized.bias
+            return elastic
+        return resized
 
 
 class FlextronModel(FlextronPreTrainedModel):
@@ -392,7 +414,7 @@ class FlextronModel(FlextronPreTrainedModel):
         super().__init__(config)
         config = self.config
         # Quantizers that look for the exact class get it; such a model runs at its built size only.
-        linear = nn.Linear if getattr(config, "quantization_config", None) is not None else ElasticLinear
+        linear = ElasticLinear if self.switchable else nn.Linear
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -542,9 +564,12 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, flextron_budget: Any = None, **kwargs):
         """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is."""
-        if flextron_budget is not None:
-            kwargs["flextron_budget"] = self.resolve_budget(flextron_budget)
-        return super().generate(*args, **kwargs)
+        if flextron_budget is None:
+            return super().generate(*args, **kwargs)
+        if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
+            with self.at_budget(flextron_budget):
+                return super().generate(*args, **kwargs)
+        return super().generate(*args, flextron_budget=self.resolve_budget(flextron_budget), **kwargs)
 
     def extract(self, budget: Any = None, pad: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.

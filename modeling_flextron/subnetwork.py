@@ -262,10 +262,13 @@ def row_cost(config, row: dict, kind: str) -> int:
 
 def _largest_below(config, budget: Any, parsed: Budget) -> dict:
     limit = parsed.value * config.parent_size() if parsed.kind == "fraction" else parsed.value
-    fitting = [row for row in config.frontier if row_cost(config, row, parsed.kind) <= limit]
+    # Of rows that are not held those count that are larger than what is: they say how to reload.
+    built = row_cost(config, config.row("", config.built), parsed.kind)
+    rows = [row for row in config.frontier if row["subnetwork"] or row_cost(config, row, parsed.kind) > built]
+    fitting = [row for row in rows if row_cost(config, row, parsed.kind) <= limit]
     if fitting:
         return max(fitting, key=lambda row: row["non_embedding_parameters"])
-    smallest = min(config.frontier, key=lambda row: row_cost(config, row, parsed.kind))
+    smallest = min(rows, key=lambda row: row_cost(config, row, parsed.kind))
     cost = row_cost(config, smallest, parsed.kind)
     unit = {
         "fraction": f"non-embedding parameters, a fraction of {cost / config.parent_size():.4g}",
@@ -274,7 +277,7 @@ def _largest_below(config, budget: Any, parsed: Budget) -> dict:
     }[parsed.kind]
     raise invalid(
         "flextron_budget", budget, f"The smallest sub-network, {smallest['name']!r}, costs {cost:,} {unit}.",
-        "Ask for at least that much, or name exact sizes with a dict such as {'mlp': 512, 'heads': 4}.",
+        f"Ask for at least that much, or name exact sizes: {{'mlp': {config.choices('mlp')[-1]}}}.",
     )  # fmt: skip
 
 

@@ -7,12 +7,30 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from flextron_trainer import convert
 from flextron_trainer.sampling import random_subnetwork
 
-VARIANTS = ("mha", "mha-tied-biased", "gqa-wide-heads", "gqa-tied-llama3")
+LLAMAS = ("mha", "mha-tied-biased", "gqa-wide-heads", "gqa-tied-llama3")
+CONFIGS = {
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gpt2": GPT2Config,
+    "neox": GPTNeoXConfig,
+    "neox-serial": GPTNeoXConfig,
+}
+VARIANTS = (*LLAMAS, *CONFIGS)
 SHAPES = {
     "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "mha-tied-biased": {
@@ -36,6 +54,27 @@ SHAPES = {
             "original_max_position_embeddings": 16,
         },
     },
+    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 7},
+    "qwen2": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},
+    "gpt2": {
+        "num_attention_heads": 4,
+        "n_inner": 96,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "neox": {"num_attention_heads": 4},
+    "neox-serial": {"num_attention_heads": 4, "use_parallel_residual": False, "attention_bias": False},
 }
 CHOICES = {
     "mlp": [1, 0.75, 0.5, 0.25],
@@ -46,8 +85,8 @@ CHOICES = {
 }
 
 
-def parent_of(variant: str, **changes) -> LlamaForCausalLM:
-    """A stock LLaMA with random weights, large enough ones that every unit matters."""
+def parent_of(variant: str, **changes) -> PreTrainedModel:
+    """A stock model with random weights, large enough ones that every unit matters."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": 96,
@@ -59,10 +98,14 @@ def parent_of(variant: str, **changes) -> LlamaForCausalLM:
         **copy.deepcopy(SHAPES[variant]),
         **changes,
     }
-    model = LlamaForCausalLM(LlamaConfig(**shape))
+    config = CONFIGS.get(variant, LlamaConfig)
+    if config is GPT2Config:
+        shape.pop("intermediate_size")
+    model = AutoModelForCausalLM.from_config(config(**shape))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+            scale = parameter.ndim == 1 and name.endswith("weight")
+            parameter.normal_(1.0 if scale else 0.0, 0.15)
     return model.eval()
 
 

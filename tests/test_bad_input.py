@@ -170,7 +170,7 @@ CONVERSION = {
     "no samples": (batches([[1, 2]], max_samples=0), "max_samples"),
     "no such text": (lambda: load_text("/nowhere/at/all"), "dataset"),
     "block of one token": (lambda: pack(None, None, 1), "sequence_length"),
-    "choices on the command line": (lambda: numbers("1;0.5"), "choices"),
+    "choices on the command line": (lambda: numbers("mlp", "1;0.5"), "mlp"),
 }
 
 

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from helpers import difference, elastic_of, run_python
+from helpers import difference, elastic_of, parent_of, run_python
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -92,6 +92,27 @@ def test_a_loaded_part_saves_as_itself(model, saved, ids, tmp_path):
         assert torch.equal(part(ids).logits, again(ids).logits)
         smaller = FlextronForCausalLM.from_pretrained(tmp_path / "part", flextron_budget={"mlp": 24})
         assert difference(again(ids, flextron_budget={"mlp": 24}).logits, smaller(ids).logits) < 1e-5
+
+
+def test_a_decoder_without_a_head_loads_into_a_model_with_one(ids, tmp_path):
+    whole = elastic_of("gqa-tied-llama3")  # tied: the decoder has all the weights
+    whole.model.save_pretrained(tmp_path)
+    name = whole.frontier[2]["name"]
+    loaded = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=name)
+    assert difference(loaded(ids).logits, whole(ids, flextron_budget=name).logits) < 1e-5
+
+
+def test_a_stock_model_is_not_taken_for_ours(tmp_path):
+    parent_of("gqa-wide-heads").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`model_type`='llama' .*flextron convert"):
+        FlextronForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_subnetwork_object_is_a_budget_too(model, saved, ids):
+    sub = model.resolve_budget(model.frontier[1]["name"])
+    loaded = FlextronForCausalLM.from_pretrained(saved, flextron_budget=sub)
+    assert difference(loaded(ids).logits, model(ids, flextron_budget=sub).logits) < 1e-5
+    assert "layers" in repr(loaded.config)
 
 
 def test_sharded_files(model, ids, tmp_path):
@@ -181,6 +202,34 @@ class TestWriting:
         with write_beside(tmp_path) as folder:
             (folder / "config.json").write_text("{}")
         assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_only_weights_of_the_same_variant_are_replaced(self, model, tmp_path):
+        model.save_pretrained(tmp_path, max_shard_size="50KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+        (tmp_path / "model_lora_backup.safetensors").write_text("mine")
+        model.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path, variant="fp16")
+        found = sorted(path.name for path in tmp_path.glob("*.safetensors*"))
+        assert found == ["model.fp16.safetensors", "model.safetensors", "model_lora_backup.safetensors"]
+
+    def test_a_target_that_nothing_can_be_moved_onto_from_beside_it(self, model, tmp_path, monkeypatch):
+        """As a mount point: only moves inside it work."""
+        from modeling_flextron import checkpoint
+
+        move = os.replace
+
+        def inside(source, target):
+            assert tmp_path in source.parents and tmp_path in target.parents
+            move(source, target)
+
+        monkeypatch.setattr(checkpoint.os, "replace", inside)
+        model.save_pretrained(tmp_path)
+        assert (tmp_path / "model.safetensors").is_file() and not list(tmp_path.glob(".*"))
+
+    def test_a_file_where_a_folder_belongs(self, model, tmp_path):
+        (tmp_path / "name").write_text("mine")
+        with pytest.raises(ValueError, match="file of this name"):
+            model.save_pretrained(tmp_path / "name")
 
     def test_killed_in_the_middle_of_a_save(self, model, ids, tmp_path):
         """SIGKILL while the weights are written: the earlier save still loads and gives its own logits."""

@@ -134,7 +134,7 @@ def test_push(elastic, monkeypatch):
     [
         (["generate", "elastic", "x", "--budget", "0.01"], "`flextron_budget`='0.01' cannot be used"),
         (["push", "text", "me/x"], "`folder`='text' cannot be used"),
-        (["convert", "parent", "out", "--mlp", "1,x"], "`choices`='1,x' cannot be used"),
+        (["convert", "parent", "out", "--mlp", "1,x"], "`mlp`='1,x' cannot be used"),
         (["generate", "nowhere/at-all", "x"], "Error: "),
     ],
 )

@@ -110,6 +110,34 @@ def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
     assert again.config.choices("mlp") == [96, 24]
 
 
+def test_scores_of_other_data_are_measured_again(parent, tmp_path):
+    path = tmp_path / "importance.safetensors"
+    convert(parent, DATA, importance=path)
+    with pytest.warns(UserWarning, match="other calibration data"):
+        again = convert(parent, DATA.flip(1) % 50, importance=path)
+    fresh = convert(parent, DATA.flip(1) % 50)
+    for (name, a), (_, b) in zip(fresh.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_layers_are_dropped_in_the_order_of_the_least_error():
+    parent = parent_of("mha")
+    with torch.no_grad():  # layer 2 does nothing, layer 1 little
+        for name, parameter in parent.named_parameters():
+            if "layers.2." in name and ("o_proj" in name or "down_proj" in name):
+                parameter.zero_()
+            if "layers.1." in name and ("o_proj" in name or "down_proj" in name):
+                parameter.mul_(0.01)
+    for data in (DATA, None):
+        elastic = convert(parent, data, depth=[1, 0.5])
+        assert elastic.config.elastic["layer_ranking"] == [2, 1]
+
+
+def test_sizes_of_one():
+    elastic = convert(parent_of("mha"), DATA, heads=[4, 2, 1], depth=[4, 2, 1])
+    assert elastic.config.choices("heads") == [4, 2, 1] and elastic.config.choices("depth") == [4, 2, 1]
+
+
 def test_scores_of_another_parent_are_refused(parent, tmp_path):
     path = tmp_path / "importance.safetensors"
     convert(parent, DATA, importance=path)
@@ -180,6 +208,19 @@ class TestFrontier:
         narrow = elastic_of("mha", budgets=[1, 0.5])
         mlp = [model.resolve_budget(0.5).mlp[0] for model in (wide, narrow)]
         assert mlp[0] > mlp[1]
+
+    def test_rows_nest_whatever_the_losses_say(self, monkeypatch):
+        """The larger row wants many heads, the smaller one many neurons: it gets those of the larger row at most."""
+        import importlib
+
+        def loss(model, sub, batches):
+            large = count_parameters(model.config, sub, embeddings=False) > 0.5 * model.config.parent_size()
+            return sub.mlp[0] if large else -sub.mlp[0]
+
+        monkeypatch.setattr(importlib.import_module("flextron_trainer.convert"), "mean_loss", loss)
+        elastic = elastic_of("mha", budgets=[1, 0.7, 0.45], hidden=[1], depth=[1])
+        larger, smaller = (elastic.resolve_budget(name) for name in ("0.7", "0.45"))
+        assert larger.mlp[0] < 96 and larger.contains(smaller)
 
 
 @pytest.mark.slow

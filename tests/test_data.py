@@ -66,6 +66,13 @@ def test_collator_pads_and_copies_labels():
     assert set(full) == {"input_ids", "labels"} and full["labels"].tolist() == [[-100, 2]]
 
 
+def test_collator_hides_padding_that_the_rows_bring(tokenizer):
+    batch = collator()([{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}])
+    assert batch["labels"].tolist() == [[5, 6, -100]]
+    padded = collator(tokenizer)([{"input_ids": [5, 6]}, {"input_ids": [7]}])
+    assert padded["input_ids"][1, 1] == (tokenizer.pad_token_id or 0)
+
+
 def test_calibration_reads_no_more_than_it_needs(tokenizer):
     def endless():
         while True:

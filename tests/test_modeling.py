@@ -223,6 +223,47 @@ class TestBudgets:
             model.share(0.35)
         assert allocated.count == 0
 
+    @torch.no_grad()
+    def test_the_decoder_alone_runs_the_budget_too(self, model, ids):
+        model.set_budget("0.35")
+        assert model.model(ids).last_hidden_state.shape[-1] == model.subnetwork.hidden
+        assert model.model.subnetwork == model.subnetwork
+
+    @torch.no_grad()
+    def test_a_budget_of_a_call_is_not_that_of_the_draft(self, model, ids):
+        draft, drafted = model.share("0.15"), []
+        draft.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: drafted.append(args[1]))
+        greedy = {"max_new_tokens": 6, "do_sample": False}
+        assisted = model.generate(ids[:1], assistant_model=draft, flextron_budget="0.6", **greedy)
+        assert torch.equal(assisted, model.generate(ids[:1], flextron_budget="0.6", **greedy))
+        assert drafted and set(drafted) == {draft.subnetwork.mlp[0]}
+        assert model.subnetwork == model.built
+
+    def test_a_part_of_another_shape_takes_the_rows_that_it_holds(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        part = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget={"mlp": [96, 72, 48, 96], "heads": 4})
+        row = next(row for row in part.frontier if row["name"] != "built")
+        cost = row["non_embedding_parameters"] / part.config.parent_size()
+        part.set_budget(cost + 1e-6)
+        assert part.subnetwork == part.resolve_budget(row["name"])
+
+    @pytest.mark.parametrize("variant", ["mha", "gqa-tied-llama3"])
+    @pytest.mark.parametrize("budget", [None, "0.35"])
+    def test_resizing_the_vocabulary(self, variant, budget, ids, tmp_path):
+        model = elastic_of(variant)
+        before = model(ids).logits
+        if budget is not None:
+            model.save_pretrained(tmp_path / "whole")
+            model = FlextronForCausalLM.from_pretrained(tmp_path / "whole", flextron_budget=budget)
+            before = model(ids).logits
+        model.resize_token_embeddings(104)
+        assert difference(model(ids).logits[..., :96], before) < 1e-5
+        model.save_pretrained(tmp_path / "resized")
+        name = model.frontier[-1]["name"]
+        loaded = FlextronForCausalLM.from_pretrained(tmp_path / "resized", flextron_budget=name)
+        assert loaded.num_parameters() == loaded.frontier[0]["parameters"]
+        assert difference(loaded(ids).logits, model(ids, flextron_budget=name).logits) < 1e-5
+
     def test_a_shared_model_is_not_saved(self, model, tmp_path):
         with pytest.raises(ValueError, match="extract"):
             model.share("0.35").save_pretrained(tmp_path / "draft")

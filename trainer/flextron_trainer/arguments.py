@@ -51,6 +51,9 @@ class FlextronTrainingArguments(TrainingArguments):
         for name in ("kd_weight", "ce_weight"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
                 raise invalid(name, getattr(self, name), "It must be a number of at least 0.", "Pass a float.")
+        if self.kd_weight == 0 and self.ce_weight == 0:
+            rule = "With `kd_weight` 0 as well nothing would be learned."
+            raise invalid("ce_weight", self.ce_weight, rule, "Give one of them a positive weight.")
         if not _number(self.temperature) or self.temperature <= 0:
             raise invalid("temperature", self.temperature, "It must be a positive number.", "Pass for instance 1.0.")
         if self.sampling_weights is not None and self.sampler != "weighted":

@@ -26,8 +26,8 @@ def finish(**result: Any) -> None:
     print(json.dumps(result), flush=True)
 
 
-def numbers(text: str | None) -> list[int | float] | None:
-    """Parse `1,0.75,512`."""
+def numbers(name: str, text: str | None) -> list[int | float] | None:
+    """Parse `1,0.75,512`, the value of option `name`."""
     from modeling_flextron.errors import invalid
 
     if text is None:
@@ -35,18 +35,42 @@ def numbers(text: str | None) -> list[int | float] | None:
     try:
         return [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError:
-        raise invalid("choices", text, "They are numbers with commas between.", "Write for instance 1,0.5.") from None
+        raise invalid(name, text, "They are numbers with commas between.", "Write for instance 1,0.5.") from None
 
 
 def budget_value(text: str | None) -> Any:
     """A budget as typed: JSON fields, or the grammar's own text."""
-    return json.loads(text) if text and text.lstrip().startswith("{") else text
+    from modeling_flextron.errors import invalid
+
+    if not text or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise invalid("budget", text, f"It is not JSON: {error}.", 'Write for instance {"mlp": 96}.') from None
 
 
 def device_or_default(device: str | None) -> str:
     import torch
 
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from modeling_flextron.errors import invalid
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        rule = f"This machine cannot use it: {str(error).splitlines()[0]}."
+        raise invalid("device", device, rule, "Leave it out, or pass cpu.") from None
+    return device
+
+
+def different_folders(source: str, output: Path) -> None:
+    """Refuse to write over what is read."""
+    from modeling_flextron.errors import invalid
+
+    if Path(source).exists() and output.exists() and output.samefile(source):
+        raise invalid("output", str(output), "It is the folder that is read.", "Write to another folder.")
 
 
 @app.command()
@@ -73,19 +97,26 @@ def convert(
 
     The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
     """
+    import torch
     from transformers import AutoTokenizer
+
+    from modeling_flextron.errors import invalid
 
     from .convert import convert as run
     from .data import load_text
     from .model_card import write_model_card
 
+    different_folders(parent, output)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        rule = "It is no dtype of torch."
+        raise invalid("dtype", dtype, rule, "Pass auto, float32, bfloat16 or float16.")
     elastic = run(
         parent,
         None if calibration is None else load_text(calibration),
-        mlp=numbers(mlp),
-        heads=numbers(heads),
-        hidden=numbers(hidden),
-        depth=numbers(depth),
+        mlp=numbers("mlp", mlp),
+        heads=numbers("heads", heads),
+        hidden=numbers("hidden", hidden),
+        depth=numbers("depth", depth),
         budgets=[part.strip() for part in budgets.split(",")],
         importance=output / "importance.safetensors",
         order=order,
@@ -110,7 +141,9 @@ def train(
     context: typer.Context,
     model: Model,
     dataset: Annotated[str, typer.Argument(help=f"Training text: {DATA}", show_default=False)],
-    teacher: Annotated[str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'. None: learn from the text alone.")
+    ] = None,
     eval_dataset: Annotated[str | None, typer.Option(help="Evaluation text; by default 2 % of the rows.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a training sample.")] = 1024,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
@@ -140,7 +173,7 @@ def train(
     trainer = FlextronTrainer(
         model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=resume or arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.create_model_card()
@@ -177,9 +210,13 @@ def evaluate(
     from .evaluation import evaluate_frontier, evaluate_model
     from .plots import plot_frontier
 
-    if write and (budget or not Path(model).is_dir()):
-        remedy = "Leave out `--budget`, and download the model first."
-        raise invalid("write", write, "Only a whole frontier, in a folder, can be written.", remedy)
+    if write and budget:
+        raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
+    if write and not Path(model).is_dir():
+        rule = "There is no such folder, and `--write` writes into one."
+        raise invalid("model", model, rule, "Check the path, or download the model first.")
+    if plot is not None and not plot.parent.is_dir():
+        raise invalid("plot", str(plot), "Its folder does not exist.", "Make the folder first.")
     loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     rows = pack(load_text(dataset), tokenizer, sequence_length)
@@ -217,6 +254,7 @@ def export(
 
     from .model_card import write_model_card
 
+    different_folders(model, output)
     loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
     parameters = loaded.num_parameters()
     if dense:

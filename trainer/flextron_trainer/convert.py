@@ -4,6 +4,7 @@ The function of the full network does not change. A parent that is loaded here i
 that no second copy of it exists at any time.
 """
 
+import copy
 import math
 import os
 import warnings
@@ -76,7 +77,7 @@ def convert(
             reach gets the smallest sub-network, with a warning, and is called by the fraction that this costs.
         tokenizer: For text; by default that of `parent` when it is an id or a folder.
         importance: File to keep the scores in (`importance.safetensors`). A later conversion of the same parent
-            with other choices reads them.
+            with the same data and other choices reads them.
         order: `"importance"`; `"random"` and `"reverse"` are controls that show what the ranking is worth.
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"`.
@@ -126,7 +127,7 @@ def convert(
     scores = read_or_measure(importance, elastic, batches, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
     _permute(elastic, scores.reordered(order, seed))
-    elastic.config.frontier = _frontier(elastic, named, batches[: max(1, 64 // batch_size)])
+    elastic.config.frontier = _frontier(elastic, named, batches[: -(-64 // batch_size)] if batches else [])
     elastic.config.validate()
     return elastic
 
@@ -155,7 +156,7 @@ def _tokenizer_of(source: Any) -> Any:
 def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronConfig:
     """The config of the elastic model: the parent's fields, and the allowed sizes."""
     family, kind = family_of(parent.model_type), parent.model_type
-    fields = {ours: getattr(parent, theirs, None) for ours, theirs in family.fields.items()}
+    fields = {ours: copy.deepcopy(getattr(parent, theirs, None)) for ours, theirs in family.fields.items()}
     fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]  # GPT-2 leaves it out
     if fields.get("sliding_window"):
         fields["layer_types"] = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
@@ -185,12 +186,13 @@ def _sizes(axis: str, given: Choices | None, full: int, unit: int) -> list[int]:
         return [int(size) for size in exact if size == int(size) and size >= unit and size % unit == 0]
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         raise invalid(axis, given, "It is a list of sizes or fractions.", f"Pass for instance {axis}=[1, 0.5].")
-    sizes = []
+    sizes: list[int] = []
     for size in given:
         if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= full:
             rule = f"A size is a fraction in (0, 1] or a number up to {full}."
             raise invalid(axis, size, rule, f"Pass for instance {axis}=[1, 0.5].")
-        exact_size = full * size if size <= 1 else size
+        one = isinstance(size, int) and size == 1 and bool(sizes)  # behind larger sizes it is a size
+        exact_size = full * size if size <= 1 and not one else size
         rounded = round(exact_size)
         if abs(exact_size - rounded) > 1e-6 or rounded % unit:
             nearest = max(unit, round(exact_size / unit) * unit)
@@ -211,11 +213,23 @@ def _named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]
         raise invalid("budgets", budgets, rule, "Pass for instance budgets=[1, 0.5].")
     if not isinstance(budgets, Mapping):
         budgets = {f"{budget:g}" if isinstance(budget, float) else str(budget): budget for budget in budgets}
+    else:
+        for name in budgets:
+            if not isinstance(name, str) or name != name.strip() or not _is_a_name(name):
+                rule = "The name of a row is not a budget of another kind."
+                raise invalid("budgets", name, rule, "Begin it with a letter, such as 'small'.")
     for name, budget in budgets.items():
         if parse_budget(budget).kind not in ("fraction", "parameters", "memory"):
             rule = "A row of the frontier has a budget of parameters or memory."
             raise invalid(f"budgets[{name!r}]", budget, rule, "Pass a fraction, a count or a size in bytes.")
     return dict(budgets)
+
+
+def _is_a_name(text: str) -> bool:
+    try:
+        return parse_budget(text).kind == "name"
+    except ValueError:
+        return False
 
 
 # ----------------------------------------------------------------------------------------------- the weights
@@ -257,7 +271,7 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
         rule = f"It has tensors that the family does not: {', '.join(sorted(theirs)[:3])}."
         raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
     elastic.tie_weights()
-    elastic.generation_config = parent.generation_config
+    elastic.generation_config = copy.deepcopy(parent.generation_config)
     return elastic.eval()
 
 

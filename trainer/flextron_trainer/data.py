@@ -1,7 +1,7 @@
 """Text in, blocks of token ids out: for calibration and for training. Reading and caching are left to `datasets`."""
 
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,12 @@ def pack(dataset: datasets.Dataset, tokenizer, sequence_length: int, num_proc: i
         ValueError: the text is shorter than one block.
     """
     require_int("sequence_length", sequence_length, minimum=2)
+    if not isinstance(dataset, datasets.Dataset):
+        rule = "It is a `datasets.Dataset` with a column of text."
+        raise invalid("dataset", dataset, rule, "Read a folder, a file or a Hub id with `load_text`.")
+    if not callable(tokenizer):
+        remedy = "Load it with `AutoTokenizer.from_pretrained`."
+        raise invalid("tokenizer", tokenizer, "It is a Hugging Face tokenizer.", remedy)
     column = text_column(dataset)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -103,7 +109,7 @@ def pack(dataset: datasets.Dataset, tokenizer, sequence_length: int, num_proc: i
     blocks = tokens.map(cut, batched=True, num_proc=num_proc, desc="Packing")
     if len(blocks) == 0:
         rule = f"It has {sum(map(len, tokens['input_ids'])):,} tokens, fewer than one block of {sequence_length}."
-        raise invalid("dataset", f"{len(dataset)} rows", rule, "Pass more text or a smaller `sequence_length`.")
+        raise invalid("dataset", f"{len(dataset)} rows of text", rule, "Pass more text or a smaller `sequence_length`.")
     return blocks
 
 
@@ -119,9 +125,10 @@ def collator(tokenizer: Any = None) -> Callable[[list[dict[str, Any]]], dict[str
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in padding}
         for row in rows:
             ids = torch.as_tensor(row["input_ids"])
+            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids)))
             columns["input_ids"].append(ids)
-            columns["labels"].append(torch.as_tensor(row.get("labels", ids)))
-            columns["attention_mask"].append(torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))))
+            columns["labels"].append(torch.as_tensor(row.get("labels", ids.masked_fill(mask == 0, -100))))
+            columns["attention_mask"].append(mask)
         batch = {
             name: pad_sequence(tensors, batch_first=True, padding_value=padding[name])
             for name, tensors in columns.items()
@@ -175,8 +182,9 @@ def calibration_batches(
 
 
 def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:
-    if isinstance(data, (str, bytes)) or not isinstance(data, (Iterable, datasets.Dataset)):
-        raise invalid("calibration", data, "It is a collection of texts or token ids.", "Pass a list or a dataset.")
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, (Iterable, datasets.Dataset)):
+        rule = "It is a collection of texts or token ids."
+        raise invalid("calibration", data, rule, "Pass a list, or one dataset such as `dataset['train']`.")
     column = None
     for row in data:
         if isinstance(row, dict):

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.errors import invalid
 
 from . import standalone
 from .arguments import FlextronTrainingArguments
@@ -133,6 +134,9 @@ def run(
 
     console.rule("1/6 text")
     texts = load_text(dataset).shuffle(seed=seed)
+    if len(texts) < 2:
+        rule = "It has one document, and the demo holds some out."
+        raise invalid("dataset", dataset, rule, "Pass text of several files or rows.")
     held_out = max(1, len(texts) // 20)
     train_text, eval_text = texts.select(range(held_out, len(texts))), texts.select(range(held_out))
     if parent is None:
@@ -193,6 +197,9 @@ def run(
         console.print(f"\n[bold]budget {used['budget']} writes:[/bold] {used['text']!r}", highlight=False)
     console.print(f"\nThe model is in {repo}, the plot in {output / 'frontier.png'}.")
     summary = {"repo": str(repo), "plot": str(output / "frontier.png"), "device": device, "rows": results}
+    for folder in (output / "parent", output / "run"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # the Trainer made it
     (output / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 

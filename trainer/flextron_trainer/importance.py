@@ -12,6 +12,7 @@ The score of a unit is the L2 norm over samples of its mean absolute activation 
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,15 +48,15 @@ class Importance:
     layers: torch.Tensor
     layer_ranking: torch.Tensor
 
-    def save(self, path: str | os.PathLike, parent: str) -> None:
-        """Write the scores as safetensors, with the fingerprint of the parent they belong to."""
+    def save(self, path: str | os.PathLike, parent: str, data: str) -> None:
+        """Write the scores as safetensors, with the fingerprints of the parent and of the data they belong to."""
         tensors = {field.name: getattr(self, field.name).cpu().contiguous() for field in fields(self)}
         with write_file_beside(path) as file:
-            save_file(tensors, file, metadata={"parent": parent})
+            save_file(tensors, file, metadata={"parent": parent, "data": data})
 
     @classmethod
-    def load(cls, path: str | os.PathLike, parent: str) -> "Importance":
-        """Read scores that `save` wrote.
+    def load(cls, path: str | os.PathLike, parent: str) -> tuple["Importance", str]:
+        """Read scores that `save` wrote, and the fingerprint of the data they were measured on.
 
         Raises:
             ValueError: the file holds the scores of another parent, or something else.
@@ -63,15 +64,15 @@ class Importance:
         names = [field.name for field in fields(cls)]
         try:
             with safe_open(path, framework="pt") as file:
-                owner = (file.metadata() or {}).get("parent")
+                owner = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in names}
         except Exception as error:
             rule = f"It is not a file of importance scores ({error})."
             raise invalid("importance", str(path), rule, "Delete it to compute the scores again.") from error
-        if owner != parent:
+        if owner.get("parent") != parent:
             rule = "It holds the scores of another parent."
             raise invalid("importance", str(path), rule, "Pass another path, or delete it to compute them again.")
-        return cls(**tensors)
+        return cls(**tensors), owner.get("data", "")
 
     def reordered(self, order: str, seed: int) -> "Importance":
         """The same scores for an ablation: `"random"` draws new ones, `"reverse"` turns every ranking around."""
@@ -221,18 +222,26 @@ def _logits_error(model, batches: Sequence[torch.Tensor], smaller: SubNetwork) -
 def read_or_measure(
     path: str | os.PathLike | None, model, batches: Sequence[torch.Tensor], depth_drops: int
 ) -> Importance:
-    """Scores from `path` when it has those of this parent, and otherwise (or what is missing) measured and saved.
+    """Scores from `path` when it has those of this parent and data, and otherwise (or what is missing) measured.
 
     Args:
-        path: Where the scores are kept, or None to keep them nowhere.
+        path: Where the scores are kept, or None to keep them nowhere. Scores of other data are replaced.
         model: The elastic model in the parent's order.
         batches: Calibration batches; empty to fall back to the norms of the weights.
         depth_drops: How many layers the smallest depth drops.
     """
-    parent, known = "", None
+    parent, data, known = "", "", None
     if path is not None:
         parent = fingerprint(model)
-        known = Importance.load(path, parent) if Path(path).exists() else None
+        data = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()[:16]
+        if Path(path).exists():
+            known, measured_on = Importance.load(path, parent)
+            if batches and measured_on != data:
+                warnings.warn(
+                    f"The scores in {path} were measured on other calibration data. They are measured again.",
+                    stacklevel=3,
+                )
+                known = None
     scores = known or (measure(model, batches) if batches else from_weights(model))
     if len(scores.layer_ranking) < depth_drops:
         if batches:
@@ -242,5 +251,5 @@ def read_or_measure(
             ranking = torch.tensor([layer for layer in order if layer not in model.config.anchors()][:depth_drops])
         scores = replace(scores, layer_ranking=ranking)
     if path is not None and scores is not known and batches:
-        scores.save(path, parent)
+        scores.save(path, parent, data)
     return scores

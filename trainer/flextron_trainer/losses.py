@@ -124,47 +124,54 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
+                teacher = None
+                if teacher_c is not None:  # before the student's logits exist: two arrays of [chunk, V], never three
+                    teacher = _teach(F.linear(teacher_hidden[part].to(compute), teacher_c).float(), temperature)
                 states = hidden[part].to(compute)
                 logits = F.linear(states, weight_c).float()
-                teacher_logits = None
-                if teacher_c is not None:
-                    teacher_logits = F.linear(teacher_hidden[part].to(compute), teacher_c).float()
-                value, slope = _loss_and_slope(logits, targets[part], teacher_logits, kd_weight, ce_weight, temperature)
-                loss += value * scale
+                value, slope = _loss_and_slope(logits, targets[part], teacher, kd_weight, ce_weight, temperature)
+                loss += value
                 if not (wants_hidden or wants_weight):
                     continue
-                slope = slope.mul_(scale).to(compute)
+                slope = slope.to(compute)  # not scaled yet: 1 / tokens of a slope is too small for float16
                 if wants_hidden:
                     grad_hidden[part] = slope @ weight_c
                 if wants_weight and compute == torch.float32:
                     grad_weight.addmm_(slope.T, states)
-                elif wants_weight:
-                    grad_weight += slope.T @ states
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                elif wants_weight:  # a sum over a chunk may be too large for float16: take the mean
+                    grad_weight.add_(slope.T @ (states / len(states)), alpha=len(states))
+        ctx.save_for_backward(grad_hidden, grad_weight, scale)
         ctx.weight_dtype = weight.dtype
-        return loss
+        return loss * scale
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, scale = ctx.saved_tensors
+        factor = grad_loss * scale
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+            grad_hidden = (grad_hidden * factor.float()).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight.mul_(grad_loss)).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *(None,) * 8
 
 
-def _loss_and_slope(logits, targets, teacher_logits, kd_weight, ce_weight, temperature):
-    """Summed loss of a chunk and its gradient in the logits `[n, V]`, in place: both kinds of logits are used up."""
-    if teacher_logits is None:
+def _teach(logits, temperature):
+    """The teacher's probabilities `[n, V]` and the sum of `p log p`; the logits are used up."""
+    log_probabilities = _normalize(logits.div_(temperature))
+    probabilities = log_probabilities.exp()
+    return probabilities, probabilities.flatten().dot(log_probabilities.flatten())
+
+
+def _loss_and_slope(logits, targets, teacher, kd_weight, ce_weight, temperature):
+    """Summed loss of a chunk and its gradient in the logits `[n, V]`, in place: the logits are used up."""
+    if teacher is None:
         return _cross_entropy_and_slope(logits, targets, ce_weight)
     value, slope = 0.0, 0.0
     if ce_weight:
         value, slope = _cross_entropy_and_slope(logits.clone(), targets, ce_weight)
+    probabilities, negative_entropy = teacher
     student = _normalize(logits.div_(temperature))
-    teacher = _normalize(teacher_logits.div_(temperature))
-    probabilities = teacher.exp()
-    divergence = probabilities.flatten().dot(teacher.sub_(student).flatten())
+    divergence = negative_entropy - probabilities.flatten().dot(student.flatten())
     value += kd_weight * temperature**2 * divergence
     return value, student.exp_().sub_(probabilities).mul_(kd_weight * temperature).add_(slope)
 

@@ -6,17 +6,20 @@ so that memory is that of one, and the optimizer steps once. The teacher's hidde
 batch. Everything else is the ordinary Trainer.
 """
 
+import math
 import os
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from modeling_flextron import FlextronForCausalLM
+from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
 
@@ -66,11 +69,18 @@ class FlextronTrainer(Trainer):
         if getattr(model.config, "model_type", None) != "flextron":
             remedy = "Make it elastic first: `convert(model, calibration=...)`."
             raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
+        if hasattr(model, "peft_config"):
+            remedy = "Train the adapters with the plain Trainer, or merge them first."
+            raise invalid("model", type(model).__name__, "Adapters run at the built size alone.", remedy)
         if args.sampler == "weighted":
             check_weights(model.config, args.sampling_weights)
         if args.n_gpu > 1:
             logger.warning("Several GPUs in one process are not used: launch one process for each with accelerate.")
             args._n_gpu = 1  # what Trainer itself does for models that DataParallel cannot wrap
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = (
+                True  # a step without some layers leaves their parameters without gradient
+            )
         kwargs.setdefault("data_collator", collator(kwargs.get("processing_class")))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         super().__init__(model=model, args=args, **kwargs)
@@ -91,7 +101,7 @@ class FlextronTrainer(Trainer):
         if teacher is self.model:
             remedy = "Pass teacher='self' to learn from the full network of the same step."
             raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
-        return teacher.to(self.args.device).eval().requires_grad_(False)
+        return teacher.to(self.args.device).eval()
 
     def _warn_about_untrained_sizes(self) -> None:
         rows = sum(row["subnetwork"] is not None for row in self.model.config.frontier)
@@ -112,6 +122,8 @@ class FlextronTrainer(Trainer):
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
         inputs = self._prepare_inputs(inputs)
         draws = self.draws(self.state.global_step)
+        for row in self.model.config.frontier:  # what was measured is no longer true
+            row["loss"], row["metrics"] = None, {}
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
         for drawn in draws:
             loss = HeadLoss(
@@ -144,8 +156,13 @@ class FlextronTrainer(Trainer):
             weights=self.args.sampling_weights,
         )
         if self.in_place and drawn[0].subnetwork != self.model.config.built:
-            drawn = [Draw(self.model.config.frontier[0]["name"], self.model.config.built), *drawn]
+            drawn = [Draw(self._name_of_full(), self.model.config.built), *drawn]
         return drawn
+
+    def _name_of_full(self) -> str:
+        rows = {row["name"]: row["subnetwork"] for row in self.model.config.frontier if row["subnetwork"]}
+        full = [name for name, sizes in rows.items() if self.model.config.resolve(sizes) == self.model.config.built]
+        return full[0] if full else "full"
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Teacher | None:
@@ -218,8 +235,14 @@ class FlextronTrainer(Trainer):
                     metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
             output.metrics[f"{prefix}_loss_{row['name']}"] = metrics[f"{prefix}_loss"]
             if prefix == "eval":
-                row["loss"] = metrics["eval_loss"]
+                loss = metrics["eval_loss"]
+                row["loss"] = loss if math.isfinite(loss) else None
         return output
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = FlextronConfig.from_pretrained(self.state.best_model_checkpoint)
+        self.model.config.frontier = best.frontier  # with the losses of these weights
 
     # ------------------------------------------------------------------------------------ saving, resuming
 
@@ -260,6 +283,13 @@ class FlextronTrainer(Trainer):
         if self.args.should_save and folder.exists():
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The base class pushes the weights and the config of the checkpoint, without the code that the config names.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for path in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
