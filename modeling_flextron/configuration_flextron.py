@@ -34,6 +34,7 @@ ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
 NORMS = ("rms", "layer")
+KINDS = ("full_attention", "sliding_attention")
 
 
 def _size(row: dict[str, Any]) -> int:
@@ -63,7 +64,7 @@ class FlextronConfig(PreTrainedConfig):
         learned_positions: Learned embeddings of the positions instead of rotary ones.
         residual_dropout, embedding_dropout: Dropout behind attention and MLP, and behind the embeddings.
         sliding_window, layer_types: Tokens that `"sliding_attention"` layers see, and the kind of every layer; None
-            when all have `"full_attention"`.
+            for `"full_attention"` everywhere.
         elastic: Allowed sizes: strictly descending lists under `mlp` (neurons), `heads` (query heads), `hidden`
             and `depth` (number of layers), each beginning with the full size, and `layer_ranking`, the layers
             in the order in which depth drops them.
@@ -122,7 +123,7 @@ class FlextronConfig(PreTrainedConfig):
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
     sliding_window: int | None = None
-    layer_types: list[str] | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]
     elastic: dict = None  # type: ignore[assignment]
     frontier: list = None  # type: ignore[assignment]
     parent_non_embedding_parameters: int | None = None
@@ -179,15 +180,9 @@ class FlextronConfig(PreTrainedConfig):
         shared = self.__dict__["num_key_value_heads"]
         return shared if self.__dict__["num_attention_heads"] > shared else heads
 
-    @property
-    def layer_kinds(self) -> list[str]:
-        """The kind of attention of every layer, a key of transformers' masks."""
-        return self.layer_types or ["full_attention"] * self.num_hidden_layers
-
     def anchors(self) -> set[int]:
         """Layers that always stay: the first of each kind, from whose cache entry a cache's length is read."""
-        kinds = self.layer_kinds
-        return {kinds.index(kind) for kind in kinds}
+        return {self.layer_types.index(kind) for kind in self.layer_types}
 
     def choices(self, axis: str) -> list[int]:
         """Allowed sizes on an axis, largest first."""
@@ -239,7 +234,7 @@ class FlextronConfig(PreTrainedConfig):
         new.intermediate_size = max(subnetwork.mlp)
         new.num_attention_heads = max(subnetwork.heads)
         new.num_key_value_heads = max(kv_heads)
-        new.layer_types = self.layer_types and [self.layer_types[layer] for layer in subnetwork.layers]
+        new.layer_types = [self.layer_types[layer] for layer in subnetwork.layers]
         new.elastic = {
             "mlp": [size for size in self.choices("mlp") if size <= new.intermediate_size],
             "heads": [size for size in self.choices("heads") if size <= new.num_attention_heads],
@@ -305,8 +300,17 @@ class FlextronConfig(PreTrainedConfig):
             self.attention_output_bias = self.attention_bias
         if self.norm_type not in NORMS:
             raise invalid("norm_type", self.norm_type, f"It is one of {', '.join(NORMS)}.", "Pick one of them.")
-        if self.layer_types is not None:
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        kinds = self.layer_types if isinstance(self.layer_types, list) else []
+        if len(kinds) != self.num_hidden_layers or not set(kinds) <= set(KINDS):
+            rule = f"It names the kind of each of the {self.num_hidden_layers} layers: {' or '.join(KINDS)}."
+            raise invalid("layer_types", self.layer_types, rule, "Pass None for full attention everywhere.")
+        if "sliding_attention" in kinds:
             require_int("sliding_window", self.sliding_window)
+        elif self.sliding_window is not None:
+            rule = "No layer has sliding attention."
+            raise invalid("sliding_window", self.sliding_window, rule, "Pass `layer_types` as well, or None.")
         for name in (
             "tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm", "mlp_bias", "gated_mlp",
             "parallel_residual", "learned_positions", "use_cache",

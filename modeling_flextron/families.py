@@ -55,7 +55,8 @@ def _same(names: str) -> dict[str, str]:
 
 _PARTS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj self_attn.q_norm self_attn.k_norm"
 _LAYER = f"{_PARTS} mlp.gate_proj mlp.up_proj mlp.down_proj input_layernorm post_attention_layernorm".split()
-_LLAMA_MODULES = _same(" ".join(["model.embed_tokens model.norm lm_head", *(f"model.layers.{{i}}.{m}" for m in _LAYER)]))
+_LLAMA_MODULES = _same("model.embed_tokens model.norm lm_head")
+_LLAMA_MODULES |= {name: name for name in (f"model.layers.{{i}}.{module}" for module in _LAYER)}
 _SHARED = _same(
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size initializer_range use_cache"
     " pad_token_id bos_token_id eos_token_id tie_word_embeddings hidden_act max_position_embeddings attention_dropout"
@@ -330,7 +331,7 @@ def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
         "num_hidden_layers": len(sizes.layers),
         "num_attention_heads": heads,
         "num_key_value_heads": config.kv_heads(heads),
-        "layer_types": config.layer_types and [config.layer_types[layer] for layer in sizes.layers],
+        "layer_types": [config.layer_types[layer] for layer in sizes.layers],
     }
     values = {
         theirs: shape[ours] if ours in shape else copy.deepcopy(getattr(config, ours))

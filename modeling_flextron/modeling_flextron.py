@@ -99,6 +99,14 @@ def norm(config: FlextronConfig) -> nn.Module:
     return {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type](config.hidden_size, config.norm_eps)
 
 
+def fill_skipped(cache: Cache, kept: tuple[int, ...]) -> None:
+    """Give skipped sliding layers of a cache empty states, because assisted decoding crops every layer."""
+    for i, layer in enumerate(cache.layers):
+        if i not in kept and layer.is_sliding and getattr(layer, "keys", None) is None:
+            layer.keys = cache.layers[kept[0]].keys[:, :, :0]
+            layer.values = cache.layers[kept[0]].values[:, :, :0]
+
+
 class NarrowedAttention:
     """An attention module as an attention function sees it, with fewer query heads for each KV head.
 
@@ -133,7 +141,7 @@ class FlextronAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.sliding_window = config.sliding_window if config.layer_kinds[layer_idx] == "sliding_attention" else None
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
         self.q_proj = linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = linear(config.hidden_size, self.kv_heads * self.head_dim, bias=config.attention_bias)
@@ -421,9 +429,7 @@ class FlextronModel(FlextronPreTrainedModel):
         self.layers = nn.ModuleList(FlextronDecoderLayer(config, i, linear) for i in range(config.num_hidden_layers))
         self.norm = norm(config)
         learned = config.learned_positions
-        self.embed_positions = (
-            ElasticEmbedding(config.max_position_embeddings, config.hidden_size) if learned else None
-        )
+        self.embed_positions = ElasticEmbedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.rotary_emb = None if learned else FlextronRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.gradient_checkpointing = False
@@ -464,17 +470,21 @@ class FlextronModel(FlextronPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
-        kinds = self.config.layer_kinds
-        masks = {
-            kind: MASKS[kind](
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for kind in dict.fromkeys(kinds)
-        }
+        kinds = self.config.layer_types
+        masks = (
+            attention_mask
+            if isinstance(attention_mask, dict)
+            else {  # a dict is what `generate` prepares
+                kind: MASKS[kind](
+                    config=self.config,
+                    inputs_embeds=hidden_states,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for kind in dict.fromkeys(kinds)
+            }
+        )
         position_embeddings = None
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -495,6 +505,8 @@ class FlextronModel(FlextronPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
+        if use_cache and len(subnetwork.layers) < len(built.layers):
+            fill_skipped(past_key_values, subnetwork.layers)
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import elastic_of, parent_of
 from training import arguments, rows
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.cli import numbers
@@ -118,8 +118,8 @@ def converted(**changes):
     return lambda: convert(parent_of("gqa-wide-heads"), [[1, 2, 3]], **changes)
 
 
-def gpt2():
-    return convert(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)), [[1, 2]])
+def bloom():
+    return convert(BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=50)), [[1, 2]])
 
 
 def trainer(**changes):
@@ -142,7 +142,7 @@ def other_vocabulary():
 
 
 CONVERSION = {
-    "architecture": (gpt2, "parent"),
+    "architecture": (bloom, "parent"),
     "fraction that does not divide": (converted(mlp=[1, 0.33]), "mlp"),
     "heads outside groups": (converted(heads=[1, 0.6]), "heads"),
     "heads that split a group": (converted(heads=[8, 3]), "heads"),
@@ -202,7 +202,7 @@ TRAINING = {
     ),
     "teacher of another vocabulary": (trainer(teacher=other_vocabulary()), "teacher"),
     "teacher of another architecture": (
-        trainer(teacher=GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=96))),
+        trainer(teacher=BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=96))),
         "teacher",
     ),
 }
@@ -253,8 +253,8 @@ def test_messages_say_what_is_needed():
         config.resolve("auto")
     with pytest.raises(ValueError, match="flextron evaluate --write"):
         config.resolve("ppl<=10")
-    with pytest.raises(ValueError, match="supported families are llama"):
-        gpt2()
+    with pytest.raises(ValueError, match="supported families are llama, mistral, qwen2"):
+        bloom()
     with pytest.raises(ValueError, match=r"makes 31.68 of 96.*nearest size is 32"):
         converted(mlp=[1, 0.33])()
     with pytest.raises(ValueError, match="teacher='self'"):

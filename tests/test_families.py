@@ -5,25 +5,27 @@ import torch
 from helpers import difference, elastic_of, parent_of
 from transformers import GenerationConfig
 
-from modeling_flextron.families import FAMILIES, axes, family_of, head_rows, stock_name, stored_heads
+from modeling_flextron.families import axes, family_of, head_rows, stock_name, stored_heads
 
 
 def test_every_tensor_of_ours_is_in_the_table(elastic, parent):
-    family = family_of("llama")
+    family = family_of(parent.config.model_type)
     ours = {stock_name(family, name) for name in elastic.state_dict()}
     assert ours == set(parent.state_dict())
+    assert sum(t.numel() for t in elastic.state_dict().values()) == sum(t.numel() for t in parent.state_dict().values())
     for name, tensor in elastic.state_dict().items():
         assert len(axes(name)) == tensor.ndim
 
 
 def test_config_fields_go_there_and_back(elastic, parent):
     stock = elastic.extract().config
-    family = FAMILIES["llama"]
-    for ours, theirs in family.fields.items():
-        assert getattr(stock, theirs) == getattr(parent.config, theirs) == getattr(elastic.config, ours)
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        assert getattr(stock, name) == getattr(parent.config, name)
-    assert stock.architectures is None or stock.architectures == ["LlamaForCausalLM"]
+    ignored = ("architectures", "dtype", "transformers_version", "_name_or_path", "head_dim", "max_window_layers")
+    before, after = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (parent.config, stock))
+    assert before == after
+    for ours, theirs in family_of(parent.config.model_type).fields.items():
+        if hasattr(parent.config, theirs):
+            assert getattr(stock, theirs) == getattr(parent.config, theirs)
+            assert getattr(elastic.config, ours) == getattr(parent.config, theirs) or ours == "layer_types"
 
 
 def test_head_order_is_rank_major():
@@ -63,8 +65,34 @@ def test_what_no_stock_class_holds_is_refused_with_a_way_out():
     elastic = elastic_of("gqa-wide-heads", heads=[1, 0.75, 0.5, 0.25])
     with pytest.raises(ValueError, match="same sizes in every layer"):
         elastic.extract({"mlp": [96, 48, 48, 48]})
-    with pytest.raises(ValueError, match=r"divides `hidden`.*one of \[8, 4, 2\] heads"):
+    with pytest.raises(ValueError, match=r"does not divide.*'heads': 8.*`pad=True`"):
         elastic.extract({"heads": 6})
+
+
+def test_hidden_sizes_and_head_counts_of_families_that_tie_them():
+    for variant in ("gpt2", "neox"):
+        elastic = elastic_of(variant)
+        with pytest.raises(ValueError, match="hidden / 16 heads, which makes 4"):
+            elastic.extract({"heads": 2})
+        assert elastic.extract({"heads": 2}, pad=True).config.num_attention_heads == 4
+        with pytest.raises(ValueError, match="nearest sub-network that fits is"):
+            elastic.extract({"hidden": 32, "heads": 4}, pad=True)  # four heads of 16 are more than 32
+
+
+@pytest.mark.parametrize(
+    "variant, option",
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"reorder_and_upcast_attn": True}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("mha", {"is_causal": False}),
+        ("qwen3", {"num_experts": 4}),
+        ("neox", {"alibi": True}),
+    ],
+)
+def test_unsupported_options_are_refused_by_name(variant, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        elastic_of(variant, parent_of(variant, **option))
 
 
 def test_every_row_of_the_frontier_can_be_extracted():

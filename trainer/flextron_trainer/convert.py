@@ -156,7 +156,9 @@ def _tokenizer_of(source: Any) -> Any:
 def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronConfig:
     """The config of the elastic model: the parent's fields, and the allowed sizes."""
     family, kind = family_of(parent.model_type), parent.model_type
-    fields = {ours: copy.deepcopy(getattr(parent, theirs, None)) for ours, theirs in family.fields.items()}
+    fields: dict[str, Any] = {
+        ours: copy.deepcopy(getattr(parent, theirs, None)) for ours, theirs in family.fields.items()
+    }
     fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]  # GPT-2 leaves it out
     if fields.get("sliding_window"):
         fields["layer_types"] = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
@@ -315,8 +317,9 @@ def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
 def _frontier(elastic: FlextronForCausalLM, budgets: dict[str, Any], batches: list[torch.Tensor]) -> list[dict]:
     """For each budget the best uniform sub-network within it and within the next larger row.
 
-    Those that a stock class can hold as they are go before the others. "Best" is the lowest loss on the calibration data, whichever axes it cuts; without data, the largest. Rows nest,
-    so that a model loaded at one can go down to all smaller ones.
+    Those that a stock class can hold as they are go before the others. "Best" is the lowest loss on the calibration
+    data, whichever axes it cuts; without data, the largest. Rows nest, so that a model loaded at one can go down to
+    all smaller ones.
     """
     config, rows, inside = elastic.config, list[dict](), elastic.built
     uniform = uniform_subnetworks(config)

@@ -189,7 +189,8 @@ def rank_layers(model, batches: Sequence[torch.Tensor], count: int) -> torch.Ten
     """
     remaining, ranking, anchors = list(model.built.layers), list[int](), model.config.anchors()
     batches = [batch.to(model.device) for batch in batches]
-    with tqdm(desc="Layer ranking", unit="layer", total=sum(len(remaining) - len(anchors) - i for i in range(count))) as progress:
+    passes = sum(len(remaining) - len(anchors) - i for i in range(count))
+    with tqdm(desc="Layer ranking", unit="layer", total=passes) as progress:
         for _ in range(count):
             errors = {}
             for candidate in remaining:
