@@ -1,9 +1,14 @@
 """Flextron models for Hugging Face: one set of weights that runs at every smaller size."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_flextron import FlextronConfig
-from .modeling_flextron import FlextronForCausalLM, FlextronModel, FlextronPreTrainedModel
+from .modeling_flextron import (
+    FlextronForCausalLM,
+    FlextronForSequenceClassification,
+    FlextronModel,
+    FlextronPreTrainedModel,
+)
 from .subnetwork import (
     SubNetwork,
     count_parameters,
@@ -16,10 +21,12 @@ from .subnetwork import (
 AutoConfig.register("flextron", FlextronConfig, exist_ok=True)
 AutoModel.register(FlextronConfig, FlextronModel, exist_ok=True)
 AutoModelForCausalLM.register(FlextronConfig, FlextronForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(FlextronConfig, FlextronForSequenceClassification, exist_ok=True)
 
 __all__ = [
     "FlextronConfig",
     "FlextronForCausalLM",
+    "FlextronForSequenceClassification",
     "FlextronModel",
     "FlextronPreTrainedModel",
     "SubNetwork",

@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
     "AutoModel": "modeling_flextron.FlextronModel",
     "AutoModelForCausalLM": "modeling_flextron.FlextronForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_flextron.FlextronForSequenceClassification",
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")

@@ -165,6 +165,7 @@ _AXES = {
     "input_layernorm": ("hidden",),
     "post_attention_layernorm": ("hidden",),
     "norm": ("hidden",),
+    "score": ("labels", "hidden"),
 }
 _FUSED = ("q_proj", "k_proj", "v_proj")
 

@@ -24,6 +24,7 @@ from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrained
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
@@ -597,6 +598,19 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         return extract(self, self.resolve_budget(budget), pad)
 
 
+class FlextronForSequenceClassification(GenericForSequenceClassification, FlextronPreTrainedModel):
+    """The decoder with a linear classifier on the last token of each sequence."""
+
+    def __init__(self, config: FlextronConfig):
+        # Past the constructor of the generic class: it looks for the decoder in `AutoModel`, which needs the package.
+        FlextronPreTrainedModel.__init__(self, config)
+        self.num_labels = self.config.num_labels
+        self.model = FlextronModel(self.config)
+        self.score = ElasticLinear(self.config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
 FlextronModel.register_for_auto_class("AutoModel")
+FlextronForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 FlextronForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 FlextronConfig.register_for_auto_class()
