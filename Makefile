@@ -24,6 +24,7 @@ check: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python tests/fetch_transformers_tests.py
 	touch $@
 
 clean:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from .errors import invalid
+from .families import ELASTIC, axes
 
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 
@@ -63,10 +64,18 @@ def leading_slices(model, files: list[str]) -> dict[str, LeadingSlice]:
                 target = LAYER.sub(f"{match[1]}layers.{position[int(match[2])]}.", name)
             prefix = model.base_model_prefix + "."
             aliases = (target, target.removeprefix(prefix), prefix + target)
-            wanted = next((shapes[alias] for alias in aliases if alias in shapes), shape)
-            fits = len(wanted) == len(shape) and all(w <= s for w, s in zip(wanted, shape, strict=True))
-            found[target] = LeadingSlice(file, name, wanted if fits else shape, dtype)
+            ours = next((alias for alias in aliases if alias in shapes), None)
+            # What does not fit stays as it is: transformers then says which tensor that is.
+            fits = ours is not None and _is_leading(axes(ours), shapes[ours], shape)
+            found[target] = LeadingSlice(file, name, shapes[ours] if fits else shape, dtype)
     return found
+
+
+def _is_leading(dims: tuple[str, ...], part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether a shape is another one cut along elastic axes alone."""
+    return len(part) == len(whole) and all(
+        p == w or (p < w and axis in ELASTIC) for axis, p, w in zip(dims, part, whole, strict=True)
+    )
 
 
 def _contents(file: str) -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -216,12 +216,22 @@ class FlextronConfig(PreTrainedConfig):
             "metrics": {},
         }
 
-    def resize_vocabulary(self, before: int) -> None:
-        """Bring the costs in the frontier up to date when `vocab_size` was `before`."""
+    def update_costs(self, vocab_before: int | None = None) -> None:
+        """Bring the costs in the frontier up to date, for instance after a change of `tie_word_embeddings`.
+
+        Args:
+            vocab_before: A former `vocab_size`, from which rows whose sub-network is not held are scaled.
+        """
         for row in self.frontier:
-            # In proportion, which also serves rows whose sub-network is not held.
-            embeddings = row["parameters"] - row["non_embedding_parameters"]
-            row["parameters"] += embeddings * self.vocab_size // before - embeddings
+            if row["subnetwork"]:
+                row |= {
+                    **self.row(row["name"], self.resolve(row["subnetwork"])),
+                    "loss": row["loss"],
+                    "metrics": row["metrics"],
+                }
+            elif vocab_before is not None:
+                embeddings = row["parameters"] - row["non_embedding_parameters"]
+                row["parameters"] += embeddings * self.vocab_size // vocab_before - embeddings
 
     def narrowed(self, subnetwork: SubNetwork) -> "FlextronConfig":
         """The config of a model that holds only `subnetwork`: its shape, its choices, its rows of the frontier."""
@@ -263,7 +273,8 @@ class FlextronConfig(PreTrainedConfig):
     # ------------------------------------------------------------------------------------------- checking
 
     def validate(self) -> None:
-        """Run every check again; `save_pretrained` calls this."""
+        """Run every check again, on costs that are up to date; `save_pretrained` calls this."""
+        self.update_costs()
         # The rope checks of the base class read head counts, which a heterogeneous config has only per layer.
         PreTrainedConfig.validate(self.per_layer_config[0] if self.is_heterogeneous else self)
         self._check()

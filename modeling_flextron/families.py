@@ -167,11 +167,12 @@ _AXES = {
     "norm": ("hidden",),
     "score": ("labels", "hidden"),
 }
+ELASTIC = ("hidden", "mlp", "heads", "kv_heads")
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 def axes(name: str) -> tuple[str, ...]:
-    """What each dimension of one of our tensors counts: `hidden`, `mlp`, `heads`, `kv_heads`, or what never shrinks."""
+    """What each dimension of one of our tensors counts: an axis of `ELASTIC`, or what never shrinks."""
     *_, module, kind = name.split(".")
     return _AXES[module][:1] if kind == "bias" else _AXES[module]
 

@@ -28,7 +28,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -44,7 +45,7 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 
 
 class FlextronRotaryEmbedding(nn.Module):
-    """Cosines and sines `[B, 1, S, E]` of the rotary positions, for every `rope_type` of transformers."""
+    """Cosines and sines `[B, S, E]` of the rotary positions, for every `rope_type` of transformers."""
 
     inv_freq: torch.Tensor
 
@@ -69,7 +70,7 @@ class FlextronRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
@@ -283,6 +284,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": FlextronDecoderLayer, "attentions": FlextronAttention}
 
     def __init__(self, config: FlextronConfig):
+        config.validate()  # it may have been changed since it was read
         stored = resolve(config, config.flextron_budget)
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
@@ -402,7 +404,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""
         before = self.config.vocab_size
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.resize_vocabulary(before)
+        self.config.update_costs(before)
         return embeddings
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:
@@ -412,6 +414,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
             with torch.device("meta"):
                 elastic = ElasticLinear(resized.in_features, resized.out_features, bias=resized.bias is not None)
             elastic.weight, elastic.bias = resized.weight, resized.bias
+            elastic._is_hf_initialized = resized._is_hf_initialized  # or `post_init` would draw new weights
             return elastic
         return resized
 
@@ -435,6 +438,8 @@ class FlextronModel(FlextronPreTrainedModel):
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.gradient_checkpointing = False
         self.post_init()
+        if not config.gated_mlp:
+            self._tp_plan.pop("layers.*.mlp.gate_proj", None)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -447,7 +452,7 @@ class FlextronModel(FlextronPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         flextron_budget: Any = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Run the decoder at `flextron_budget` (None: the default of `set_budget`).
 
@@ -488,7 +493,8 @@ class FlextronModel(FlextronPreTrainedModel):
         )
         position_embeddings = None
         if self.rotary_emb is not None:
-            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+            cos, sin = self.rotary_emb(hidden_states, position_ids)
+            position_embeddings = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
         if self.embed_positions is not None:
             hidden_states = hidden_states + project(self.embed_positions, position_ids, hidden)
         hidden_states = self.dropout(hidden_states)
@@ -539,7 +545,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         flextron_budget: Any = None,
         head_loss: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Predict the next tokens at `flextron_budget` (None: the default of `set_budget`).
 

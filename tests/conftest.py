@@ -20,6 +20,14 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
 
+def pytest_configure(config):
+    """Make the markers known that the tests of transformers carry."""
+    for name in ["accelerate", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_compile"]:
+        suffix = "tests" if name == "accelerate" else "test"
+        config.addinivalue_line("markers", f"{name}_{suffix}: of transformers")
+    config.addinivalue_line("markers", "is_training_test: of transformers")
+
+
 @pytest.fixture(scope="session", params=VARIANTS)
 def variant(request):
     """Name of a kind of LLaMA: MHA or GQA, tied or not, with and without biases, with its own head size."""
