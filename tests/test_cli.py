@@ -108,6 +108,43 @@ def test_export(elastic):
     assert not list(Path("dense").glob("*.py")) and Path("dense/tokenizer.json").is_file()
 
 
+def test_export_of_sizes_that_need_padding(elastic):
+    from transformers import AutoModelForCausalLM
+
+    layers = '{"mlp": [96, 48, 24, 48]}'
+    padded = flextron("export", "elastic", "padded", "--dense", "--pad", "--budget", layers)
+    small = flextron("export", "elastic", "layers", "--budget", layers)
+    assert padded["parameters"] > small["parameters"]
+    ids = torch.randint(0, 300, (1, 9))
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in ("padded", "layers")]
+    torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, atol=1e-5, rtol=1e-5)
+    assert models[0].num_parameters() == padded["parameters"]
+    for extra, message in (([], "With `pad=True`"), (["--pad"], "needs no padding")):
+        with pytest.raises(ValueError, match=message):
+            flextron("export", "elastic", "refused", *(extra or ["--dense"]), "--budget", layers)
+    assert not Path("refused").exists()
+
+
+def test_presets_are_defaults(work):
+    preset = json.loads((ROOT / "hub_configs" / "llama-3.2-1b.json").read_text())
+    preset["config"] |= json.loads((work / "parent" / "config.json").read_text())
+    preset["convert"] |= {"mlp": [1, 0.5], "heads": [1, 0.5], "hidden": [1], "depth": [1], "budgets": [1, 0.8]}
+    preset["stages"]["elastic"] |= {"sequence_length": 32, "max_steps": 2, "bf16": False, "report_to": "none"}
+    Path("mine.json").write_text(json.dumps(preset))
+    arguments = ("convert", "parent", "by-preset", "--preset", "mine.json", "--device", "cpu")
+    result = flextron(*arguments, "--heads", "1")
+    config = json.loads(Path("by-preset/config.json").read_text())
+    assert config["elastic"]["mlp"] == [96, 48] and config["elastic"]["heads"] == [8]
+    assert [row["name"] for row in result["frontier"]] == ["1", "0.8"]
+    with pytest.raises(ValueError, match="`model_type=gpt2`, not llama"):
+        flextron("convert", "parent", "refused", "--preset", "gpt2")
+    assert not Path("refused").exists()
+    run = ("--preset", "mine.json", "--output_dir", "preset-run", "--use_cpu", "--per_device_train_batch_size", 2)
+    flextron("train", "by-preset", "text", *run, "--gradient_accumulation_steps", 1, "--ce_weight", 1, "--max_steps", 1)
+    card = Path("preset-run/README.md").read_text()
+    assert "`max_steps`: `1`" in card and "`adam_beta2`: `0.98`" in card
+
+
 def test_push(elastic, monkeypatch):
     """One commit of the folder; the Hub itself is not there."""
     import huggingface_hub

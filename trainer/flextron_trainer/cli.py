@@ -18,6 +18,7 @@ Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda; by
 Budget = Annotated[
     str | None, typer.Option(help="0.5, 350M, 6GiB, the name of a row, or the fields of a SubNetwork as JSON.")
 ]
+PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
 DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
 
 
@@ -75,57 +76,70 @@ def different_folders(source: str, output: Path) -> None:
 
 @app.command()
 def convert(
-    parent: Annotated[str, typer.Argument(help="Folder or Hub id of a trained LLaMA.", show_default=False)],
+    parent: Annotated[str, typer.Argument(help="Folder or Hub id of a trained model.", show_default=False)],
     output: Output,
+    preset: Annotated[str | None, typer.Option(help=f"Defaults for the options below: {PRESETS}")] = None,
     calibration: Annotated[str | None, typer.Option(help=f"Text to rank with: {DATA} None: by weight norms.")] = None,
     mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes: 1,0.75,0.5")] = None,
     heads: Annotated[str | None, typer.Option(help="Query heads: 1,0.5")] = None,
     hidden: Annotated[str | None, typer.Option(help="Width of the residual stream: 1,0.75")] = None,
     depth: Annotated[str | None, typer.Option(help="Layers: 1,0.75")] = None,
-    budgets: Annotated[str, typer.Option(help="Budgets of the frontier, with commas between.")] = "1,0.75,0.5,0.25",
-    max_samples: Annotated[int, typer.Option(help="Calibration samples.")] = 1024,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
+    budgets: Annotated[str | None, typer.Option(help="Budgets of the frontier: 1,0.75,0.5,0.25")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Calibration samples: 1024")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 512")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in a forward pass: 8")] = None,
     order: Annotated[str, typer.Option(help="importance, or random or reverse as a control.")] = "importance",
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
 ) -> None:
-    """Make a trained model elastic.
+    """Make a trained model elastic: LLaMA, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX and Pythia.
 
     Example: `flextron convert meta-llama/Llama-3.2-1B elastic --calibration ./text --mlp 1,0.75,0.5,0.25`
+
+    With a preset: `flextron convert Qwen/Qwen3-0.6B elastic --calibration ./text --preset qwen3-0.6b`
 
     The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
     """
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from modeling_flextron.errors import invalid
 
     from .convert import convert as run
     from .data import load_text
     from .model_card import write_model_card
+    from .presets import load_preset
 
     different_folders(parent, output)
+    options: dict[str, Any] = {}
+    if preset is not None:
+        chosen = load_preset(preset)
+        chosen.check(AutoConfig.from_pretrained(parent))
+        options |= chosen.convert
+    given = {
+        "mlp": numbers("mlp", mlp),
+        "heads": numbers("heads", heads),
+        "hidden": numbers("hidden", hidden),
+        "depth": numbers("depth", depth),
+        "budgets": budgets and [part.strip() for part in budgets.split(",")],
+        "max_samples": max_samples,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+    }
+    options |= {name: value for name, value in given.items() if value is not None}
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         rule = "It is no dtype of torch."
         raise invalid("dtype", dtype, rule, "Pass auto, float32, bfloat16 or float16.")
     elastic = run(
         parent,
         None if calibration is None else load_text(calibration),
-        mlp=numbers("mlp", mlp),
-        heads=numbers("heads", heads),
-        hidden=numbers("hidden", hidden),
-        depth=numbers("depth", depth),
-        budgets=[part.strip() for part in budgets.split(",")],
         importance=output / "importance.safetensors",
         order=order,
-        max_samples=max_samples,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
         seed=seed,
         device=device_or_default(device),
         dtype=dtype,
+        **options,
     )
     elastic.save_pretrained(output)
     write_model_card(elastic, output)
@@ -145,7 +159,8 @@ def train(
         str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'. None: learn from the text alone.")
     ] = None,
     eval_dataset: Annotated[str | None, typer.Option(help="Evaluation text; by default 2 % of the rows.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a training sample.")] = 1024,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
 ) -> None:
     """Train an elastic model at many sizes at once.
@@ -160,9 +175,14 @@ def train(
 
     from .arguments import FlextronTrainingArguments
     from .data import load_text, pack
+    from .presets import load_preset
     from .trainer import FlextronTrainer
 
-    (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(context.args)
+    recipe = dict(load_preset(preset).stages["elastic"]) if preset is not None else {}
+    sequence_length = sequence_length or recipe.get("sequence_length", 1024)
+    defaults = [text for key, value in recipe.items() if key != "sequence_length" for text in (f"--{key}", str(value))]
+    # Of an argument that is there twice, the last one counts.
+    (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     rows = pack(load_text(dataset), tokenizer, sequence_length)
     if eval_dataset is None:
@@ -240,26 +260,33 @@ def export(
     output: Output,
     budget: Budget = None,
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
+    pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
 ) -> None:
     """Write one size as a model of its own.
 
     Example: `flextron export elastic small --dense --budget 0.5`
 
     With `--dense` the result is a stock checkpoint that needs no code of ours; without, a smaller Flextron model.
+    Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up.
     """
     from transformers import AutoTokenizer
 
     from modeling_flextron import FlextronForCausalLM
     from modeling_flextron.checkpoint import write_beside
+    from modeling_flextron.errors import invalid
 
     from .model_card import write_model_card
 
     different_folders(model, output)
+    if pad and not dense:
+        raise invalid("pad", pad, "A Flextron model needs no padding.", "Pass --dense as well, or leave it out.")
     loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
     parameters = loaded.num_parameters()
     if dense:
+        stock = loaded.extract(pad=pad)
+        parameters = stock.num_parameters()
         with write_beside(output) as folder:
-            loaded.extract().save_pretrained(folder)
+            stock.save_pretrained(folder)
     else:
         loaded.save_pretrained(output)
         write_model_card(loaded, output)

@@ -8,13 +8,14 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
@@ -41,6 +42,7 @@ DEFAULT_FRACTIONS = {
     "hidden": (1,),
     "depth": (1,),
 }
+DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)
 Choices = Sequence[int | float]
 
 
@@ -52,7 +54,7 @@ def convert(
     heads: Choices | None = None,
     hidden: Choices | None = None,
     depth: Choices | None = None,
-    budgets: Sequence[Any] | Mapping[str, Any] = (1, 0.75, 0.5, 0.25),
+    budgets: Sequence[Any] | Mapping[str, Any] = DEFAULT_BUDGETS,
     tokenizer: Any = None,
     importance: str | os.PathLike | None = None,
     order: str = "importance",
@@ -99,7 +101,6 @@ def convert(
         parent = _load(parent, load_kwargs)
     elif load_kwargs:
         raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
-    check_supported(parent.config)
     config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     named = _named_budgets(budgets)
 
@@ -127,9 +128,38 @@ def convert(
     scores = read_or_measure(importance, elastic, batches, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
     _permute(elastic, scores.reordered(order, seed))
-    elastic.config.frontier = _frontier(elastic, named, batches[: -(-64 // batch_size)] if batches else [])
+    few = batches[: -(-64 // batch_size)]
+    loss = partial(mean_loss, elastic, batches=few) if few else None
+    elastic.config.frontier = _frontier(elastic.config, named, loss)
     elastic.config.validate()
     return elastic
+
+
+def elastic_config(
+    parent: PreTrainedConfig,
+    *,
+    mlp: Choices | None = None,
+    heads: Choices | None = None,
+    hidden: Choices | None = None,
+    depth: Choices | None = None,
+    budgets: Sequence[Any] | Mapping[str, Any] = DEFAULT_BUDGETS,
+) -> FlextronConfig:
+    """What `convert` would make of a parent, from its config alone.
+
+    Its layers are dropped from the last one upwards, and its frontier has the largest sub-network within each budget;
+    `convert` chooses by importance and by loss.
+
+    Args:
+        parent: Config of a dense model of a supported family.
+        mlp, heads, hidden, depth, budgets: as in `convert`.
+
+    Raises:
+        ValueError: as in `convert`.
+    """
+    config = _elastic_config(parent, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
+    config.frontier = _frontier(config, _named_budgets(budgets), None)
+    config.validate()
+    return config
 
 
 def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -155,6 +185,7 @@ def _tokenizer_of(source: Any) -> Any:
 
 def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronConfig:
     """The config of the elastic model: the parent's fields, and the allowed sizes."""
+    check_supported(parent)
     family, kind = family_of(parent.model_type), parent.model_type
     fields: dict[str, Any] = {
         ours: copy.deepcopy(getattr(parent, theirs, None)) for ours, theirs in family.fields.items()
@@ -171,7 +202,7 @@ def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronCon
     full["depth"] = config.num_hidden_layers
     units = {"mlp": 1, "heads": kv_heads if heads > kv_heads else 1, "hidden": 1, "depth": 1}
     elastic = {axis: _sizes(axis, fractions[axis], full[axis], units[axis]) for axis in AXES}
-    droppable = [layer for layer in range(full["depth"]) if layer not in config.anchors()]
+    droppable = [layer for layer in reversed(range(full["depth"])) if layer not in config.anchors()]
     if full["depth"] - elastic["depth"][-1] > len(droppable):
         rule = f"The layers {sorted(config.anchors())}, the first of each kind of attention, always stay."
         raise invalid("depth", elastic["depth"][-1], rule, f"Keep at least {full['depth'] - len(droppable)} layers.")
@@ -314,14 +345,15 @@ def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------- the frontier
 
 
-def _frontier(elastic: FlextronForCausalLM, budgets: dict[str, Any], batches: list[torch.Tensor]) -> list[dict]:
+def _frontier(
+    config: FlextronConfig, budgets: dict[str, Any], loss: Callable[[SubNetwork], float] | None
+) -> list[dict]:
     """For each budget the best uniform sub-network within it and within the next larger row.
 
-    Those that a stock class can hold as they are go before the others. "Best" is the lowest loss on the calibration
-    data, whichever axes it cuts; without data, the largest. Rows nest, so that a model loaded at one can go down to
-    all smaller ones.
+    Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss`, whichever axes it
+    cuts; without one, the largest. Rows nest, so that a model loaded at one can go down to all smaller ones.
     """
-    config, rows, inside = elastic.config, list[dict](), elastic.built
+    rows, inside = list[dict](), config.built
     uniform = uniform_subnetworks(config)
     limits = {name: _limit(config, budget) for name, budget in budgets.items()}
     for name, (kind, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / _full_cost(config, item[1][0])):
@@ -334,8 +366,8 @@ def _frontier(elastic: FlextronForCausalLM, budgets: dict[str, Any], batches: li
         largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
         largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
         best = largest[0]
-        if batches and len(largest) > 1:
-            losses = {s: mean_loss(elastic, s, batches) for s in tqdm(largest[:16], desc=f"Budget {name}")}
+        if loss is not None and len(largest) > 1:
+            losses = {s: loss(s) for s in tqdm(largest[:16], desc=f"Budget {name}")}
             best = min(losses, key=lambda s: losses[s])
         row = config.row(name, best)
         if any(row["subnetwork"] == other["subnetwork"] for other in rows):

@@ -1,0 +1,115 @@
+"""Presets of well-known parents: elastic choices, budgets, recipes and the sizes they lead to.
+
+Each is a JSON file with these fields:
+    parent: Hub id that the preset was made for, or null for a shape without public weights.
+    config: Published dimensions of the parent, as in its `config.json`.
+    convert: Keyword arguments of `convert`.
+    stages: Arguments of `flextron train` for each stage. They follow what was published for larger models, not
+        measurements of ours.
+    sizes: Row of the frontier -> non-embedding and all parameters, at most: data may choose a slightly smaller one.
+
+`python -m flextron_trainer.presets` prints the table of hub_configs/README.md.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from modeling_flextron import FlextronConfig
+from modeling_flextron.errors import invalid
+from modeling_flextron.families import family_of
+
+from .convert import elastic_config
+
+# In the installed package, or in a checkout.
+FOLDER = next(p for p in (Path(__file__).with_name("presets"), Path(__file__).parents[2] / "hub_configs") if p.is_dir())
+CHOICES = ("mlp", "heads", "hidden", "depth", "budgets")
+FIELDS = ("parent", "config", "convert", "stages", "sizes")
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One preset; the fields are described above."""
+
+    name: str
+    parent: str | None
+    config: dict[str, Any]
+    convert: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    sizes: dict[str, list[int]]
+
+    def parent_config(self) -> PreTrainedConfig:
+        """The config of the parent."""
+        return AutoConfig.for_model(**self.config)
+
+    def elastic_config(self) -> FlextronConfig:
+        """What `convert` makes of it, without weights."""
+        return elastic_config(self.parent_config(), **{key: self.convert[key] for key in CHOICES})
+
+    def check(self, parent: PreTrainedConfig) -> None:
+        """Refuse a parent that this preset was not made for.
+
+        Raises:
+            ValueError: another family, or other dimensions.
+        """
+        ours = self.parent_config()
+        fields = family_of(ours.model_type).fields
+        for name in ("model_type", *(fields[name] for name in SHAPE if name in fields)):
+            wanted, found = getattr(ours, name), getattr(parent, name, None)
+            if wanted != found:
+                rule = f"It is made for a parent with `{name}={wanted}`, not {found}."
+                raise invalid("preset", self.name, rule, "Use another preset, or pass the choices themselves.")
+
+
+def names() -> list[str]:
+    """The presets that there are."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load_preset(name: str | os.PathLike) -> Preset:
+    """Read a preset.
+
+    Args:
+        name: One of `names()`, or the path of a file of your own.
+
+    Raises:
+        ValueError: there is no such preset, or its file is not one.
+    """
+    path = Path(name) if str(name).endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        rule = f"The presets are {', '.join(names())}."
+        raise invalid("preset", str(name), rule, "Name one of them, or the path of a JSON file.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise invalid("preset", str(name), f"It is not JSON: {error}.", "Start from a copy of another.") from None
+    if not isinstance(fields, dict) or set(fields) != set(FIELDS):
+        rule = f"A preset has the fields {', '.join(FIELDS)}."
+        raise invalid("preset", str(name), rule, "Start from a copy of another.")
+    return Preset(path.stem, **fields)
+
+
+def sizes_table() -> str:
+    """The sizes of all presets as a Markdown table."""
+    lines = [
+        "| preset | row | hidden | layers | mlp | heads | non-embedding | parameters | KV values per token |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in names():
+        config = load_preset(name).elastic_config()
+        for row in config.frontier:
+            s = config.resolve(row["subnetwork"])
+            sizes = (s.hidden, len(s.layers), s.mlp[0], s.heads[0])
+            costs = (row["non_embedding_parameters"], row["parameters"], row["kv_values_per_token"])
+            label = f"`{name}`" if row is config.frontier[0] else ""
+            lines.append(f"| {label} | {row['name']} | " + " | ".join(f"{number:,}" for number in sizes + costs) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(sizes_table())
