@@ -109,6 +109,31 @@ def fill_skipped(cache: Cache, kept: tuple[int, ...]) -> None:
             layer.values = cache.layers[kept[0]].values[:, :, :0]
 
 
+def check_cache(cache: Cache, subnetwork: SubNetwork, kv_heads: Callable[[int], int]) -> None:
+    """Refuse to continue what another sub-network put into a cache, where the keys of the two do not fit together.
+
+    Raises:
+        ValueError: the layers differ, or a layer's number of KV heads.
+    """
+    filled = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
+    if not filled:
+        return
+    # Layers of a static cache may be initialised before they are filled.
+    if set(filled).symmetric_difference(subnetwork.layers) and (
+        not set(filled).issuperset(subnetwork.layers)
+        or any(cache.layers[i].get_seq_length() > 0 for i in filled if i not in subnetwork.layers)
+    ):
+        rule = f"It was filled by the layers {filled}, and this sub-network runs {list(subnetwork.layers)}."
+        remedy = "Keep the depth, or start again with the whole text and a new cache."
+        raise invalid("past_key_values", type(cache).__name__, rule, remedy)
+    for i, heads in zip(subnetwork.layers, subnetwork.heads, strict=True):
+        keys = cache.layers[i].keys
+        if keys.ndim == 4 and keys.shape[1] != kv_heads(heads):
+            rule = f"It holds {keys.shape[1]} KV heads in layer {i}, and this sub-network has {kv_heads(heads)}."
+            remedy = "Keep the number of heads, or start again with the whole text and a new cache."
+            raise invalid("past_key_values", type(cache).__name__, rule, remedy)
+
+
 class NarrowedAttention:
     """An attention module as an attention function sees it, with fewer query heads for each KV head.
 
@@ -473,6 +498,8 @@ class FlextronModel(FlextronPreTrainedModel):
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            check_cache(past_key_values, subnetwork, self.config.kv_heads)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
@@ -580,6 +607,9 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _get_static_cache_init_shape(self) -> None:
+        return None  # what is allocated before the first token cannot know the budget
 
     def generate(self, *args, flextron_budget: Any = None, **kwargs):
         """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is."""
