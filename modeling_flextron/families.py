@@ -364,7 +364,8 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
     heads = target.heads[0]
     kv_heads = config.kv_heads(heads)
     stored = stored_heads(heads, kv_heads)
-    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim).to(model.device)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
+    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim).to(device)
     names = [name for name in model.state_dict() if layer_of(name) in (None, *position)]
     if config.tie_word_embeddings:
         names.remove("lm_head.weight")
@@ -374,7 +375,7 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
         at = position.get(layer_of(group[0]), 0)
         parts = []
         for name in group:
-            tensor = state[name]
+            tensor = (_from_disk(model, name) if state[name].is_meta else state[name]).to(device)
             used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
             for dim, axis in enumerate(axes(name)):
                 if axis in used:
@@ -390,7 +391,17 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
     assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
     if model.can_generate():
         stock.generation_config = copy.deepcopy(model.generation_config)
-    return stock.to(model.device).eval()
+    return stock.to(device).eval()
+
+
+def _from_disk(model, name: str) -> torch.Tensor:
+    """A tensor that accelerate keeps elsewhere and puts into its module for a forward pass."""
+    path, _, kind = name.rpartition(".")
+    module = model.get_submodule(path)
+    module._hf_hook.pre_forward(module)
+    tensor = getattr(module, kind).detach().clone()
+    module._hf_hook.post_forward(module, None)
+    return tensor
 
 
 def _axis_sizes(config, subnetwork: SubNetwork, at: int) -> dict[str, int]:

@@ -403,7 +403,12 @@ class FlextronPreTrainedModel(PreTrainedModel):
         # The one place where the model and its files are both known: hand on lazy slices instead of whole tensors.
         if model.stored is not None and state_dict is None and checkpoint_files is not None:
             state_dict, checkpoint_files = leading_slices(model, checkpoint_files), None
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        offloaded = loaded[1] or {}
+        for name, source in model.all_tied_weights_keys.items():  # the base class does this for whole files alone
+            if source in offloaded:
+                offloaded.setdefault(name, offloaded[source])
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
         """As `PreTrainedModel.save_pretrained`, written beside the target and moved into place when complete.

@@ -58,29 +58,48 @@ def test_loading_options(model, saved, ids):
 
 
 @torch.no_grad()
-def test_disk_offload(model, saved, ids, tmp_path):
-    names = [name for name, _ in model.named_children()]
-    assert names == ["model", "lm_head"]
-    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    device_map["model.layers"] = "disk"
-    loaded = FlextronForCausalLM.from_pretrained(
-        saved, flextron_budget=0.35, device_map=device_map, offload_folder=tmp_path
-    )
-    assert difference(loaded(ids).logits, model(ids, flextron_budget=0.35).logits) < 1e-5
+@pytest.mark.parametrize("share", [0, 0.4], ids=["all", "most"])
+def test_offload_to_disk(elastic, ids, tmp_path, share):
+    """The whole family, and at a budget: run, switched, generating, extracted."""
+    elastic.save_pretrained(tmp_path / "saved")
+    row, smaller = elastic.frontier[1:3]
+    for budget, size in ((None, elastic.num_parameters()), (row["name"], row["parameters"])):
+        loaded = FlextronForCausalLM.from_pretrained(
+            tmp_path / "saved",
+            flextron_budget=budget,
+            device_map="auto",
+            max_memory={"cpu": int(share * 4 * size)},
+            offload_folder=tmp_path / str(budget),
+        )
+        assert "disk" in loaded.hf_device_map.values()
+        assert ("cpu" in loaded.hf_device_map.values()) == (share > 0)
+        expected = elastic.resolve_budget(budget or elastic.built)
+        assert difference(loaded(ids).logits, elastic(ids, flextron_budget=expected).logits) < 1e-5
+        expected = elastic.resolve_budget(smaller["name"])
+        loaded.set_budget(smaller["name"])
+        assert difference(loaded(ids).logits, elastic(ids, flextron_budget=expected).logits) < 1e-5
+        options = {"max_new_tokens": 3, "do_sample": False}
+        assert torch.equal(loaded.generate(ids, **options), elastic.generate(ids, flextron_budget=expected, **options))
+        stock = loaded.extract(pad=True)
+        assert difference(stock(ids).logits, elastic(ids, flextron_budget=expected).logits) < 1e-5
 
 
-def test_pipeline_passes_the_budget(model, saved):
+def test_pipeline_passes_the_budget(elastic, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
-    write = pipeline("text-generation", str(saved), tokenizer=tokenizer, model_kwargs={"flextron_budget": "0.35"})
-    assert write.model.num_parameters() == model.frontier[2]["parameters"]
+    elastic.save_pretrained(tmp_path)
+    row = elastic.frontier[2]
+    kwargs = {"flextron_budget": row["name"]}
+    write = pipeline("text-generation", str(tmp_path), tokenizer=tokenizer, model_kwargs={**kwargs})
+    assert write.model.num_parameters() == row["parameters"]
     assert write("w5 w6 w7", max_new_tokens=3)[0]["generated_text"].startswith("w5 w6 w7")
-    family = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    assert family("w5", max_new_tokens=3, flextron_budget=0.35)[0]["generated_text"].startswith("w5")
+    family = pipeline("text-generation", model=elastic, tokenizer=tokenizer)
+    said = [pipe("w5 w7", max_new_tokens=5, do_sample=False, **more) for pipe, more in ((write, {}), (family, kwargs))]
+    assert said[0] == said[1]
 
 
 @torch.no_grad()
