@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from .errors import invalid, require_int
+from .families import family_of
 from .subnetwork import (
     AXES,
     SubNetwork,
@@ -33,7 +34,6 @@ AUTO_MAP = {
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
 NORMS = ("rms", "layer")
 KINDS = ("full_attention", "sliding_attention")
 
@@ -216,22 +216,13 @@ class FlextronConfig(PreTrainedConfig):
             "metrics": {},
         }
 
-    def update_costs(self, vocab_before: int | None = None) -> None:
-        """Bring the costs in the frontier up to date, for instance after a change of `tie_word_embeddings`.
-
-        Args:
-            vocab_before: A former `vocab_size`, from which rows whose sub-network is not held are scaled.
-        """
+    def resize_vocabulary(self, before: int) -> None:
+        """Bring the costs in the frontier up to date when `vocab_size` was `before`."""
         for row in self.frontier:
-            if row["subnetwork"]:
-                row |= {
-                    **self.row(row["name"], self.resolve(row["subnetwork"])),
-                    "loss": row["loss"],
-                    "metrics": row["metrics"],
-                }
-            elif vocab_before is not None:
+            if row["subnetwork"] is None:  # its sizes are not known here, but what share of it are embeddings
                 embeddings = row["parameters"] - row["non_embedding_parameters"]
-                row["parameters"] += embeddings * self.vocab_size // vocab_before - embeddings
+                row["parameters"] += embeddings * self.vocab_size // before - embeddings
+        self._check(update=True)
 
     def narrowed(self, subnetwork: SubNetwork) -> "FlextronConfig":
         """The config of a model that holds only `subnetwork`: its shape, its choices, its rows of the frontier."""
@@ -273,16 +264,16 @@ class FlextronConfig(PreTrainedConfig):
     # ------------------------------------------------------------------------------------------- checking
 
     def validate(self) -> None:
-        """Run every check again, on costs that are up to date; `save_pretrained` calls this."""
-        self.update_costs()
+        """Run every check again, and let costs follow what was changed; `save_pretrained` calls this."""
         # The rope checks of the base class read head counts, which a heterogeneous config has only per layer.
         PreTrainedConfig.validate(self.per_layer_config[0] if self.is_heterogeneous else self)
-        self._check()
+        self._check(update=True)
 
-    def _check(self) -> None:
+    def _check(self, update: bool = False) -> None:
+        """Check all but the dimensions; `update` corrects the costs in the frontier instead of refusing others."""
         self._check_elastic()
         self.frontier = self._full_frontier()
-        self._check_frontier()
+        self._check_frontier(update)
         self.flextron_budget = _plain(self.flextron_budget)
         parse_budget(self.flextron_budget)
         require_int("flextron_context", self.flextron_context, minimum=0)
@@ -290,9 +281,7 @@ class FlextronConfig(PreTrainedConfig):
             require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
 
     def _check_dimensions(self) -> None:
-        if self.base_model_type not in FAMILIES:
-            rule = f"The supported families are {', '.join(FAMILIES)}."
-            raise invalid("base_model_type", self.base_model_type, rule, "Convert a parent of one of these families.")
+        family_of(self.base_model_type, "base_model_type")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             require_int(name, getattr(self, name))
         require_int("max_position_embeddings", self.max_position_embeddings)
@@ -397,7 +386,7 @@ class FlextronConfig(PreTrainedConfig):
             raise invalid("frontier", self.frontier, "It is a list of rows.", "Pass None for the full size alone.")
         return self.frontier
 
-    def _check_frontier(self) -> None:
+    def _check_frontier(self, update: bool) -> None:
         names = set()
         for i, row in enumerate(self.frontier):
             at = f"frontier[{i}]"
@@ -420,6 +409,8 @@ class FlextronConfig(PreTrainedConfig):
                 raise invalid(f"{at}['subnetwork']", row["subnetwork"], "It holds sizes.", "Pass a dict.")
             exact = self.row(name, resolve(self, row["subnetwork"]))
             for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
-                if row[key] != exact[key]:
+                if update:
+                    row[key] = exact[key]
+                elif row[key] != exact[key]:
                     rule = f"The sub-network of this row has {exact[key]:,}."
                     raise invalid(f"{at}[{key!r}]", row[key], rule, "Build rows with `config.row`.")

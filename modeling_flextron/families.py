@@ -183,15 +183,15 @@ def layer_of(name: str) -> int | None:
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, argument: str = "parent") -> Family:
     """The tables of a family.
 
     Raises:
-        ValueError: the architecture is not supported.
+        ValueError: the architecture, the value of `argument`, is not supported.
     """
     if model_type not in FAMILIES:
         rule = f"The supported families are {', '.join(FAMILIES)}."
-        raise invalid("parent", model_type, rule, "Use a parent of one of these architectures.")
+        raise invalid(argument, model_type, rule, "Use a parent of one of these architectures.")
     return FAMILIES[model_type]
 
 

@@ -434,7 +434,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""
         before = self.config.vocab_size
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.update_costs(before)
+        self.config.resize_vocabulary(before)
         return embeddings
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:

@@ -1,6 +1,7 @@
 """Tiny models for the tests, and the pieces that several test files share."""
 
 import copy
+import json
 import random
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from typer.testing import CliRunner
 
 from flextron_trainer import convert
+from flextron_trainer.cli import app
 from flextron_trainer.sampling import random_subnetwork
 
 LLAMAS = ("mha", "mha-tied-biased", "gqa-wide-heads", "gqa-tied-llama3")
@@ -129,6 +132,13 @@ def all_sizes(model, count: int = 6) -> list:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference."""
     return (a - b).abs().max().item()
+
+
+def flextron(*arguments: object) -> dict:
+    """Run a verb of the command in this process; its JSON line."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def run_python(code: str, *arguments: object, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess:

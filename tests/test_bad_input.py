@@ -1,13 +1,23 @@
 """Malformed input: each case is a `ValueError` that names the argument and the value, the rule, and the way out."""
 
 import copy
+import random
 import re
 
 import pytest
 import torch
-from helpers import elastic_of, parent_of
+from helpers import elastic_of, flextron, parent_of
+from safetensors.torch import load_file, save_file
 from training import arguments, rows
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+)
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.cli import numbers
@@ -36,6 +46,13 @@ def frontier(**changes):
 
 CONFIG = {
     "family": (config(base_model_type="bert"), "base_model_type"),
+    "kind of norm": (config(norm_type="batch"), "norm_type"),
+    "kind of attention": (config(layer_types=["full_attention", "linear_attention", "full_attention"]), "layer_types"),
+    "kinds of fewer layers": (config(layer_types=["full_attention"]), "layer_types"),
+    "window without layers": (config(sliding_window=8), "sliding_window"),
+    "layers without window": (config(layer_types=["sliding_attention"] * 3), "sliding_window"),
+    "flag as number": (config(parallel_residual=1), "parallel_residual"),
+    "dropout as text": (config(residual_dropout="none"), "residual_dropout"),
     "negative size": (config(hidden_size=-1), "hidden_size"),
     "size as text": (config(intermediate_size="64"), "intermediate_size"),
     "size as bool": (config(num_hidden_layers=True), "num_hidden_layers"),
@@ -270,19 +287,41 @@ def test_the_forward_pass_takes_ids_or_embeddings():
             model(**inputs)
 
 
-def test_a_checkpoint_with_missing_or_foreign_tensors_is_not_converted(tmp_path):
-    from safetensors.torch import load_file, save_file
+def refused(folder, *words):
+    """`flextron convert` names what is wrong in one message and writes nothing."""
+    output = folder.parent / "output"
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
+        flextron("convert", folder, output, "--device", "cpu")
+    assert not output.exists() and [path.name for path in folder.parent.iterdir()] == [folder.name]
 
-    parent_of("mha").save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+
+@pytest.mark.parametrize("variant", ["mha", "qwen3", "gpt2", "neox"])
+def test_a_checkpoint_with_missing_or_foreign_tensors_is_not_converted(variant, tmp_path):
+    folder = tmp_path / "parent"
+    parent_of(variant).save_pretrained(folder)
+    file = folder / "model.safetensors"
     tensors = load_file(file)
-    name = "model.layers.1.mlp.up_proj.weight"
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=re.escape(name)):
-        convert(tmp_path, [[1, 2, 3]])
-    save_file({**tensors, "model.extra.weight": torch.ones(1)}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.extra\.weight"):
-        convert(tmp_path, [[1, 2, 3]])
+    for name in random.Random(0).sample(sorted(name for name in tensors if "layers.1" in name or "h.1" in name), 2):
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
+        refused(folder, "missing", name.removeprefix("transformer."))
+    save_file({**tensors, "extra.weight": torch.ones(1)}, file, {"format": "pt"})
+    refused(folder, "unexpected", "extra.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BloomConfig(), ("`parent`='bloom'", "supported families are llama, mistral, qwen2, qwen3, gpt2, gpt_neox")),
+        (MixtralConfig(), ("`parent`='mixtral'", "supported families")),
+        (FalconConfig(alibi=True), ("`parent`='falcon'", "supported families")),
+        (LlamaConfig(is_causal=False), ("`parent.config.is_causal`=False", "`is_causal=True`")),
+        (GPT2Config(add_cross_attention=True), ("`parent.config.add_cross_attention`=True",)),
+    ],
+    ids=["another family", "experts", "ALiBi", "not causal", "cross attention"],
+)
+def test_a_parent_that_is_not_supported_is_refused_before_its_weights_are_read(config, words, tmp_path):
+    config.save_pretrained(tmp_path / "parent")  # and there are no weights
+    refused(tmp_path / "parent", *words)
 
 
 def test_bad_input_at_load_changes_nothing(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import parent_of
+from helpers import flextron, parent_of
 from test_trainer import environment
 from typer.testing import CliRunner
 
@@ -35,13 +35,6 @@ def work(tmp_path_factory):
     os.chdir(folder)
     yield folder
     os.chdir(before)
-
-
-def flextron(*arguments: object) -> dict:
-    """Run a verb in this process; its JSON line."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """The tables between stock models and ours, in both directions."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import difference, elastic_of, parent_of
@@ -99,3 +102,36 @@ def test_every_row_of_the_frontier_can_be_extracted():
     elastic = elastic_of("gqa-wide-heads", heads=[1, 0.75, 0.5, 0.25])
     for row in elastic.frontier:
         assert elastic.extract(row["name"]).num_parameters() == row["parameters"]
+
+
+@torch.no_grad()
+def test_the_family_that_the_documentation_adds(monkeypatch, ids, tmp_path):
+    from transformers import AutoModelForCausalLM, StableLmConfig, StableLmForCausalLM
+
+    from flextron_trainer import convert
+    from modeling_flextron import families
+
+    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    exec(code, vars(families))
+    torch.manual_seed(0)
+    shape = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "use_qkv_bias": True}
+    parent = StableLmForCausalLM(StableLmConfig(**shape, **heads)).eval()
+    elastic = convert(parent, torch.randint(0, 96, (8, 16)), hidden=[1, 0.5], heads=[1, 0.5], budgets=[1, 0.6, 0.3])
+    assert difference(parent(ids).logits, elastic(ids).logits) < 1e-5
+    for row in elastic.frontier:
+        elastic.extract(row["name"]).save_pretrained(tmp_path / row["name"])
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / row["name"])
+        assert type(stock) is StableLmForCausalLM
+        assert difference(stock(ids).logits, elastic(ids, flextron_budget=row["name"]).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_a_gpt2_whose_config_leaves_the_mlp_out(ids):
+    parent = parent_of("gpt2", n_inner=None)
+    elastic = elastic_of("gpt2", parent)
+    assert elastic.config.intermediate_size == 256 == elastic.extract().config.n_inner
+    assert difference(parent(ids).logits, elastic.extract()(ids).logits) < 1e-5

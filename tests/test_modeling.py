@@ -65,8 +65,9 @@ def test_eager_attention(elastic, ids):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_flex_attention(ids):
-    elastic = elastic_of("gqa-wide-heads")
+@pytest.mark.parametrize("variant", ["gqa-wide-heads", "qwen2", "gpt2", "neox"])
+def test_flex_attention(variant, ids):
+    elastic = elastic_of(variant)
     flex = copy.deepcopy(elastic)
     flex.set_attn_implementation("flex_attention")
     for sub in all_sizes(elastic, count=1):
@@ -247,12 +248,13 @@ class TestBudgets:
         part.set_budget(cost + 1e-6)
         assert part.subnetwork == part.resolve_budget(row["name"])
 
-    @pytest.mark.parametrize("variant", ["mha", "gqa-tied-llama3"])
-    @pytest.mark.parametrize("budget", [None, "0.35"])
+    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("budget", [None, 1])
     def test_resizing_the_vocabulary(self, variant, budget, ids, tmp_path):
         model = elastic_of(variant)
         before = model(ids).logits
         if budget is not None:
+            budget = model.frontier[budget]["name"]
             model.save_pretrained(tmp_path / "whole")
             model = FlextronForCausalLM.from_pretrained(tmp_path / "whole", flextron_budget=budget)
             before = model(ids).logits
@@ -315,8 +317,9 @@ def test_a_small_step_computes_no_product_of_full_size(variant, ids):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_compile_makes_one_graph_for_each_size(ids):
-    elastic = elastic_of("gqa-wide-heads", parent_of("gqa-wide-heads", num_hidden_layers=2), depth=[1, 0.5])
+@pytest.mark.parametrize("variant", ["gqa-wide-heads", "mistral", "gpt2", "neox"])
+def test_compile_makes_one_graph_for_each_size(variant, ids):
+    elastic = elastic_of(variant, parent_of(variant, num_hidden_layers=2), depth=[1, 0.5])
     counter = CompileCounter()
     compiled = torch.compile(elastic, fullgraph=True, dynamic=False, backend=counter)
     sizes = all_sizes(elastic, count=2)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
@@ -164,6 +164,8 @@ def elastic_config(
 
 def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedModel:
     kwargs = {"dtype": "auto", **load_kwargs}
+    config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **load_kwargs)
+    check_supported(config)  # before gigabytes are read
     parent, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
