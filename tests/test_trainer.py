@@ -1,6 +1,7 @@
 """`FlextronTrainer`: what it trains, what it logs, and that everything else is the ordinary Trainer."""
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import difference, elastic_of, parent_of
+from helpers import VARIANTS, difference, elastic_of, parent_of
 from training import VARIANT, arguments, losses, rows, trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -26,13 +27,13 @@ def weights(run):
     return torch.cat([p.detach().flatten() for p in run.model.parameters()])
 
 
-def full_only():
+def full_only(variant):
     """An elastic model whose frontier is the full network alone."""
-    return elastic_of(VARIANT, budgets=[1])
+    return elastic_of(variant, budgets=[1])
 
 
 class TestAgainstThePlainTrainer:
-    def plain(self, folder, **changes):
+    def plain(self, variant, folder, **changes):
         changes = {**arguments(folder, **changes).to_dict()}
         ours = set(FlextronTrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
         kept = {
@@ -43,16 +44,23 @@ class TestAgainstThePlainTrainer:
             str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
             **{key: changes[key] for key in kept},
         )  # fmt: skip
-        run = Trainer(full_only(), plain, train_dataset=rows(), data_collator=collator())
+        run = Trainer(full_only(variant), plain, train_dataset=rows(), data_collator=collator())
         run.train()
         return run
 
-    @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-    @pytest.mark.parametrize("accumulation", [1, 4])
-    def test_8_full_network_without_distillation_is_the_plain_trainer(self, tmp_path, accumulation, optim):
+    @pytest.mark.parametrize(
+        ("variant", "accumulation", "optim"),
+        [
+            *((variant, 1, "sgd") for variant in VARIANTS),
+            (VARIANT, 4, "sgd"),
+            *((VARIANT, n, "adamw_torch") for n in (1, 4)),
+        ],
+    )
+    def test_8_full_network_without_distillation_is_the_plain_trainer(self, tmp_path, variant, accumulation, optim):
         changes = {"gradient_accumulation_steps": accumulation, "optim": optim}
-        plain = self.plain(tmp_path, **changes)
-        ours = trainer(tmp_path, teacher=None, model=full_only(), sampler="uniform", subnetworks_per_step=1, **changes)
+        plain = self.plain(variant, tmp_path, **changes)
+        model = full_only(variant)
+        ours = trainer(tmp_path, teacher=None, model=model, sampler="uniform", subnetworks_per_step=1, **changes)
         ours.train()
         for a, b in zip(losses(plain), losses(ours), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["step"] == b["step"]
@@ -62,14 +70,19 @@ class TestAgainstThePlainTrainer:
         assert difference(weights(plain), weights(ours)) < {"sgd": 1e-6, "adamw_torch": 1e-3}[optim]
 
 
-@pytest.mark.parametrize("teacher", ["parent", "self", None])
-@pytest.mark.parametrize("sampler", ["sandwich", "uniform", "random"])
-def test_6_accumulation_is_a_larger_batch(tmp_path, teacher, sampler):
+@pytest.mark.parametrize(
+    ("variant", "teacher", "sampler"),
+    [
+        *itertools.product([VARIANT], ["parent", "self", None], ["sandwich", "uniform", "random"]),
+        *((variant, "parent", "random") for variant in VARIANTS if variant != VARIANT),
+    ],
+)
+def test_6_accumulation_is_a_larger_batch(tmp_path, variant, teacher, sampler):
     """Batch 1 with accumulation 8 trains as batch 8, rows of unequal length included."""
     results = []
     for batch, accumulation in ((8, 1), (1, 8)):
         run = trainer(
-            tmp_path, teacher=teacher, sampler=sampler, max_steps=3, ce_weight=0.3, optim="sgd",
+            tmp_path, variant=variant, teacher=teacher, sampler=sampler, max_steps=3, ce_weight=0.3, optim="sgd",
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         run.train()
@@ -358,13 +371,15 @@ def environment():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"sampler": "sandwich"}, {"sampler": "random", "teacher": "self"}])
+@pytest.mark.parametrize(
+    "changes", [{"sampler": "sandwich"}, {"sampler": "random", "teacher": "self", "variant": "gpt2"}]
+)
 def test_6_two_processes_train_as_one(tmp_path, changes):
     """The same sub-networks on both ranks, and the loss curve and weights of one process with the global batch."""
     changes = {**changes, "max_steps": 4, "optim": "sgd", "ce_weight": 0.2}
     one = trainer(tmp_path / "one", per_device_train_batch_size=8, **changes)
     one.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", SCRIPT]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
     two = [*command, tmp_path / "two", json.dumps({**changes, "per_device_train_batch_size": 4})]
     done = subprocess.run(two, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -40,11 +40,13 @@ def arguments(output: str | os.PathLike, **changes) -> FlextronTrainingArguments
     )
 
 
-def trainer(output: str | os.PathLike, *, teacher="parent", model=None, callbacks=None, **changes) -> FlextronTrainer:
+def trainer(
+    output: str | os.PathLike, *, variant=VARIANT, teacher="parent", model=None, callbacks=None, **changes
+) -> FlextronTrainer:
     """A trainer of a fresh elastic model; `teacher="parent"` is its parent."""
-    parent = parent_of(VARIANT)
+    parent = parent_of(variant)
     return FlextronTrainer(
-        model or elastic_of(VARIANT, parent),
+        model or elastic_of(variant, parent),
         arguments(output, **changes),
         teacher=parent if teacher == "parent" else teacher,
         train_dataset=rows(),
