@@ -1,4 +1,4 @@
-"""From a trained LLaMA to an elastic checkpoint in one short script.
+"""From a trained model to an elastic checkpoint in one short script.
 
     python examples/convert_and_train.py meta-llama/Llama-3.2-1B ./text --output_dir elastic --max_steps 1000 --bf16
 

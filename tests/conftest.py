@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", params=VARIANTS)
 def variant(request):
-    """Name of a kind of LLaMA: MHA or GQA, tied or not, with and without biases, with its own head size."""
+    """Name of a small parent: four LLaMAs (MHA or GQA, tied or not, biases, wide heads) and the other families."""
     return request.param
 
 

@@ -9,7 +9,7 @@ import typer
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Make a trained LLaMA elastic, train it at many sizes at once, and use any of them.",
+    help="Make a trained LLaMA or GPT elastic, train it at many sizes at once, and use any of them.",
 )  # fmt: skip
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a Flextron model.", show_default=False)]
@@ -352,7 +352,7 @@ def generate(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("flextron-demo"),
     dataset: Annotated[str, typer.Option(help=f"Text: {DATA}")] = "stdlib",
-    parent: Annotated[str | None, typer.Option(help="Hub id or folder of a trained LLaMA; default: train one.")] = None,
+    parent: Annotated[str | None, typer.Option(help="Hub id or folder of a trained model; default: train one.")] = None,
     parent_steps: Annotated[int, typer.Option(help="Training steps of the parent.")] = 600,
     elastic_steps: Annotated[int, typer.Option(help="Steps of elastic training.")] = 200,
     device: Device = None,

@@ -117,7 +117,7 @@ def run(
         output: Folder to work in; the elastic model ends up in `output/elastic`, the plot in `output/frontier.png`,
             what is returned in `output/results.json`.
         dataset: Text: `"stdlib"` for the sources of Python's standard library, or anything `data.load_text` reads.
-        parent: Hub id or folder of a trained LLaMA; None trains a small one first.
+        parent: Hub id or folder of a trained model; None trains a small LLaMA first.
         device: `"cpu"` or `"cuda"`; by default a GPU when there is one.
         parent_steps: Steps for the parent that is trained here.
         elastic_steps: Steps of elastic training.
