@@ -33,6 +33,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .batching import generate_each, is_list, per_row
 from .checkpoint import leading_slices, write_beside
 from .configuration_flextron import FlextronConfig
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
@@ -565,6 +566,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @per_row
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -579,7 +581,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         head_loss: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Predict the next tokens at `flextron_budget` (None: the default of `set_budget`).
+        """Predict the next tokens at `flextron_budget` (None: the default of `set_budget`; a list: one for each row).
 
         Args:
             labels: Ids `[B, S]` to predict, shifted here; -100 is ignored.
@@ -617,9 +619,14 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         return None  # what is allocated before the first token cannot know the budget
 
     def generate(self, *args, flextron_budget: Any = None, **kwargs):
-        """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is."""
+        """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is.
+
+        A list of budgets has one for each sequence; each is continued as if it were alone.
+        """
         if flextron_budget is None:
             return super().generate(*args, **kwargs)
+        if is_list(flextron_budget):
+            return generate_each(self, flextron_budget, args, kwargs)
         if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
             with self.at_budget(flextron_budget):
                 return super().generate(*args, **kwargs)
@@ -649,6 +656,8 @@ class FlextronForSequenceClassification(GenericForSequenceClassification, Flextr
         self.model = FlextronModel(self.config)
         self.score = ElasticLinear(self.config.hidden_size, self.num_labels, bias=False)
         self.post_init()
+
+    forward = can_return_tuple(per_row(GenericForSequenceClassification.forward))
 
 
 FlextronModel.register_for_auto_class("AutoModel")
