@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .configuration_flextron import FlextronConfig
+from .latency import LatencyTable
 from .modeling_flextron import (
     FlextronForCausalLM,
     FlextronForSequenceClassification,
@@ -29,6 +30,7 @@ __all__ = [
     "FlextronForSequenceClassification",
     "FlextronModel",
     "FlextronPreTrainedModel",
+    "LatencyTable",
     "SubNetwork",
     "count_parameters",
     "flops_per_token",

@@ -109,10 +109,11 @@ def write_beside(target: str | os.PathLike, variant: str | None = None) -> Itera
         if not exists:
             os.replace(folder, target)
             return
-        written = sorted(folder.iterdir(), key=lambda path: (".safetensors" not in path.name, path.name))
-        for path in written:
-            os.replace(path, target / path.name)
-        names = {path.name for path in written}
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (".safetensors" not in path.name, path)):
+            (target / path).parent.mkdir(exist_ok=True)
+            os.replace(folder / path, target / path)
+        names = {str(path) for path in files}
         dot = re.escape(f".{variant}") if variant else ""
         weights = re.compile(rf"model{dot}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{dot}\.json")
         for path in list(target.iterdir()):

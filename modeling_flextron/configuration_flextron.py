@@ -10,13 +10,20 @@ nor name the way out.
 
 import copy
 import math
+import os
+import re
+import shutil
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file, logging
 
 from .errors import invalid, require_int
 from .families import family_of
+from .latency import LatencyTable, device_name, nearest
 from .subnetwork import (
     AXES,
     SubNetwork,
@@ -26,6 +33,7 @@ from .subnetwork import (
     resolve,
 )
 
+logger = logging.get_logger(__name__)
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
     "AutoModel": "modeling_flextron.FlextronModel",
@@ -34,6 +42,7 @@ AUTO_MAP = {
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
+TABLE_FIELDS = ("device", "kind", "dtype", "batch", "context")
 NORMS = ("rms", "layer")
 KINDS = ("full_attention", "sliding_attention")
 
@@ -75,6 +84,7 @@ class FlextronConfig(PreTrainedConfig):
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
         flextron_budget: Which sub-network to build: a value of the budget grammar, see `subnetwork.py`.
         flextron_context: Tokens of KV cache that memory budgets reserve.
+        latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
 
     Raises:
         ValueError: a field has the wrong type or an impossible value; the message names it.
@@ -130,6 +140,7 @@ class FlextronConfig(PreTrainedConfig):
     parent_non_embedding_parameters: int | None = None
     flextron_budget: Any = None
     flextron_context: int = 4096
+    latency_tables: dict = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
@@ -201,6 +212,44 @@ class FlextronConfig(PreTrainedConfig):
     def resolve(self, budget: Any) -> SubNetwork:
         """The sub-network that a budget means; see `subnetwork.resolve`."""
         return resolve(self, budget)
+
+    def latency_table(self) -> LatencyTable | None:
+        """The latency table whose device is nearest to that of this machine, read from where the config came from.
+
+        Raises:
+            ValueError: the table is broken, or one of another model.
+            OSError: it is listed and cannot be found.
+        """
+        if not self.latency_tables:
+            return None
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = str(self.dtype).removeprefix("torch.")
+        file, here = nearest(self.latency_tables, kind, device_name(kind), dtype), device_name(kind)
+        table = LatencyTable.load(self._beside(file), self)
+        if table.device != here:
+            logger.warning_once(f"Latency budgets use the table of {table.device}; this machine has {here}.")
+        return table
+
+    def _beside(self, file: str) -> str:
+        """Path of a file that lies beside `config.json`."""
+        commit = getattr(self, "_commit_hash", None)
+        path = cached_file(self.name_or_path, file, revision=commit, _commit_hash=commit)
+        assert path is not None  # it raises instead
+        return path
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As `PreTrainedConfig.save_pretrained`, with the latency tables that the config lists."""
+        for file in list(self.latency_tables):
+            target = Path(save_directory) / file
+            if target.is_file():
+                continue
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._beside(file), target)
+            except OSError as error:
+                logger.warning(f"The latency table {file} is left out: {error}")
+                del self.latency_tables[file]
+        super().save_pretrained(save_directory, **kwargs)
 
     # ------------------------------------------------------------------------------------------- changing
 
@@ -318,6 +367,20 @@ class FlextronConfig(PreTrainedConfig):
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "It must be a bool.", "Pass True or False.")
+        self.latency_tables = {} if self.latency_tables is None else self.latency_tables
+        entry = ("device", "kind", "dtype", "batch", "context")
+        if not isinstance(self.latency_tables, dict):
+            raise invalid(
+                "latency_tables", self.latency_tables, "It maps files to devices.", "Pass None for no tables."
+            )
+        for file, table in self.latency_tables.items():
+            if (
+                not re.fullmatch(r"latency/[a-z0-9-]+\.json", file)
+                or not isinstance(table, dict)
+                or set(table) != {*entry}
+            ):
+                rule = f"A table is a file 'latency/NAME.json' with {', '.join(entry)}."
+                raise invalid("latency_tables", {file: table}, rule, "Write it with `flextron measure`.")
         for name in (
             "norm_eps", "initializer_range", "attention_dropout", "residual_dropout", "embedding_dropout"
         ):  # fmt: skip

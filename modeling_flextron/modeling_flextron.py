@@ -39,6 +39,7 @@ from .configuration_flextron import FlextronConfig
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from .errors import invalid
 from .families import extract
+from .latency import LatencyTable
 from .subnetwork import SubNetwork, resolve
 
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
@@ -331,6 +332,11 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def frontier(self) -> list[dict[str, Any]]:
         """Recommended sub-networks that these weights hold, largest first, with exact costs and measured loss."""
         return [dict(row) for row in self.config.frontier if row["subnetwork"] is not None]
+
+    @property
+    def latency_table(self) -> LatencyTable | None:
+        """The measured table that budgets such as `"25ms"` refer to here; None when there is none."""
+        return self.config.latency_table()
 
     def resolve_budget(self, budget: Any = None) -> SubNetwork:
         """The sub-network that a budget means here; None means the current default.

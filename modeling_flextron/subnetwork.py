@@ -11,6 +11,7 @@ Elastic (arXiv 2511.16664, equations 34-46).
 """
 
 import math
+import random
 import re
 from dataclasses import dataclass, fields
 from itertools import product
@@ -73,6 +74,22 @@ def uniform_subnetworks(config) -> list[SubNetwork]:
     for hidden, depth, mlp, heads in product(*(config.choices(axis) for axis in ("hidden", "depth", "mlp", "heads"))):
         result.append(SubNetwork(hidden, config.kept_layers(depth), (mlp,) * depth, (heads,) * depth))
     return result
+
+
+def random_subnetwork(config, generator: random.Random) -> SubNetwork:
+    """A heterogeneous sub-network: each size drawn from the choices that its place holds."""
+    built = config.built
+    layers = config.kept_layers(generator.choice(config.choices("depth")))
+
+    def pick(axis: str, limit: int) -> int:
+        return generator.choice([size for size in config.choices(axis) if size <= limit])
+
+    return SubNetwork(
+        pick("hidden", built.hidden),
+        layers,
+        tuple(pick("mlp", built.mlp[layer]) for layer in layers),
+        tuple(pick("heads", built.heads[layer]) for layer in layers),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- costs
@@ -230,10 +247,7 @@ def resolve(config, budget: Any) -> SubNetwork:
     if parsed.kind == "exact":
         return _exact(config, parsed.value) if isinstance(parsed.value, dict) else _fitting(config, parsed.value)
     if parsed.kind == "latency":
-        raise invalid(
-            "flextron_budget", budget, "This model has no latency table, which a latency budget needs.",
-            "Make one on this machine with `flextron measure`, or pass a fraction such as 0.5.",
-        )  # fmt: skip
+        return _fast_enough(config, budget, parsed.value)
     if parsed.kind == "auto":
         raise invalid(
             "flextron_budget", budget, "This model has no token routers, which `auto` needs.",
@@ -296,6 +310,26 @@ def _cheapest_of_quality(config, budget: Any, limit: float) -> dict:
             "Ask for a quality that this model reaches.",
         )  # fmt: skip
     return min(good, key=lambda row: row["non_embedding_parameters"])
+
+
+def _fast_enough(config, budget: Any, limit: float) -> SubNetwork:
+    """The largest row whose predicted time for a token is at most `limit` seconds."""
+    table = config.latency_table()
+    if table is None:
+        raise invalid(
+            "flextron_budget", budget, "This model has no latency table, which a latency budget needs.",
+            "Make one on this machine with `flextron measure`, or pass a fraction such as 0.5.",
+        )  # fmt: skip
+    held = {row["name"]: _exact(config, row["subnetwork"]) for row in config.frontier if row["subnetwork"]}
+    times = {name: table.predict(subnetwork) for name, subnetwork in held.items()}
+    fitting = [name for name, seconds in times.items() if seconds <= limit]
+    if not fitting:
+        fastest = min(times, key=lambda name: times[name])
+        rule = (
+            f"The fastest sub-network, {fastest!r}, takes {1e3 * times[fastest]:.3g} ms for a token on {table.device}."
+        )
+        raise invalid("flextron_budget", budget, rule, "Ask for at least that much.")
+    return max((held[name] for name in fitting), key=lambda s: count_parameters(config, s))
 
 
 def _held(config, budget: Any, row: dict) -> SubNetwork:

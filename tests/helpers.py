@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from flextron_trainer import convert
 from flextron_trainer.cli import app
-from flextron_trainer.sampling import random_subnetwork
+from modeling_flextron.subnetwork import random_subnetwork
 
 LLAMAS = ("mha", "mha-tied-biased", "gqa-wide-heads", "gqa-tied-llama3")
 CONFIGS = {

@@ -16,7 +16,7 @@ from flextron_trainer.cli import app
 from flextron_trainer.demo import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("convert", "train", "evaluate", "export", "push", "generate", "demo")
+VERBS = ("convert", "train", "measure", "evaluate", "export", "push", "generate", "demo")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from flextron_trainer.sampling import random_subnetwork
 from modeling_flextron import FlextronForCausalLM, count_parameters
 from modeling_flextron.families import axes, layer_of, misfit, padded
+from modeling_flextron.subnetwork import random_subnetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -66,6 +66,27 @@ def device_or_default(device: str | None) -> str:
     return device
 
 
+def dtype_named(name: str) -> Any:
+    """The dtype of torch with this name, or `"auto"`."""
+    import torch
+
+    from modeling_flextron.errors import invalid
+
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not isinstance(dtype, torch.dtype):
+        raise invalid("dtype", name, "It is no dtype of torch.", "Pass auto, float32, bfloat16 or float16.")
+    return dtype or name
+
+
+def must_be_a_model(folder: Path) -> None:
+    """Refuse what is not the folder of a saved model."""
+    from modeling_flextron.errors import invalid
+
+    if not (folder / "config.json").is_file():
+        rule = "It is not the folder of a saved model."
+        raise invalid("folder", str(folder), rule, "Pass the output of `flextron convert` or `flextron train`.")
+
+
 def different_folders(source: str, output: Path) -> None:
     """Refuse to write over what is read."""
     from modeling_flextron.errors import invalid
@@ -101,10 +122,7 @@ def convert(
 
     The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
     """
-    import torch
     from transformers import AutoConfig, AutoTokenizer
-
-    from modeling_flextron.errors import invalid
 
     from .convert import convert as run
     from .data import load_text
@@ -128,9 +146,6 @@ def convert(
         "batch_size": batch_size,
     }
     options |= {name: value for name, value in given.items() if value is not None}
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        rule = "It is no dtype of torch."
-        raise invalid("dtype", dtype, rule, "Pass auto, float32, bfloat16 or float16.")
     elastic = run(
         parent,
         None if calibration is None else load_text(calibration),
@@ -138,7 +153,7 @@ def convert(
         order=order,
         seed=seed,
         device=device_or_default(device),
-        dtype=dtype,
+        dtype=dtype_named(dtype),
         **options,
     )
     elastic.save_pretrained(output)
@@ -255,6 +270,52 @@ def evaluate(
 
 
 @app.command()
+def measure(
+    folder: Annotated[Path, typer.Argument(help="Folder of a Flextron model.", show_default=False)],
+    batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens read, and tokens in the cache while one more is made.")] = 512,
+    rounds: Annotated[int, typer.Option(help="How often each network is timed.")] = 15,
+    dtype: Annotated[str, typer.Option(help="Dtype to measure in; auto is that of the weights.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
+    device: Device = None,
+    seed: int = 0,
+) -> None:
+    """Time every choice of a model on this machine, so that `flextron_budget="25ms"` means something.
+
+    Example: `flextron measure elastic --device cuda --dtype bfloat16`
+
+    The table is written to FOLDER/latency/ and listed in FOLDER/config.json; those of other devices stay. Measured
+    rounds are kept, and the same command goes on after a stop.
+    """
+    import torch
+
+    from modeling_flextron import FlextronConfig, FlextronForCausalLM
+    from modeling_flextron.checkpoint import write_file_beside
+    from modeling_flextron.latency import FOLDER, LatencyTable
+
+    must_be_a_model(folder)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model: Any = FlextronForCausalLM.from_pretrained(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
+    progress = folder / FOLDER / ".rounds.json"
+    table = LatencyTable.measure(
+        model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress
+    )  # fmt: skip
+    table.save(folder / table.file_name)
+    config = FlextronConfig.from_pretrained(folder)
+    config.latency_tables[table.file_name] = table.summary
+    with write_file_beside(folder / "config.json") as path:
+        config.to_json_file(path)
+    rows = {row["name"]: model.resolve_budget(row["name"]) for row in model.frontier}
+    finish(
+        table=str(folder / table.file_name),
+        device=table.device,
+        error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},
+        decode_ms={name: round(1e3 * table.predict(subnetwork), 3) for name, subnetwork in rows.items()},
+    )
+
+
+@app.command()
 def export(
     model: Model,
     output: Output,
@@ -309,11 +370,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    from modeling_flextron.errors import invalid
-
-    if not (folder / "config.json").is_file():
-        rule = "It is not the folder of a saved model."
-        raise invalid("folder", str(folder), rule, "Pass the output of `flextron convert` or `flextron train`.")
+    must_be_a_model(folder)
     api = HfApi()
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     ignored = ["checkpoint-*", "runs/*", "training_args.json"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.errors import invalid
+from modeling_flextron.subnetwork import random_subnetwork
 
 SAMPLERS = ("sandwich", "uniform", "weighted", "random")
 
@@ -49,22 +50,6 @@ def draw(
         drawn = [Draw("random", random_subnetwork(config, generator)) for _ in range(count)]
     order = {draw.name: i for i, draw in enumerate(rows)}
     return sorted(drawn, key=lambda draw: order.get(draw.name, 1))
-
-
-def random_subnetwork(config: FlextronConfig, generator: random.Random) -> SubNetwork:
-    """A heterogeneous sub-network: each size drawn from the choices that its place holds."""
-    built = config.built
-    layers = config.kept_layers(generator.choice(config.choices("depth")))
-
-    def pick(axis: str, limit: int) -> int:
-        return generator.choice([size for size in config.choices(axis) if size <= limit])
-
-    return SubNetwork(
-        pick("hidden", built.hidden),
-        layers,
-        tuple(pick("mlp", built.mlp[layer]) for layer in layers),
-        tuple(pick("heads", built.heads[layer]) for layer in layers),
-    )
 
 
 def check_weights(config: FlextronConfig, weights: list[float] | None) -> None:

@@ -1,0 +1,325 @@
+"""How long a sub-network takes on a device: measured for each choice once, predicted for every sub-network.
+
+The lookup table of Flextron (arXiv 2406.10260, figure 3): the time of a network is the sum of what its parts take,
+
+    T = rest(h) + sum over kept layers of [ mlp(h, m) + heads(h, a) - layer(h) ]
+
+with hidden size h, MLP m and heads a of the layer; mlp(h, m) is a layer with that MLP and all heads, heads(h, a) one
+with those heads and the full MLP, layer(h) one with both full, and rest(h) everything outside the layers. Each entry
+comes from timing the whole network with one choice changed in all layers, so that caches, kernels and Python are
+those of real use. What the sum leaves out is measured too: the error on random sub-networks is part of the table.
+
+Times are seconds; a decoding step makes one token for each sequence of the batch.
+"""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.utils import logging
+
+from .checkpoint import write_file_beside
+from .errors import invalid, require_int
+from .subnetwork import SubNetwork, random_subnetwork
+
+MODES = ("decode", "prefill")
+FOLDER = "latency"
+
+
+def device_name(kind: str) -> str:
+    """What the processor of this machine is called."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured times of the parts of a model on one device.
+
+    Args:
+        device: Name of the processor.
+        conditions: `kind` (`"cpu"`, `"cuda"`), `threads`, `dtype`, `attention`, `batch`, `context`, `rounds`, `date`
+            and library `versions`.
+        shape: The choices of the model on every axis, and its vocabulary and head size.
+        costs: Mode (`"decode"`, `"prefill"`) -> hidden size -> `rest` and `layer` in seconds, and `mlp` and `heads`
+            from choice to seconds.
+        spread: Mode -> median over all measurements of (upper - lower quartile) / median.
+        errors: Mode -> `median` and `worst` relative error on random sub-networks, and those `points`.
+    """
+
+    device: str
+    conditions: dict[str, Any]
+    shape: dict[str, Any]
+    costs: dict[str, dict[str, dict[str, Any]]]
+    spread: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def predict(self, subnetwork: SubNetwork, mode: str = "decode") -> float:
+        """Seconds that a sub-network takes: for a token with `"decode"`, for the context with `"prefill"`."""
+        costs = self.costs[mode][str(subnetwork.hidden)]
+        layers = zip(subnetwork.mlp, subnetwork.heads, strict=True)
+        return costs["rest"] + sum(costs["mlp"][str(m)] + costs["heads"][str(a)] - costs["layer"] for m, a in layers)
+
+    @property
+    def file_name(self) -> str:
+        """Where it is kept in a repository."""
+        parts = f"{self.device} {self.conditions['dtype']} batch {self.conditions['batch']}"
+        return f"{FOLDER}/{'-'.join(''.join(c if c.isalnum() else ' ' for c in parts.lower()).split())}.json"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a config lists of it."""
+        return {"device": self.device, **{key: self.conditions[key] for key in ("kind", "dtype", "batch", "context")}}
+
+    # ------------------------------------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as JSON."""
+        with write_file_beside(path) as beside:
+            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: Any = None) -> "LatencyTable":
+        """Read a table, and check that it is one of `config`'s model.
+
+        Raises:
+            ValueError: the file is not a table, or one of another model.
+        """
+        remedy = "Measure again with `flextron measure`."
+        try:
+            table = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            table.predict(
+                SubNetwork(table.shape["hidden"][-1], (0,), table.shape["mlp"][-1:], table.shape["heads"][-1:])
+            )
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise invalid("latency table", str(path), f"It is no table of times: {error!r}.", remedy) from None
+        if config is not None:
+            for key, value in shape_of(config).items():
+                stored = table.shape.get(key)
+                if not (set(value) <= set(stored or ()) if isinstance(value, list) else value == stored):
+                    rule = f"It was measured on a model with `{key}` {stored}, and this one has {value}."
+                    raise invalid("latency table", str(path), rule, remedy)
+        return table
+
+    # ------------------------------------------------------------------------------------------- measuring
+
+    @classmethod
+    def measure(
+        cls,
+        model: Any,
+        *,
+        batch: int = 1,
+        context: int = 512,
+        rounds: int = 15,
+        checks: int = 10,
+        seed: int = 0,
+        progress: str | os.PathLike | None = None,
+    ) -> "LatencyTable":
+        """Time every choice of a model where it is.
+
+        Args:
+            model: A `FlextronForCausalLM` with all its sizes in memory, on its device and in its dtype.
+            batch: Sequences at the same time.
+            context: Tokens that are read in `"prefill"`, and that are in the cache in `"decode"`.
+            rounds: How often each network is timed; every round times all of them in a random order.
+            checks: Random sub-networks whose time is predicted and measured.
+            seed: Of the order, the tokens and the random sub-networks.
+            progress: File in which the rounds are kept while they are measured; a later call with the same model and
+                conditions goes on there.
+
+        Raises:
+            ValueError: a number is not positive, or the context is longer than the model allows.
+        """
+        for name, value in (("batch", batch), ("context", context), ("rounds", rounds), ("checks", checks)):
+            require_int(name, value)
+        config, kind = model.config, model.device.type
+        if context >= config.max_position_embeddings:
+            rule = f"The model has {config.max_position_embeddings} positions, and one is for the next token."
+            raise invalid("context", context, rule, "Pass fewer tokens.")
+        conditions: dict[str, Any] = {
+            "kind": kind, "threads": torch.get_num_threads() if kind == "cpu" else None,
+            "dtype": str(model.dtype).removeprefix("torch."), "attention": config._attn_implementation,
+            "batch": batch, "context": context,
+        }  # fmt: skip
+        generator = random.Random(seed)
+        random_ones = [random_subnetwork(config, generator) for _ in range(checks)]
+        networks = list(dict.fromkeys([*_probes(config).values(), *random_ones]))
+        device = device_name(kind)
+        rows = _Rounds(progress, {"device": device, **conditions, "shape": shape_of(config), "seed": seed})
+        run = _Runner(model, batch, context, seed)
+        todo = range(len(rows.done), rounds)
+        was_training = model.training
+        model.eval()
+        try:
+            for _ in logging.tqdm(todo, desc=f"Timing {len(networks)} networks", unit="round"):
+                rows.add(run.round(networks, generator))
+        finally:
+            model.train(was_training)
+
+        times = {mode: {n: [r[mode][i] for r in rows.done] for i, n in enumerate(networks)} for mode in MODES}
+        median = {mode: {n: statistics.median(t) for n, t in times[mode].items()} for mode in MODES}
+        table = cls(
+            device,
+            conditions | {"rounds": len(rows.done), "date": time.strftime("%Y-%m-%d"), "versions": _versions()},
+            shape_of(config),
+            {mode: _costs(config, median[mode]) for mode in MODES},
+            {mode: statistics.median(map(_spread, times[mode].values())) for mode in MODES},
+        )
+        for mode in MODES:
+            pairs = [(table.predict(network, mode), median[mode][network]) for network in random_ones]
+            errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
+            points = [
+                {"subnetwork": network.to_dict(), "predicted": predicted, "measured": measured}
+                for network, (predicted, measured) in zip(random_ones, pairs, strict=True)
+            ]
+            table.errors[mode] = {"median": statistics.median(errors), "worst": max(errors), "points": points}
+        rows.forget()
+        return table
+
+
+def shape_of(config: Any) -> dict[str, Any]:
+    """What a table must have in common with a model."""
+    axes = {axis: list(config.choices(axis)) for axis in ("hidden", "mlp", "heads")}
+    return axes | {"vocab_size": config.vocab_size, "head_dim": config.head_dim, "family": config.base_model_type}
+
+
+def nearest(tables: dict[str, dict[str, Any]], kind: str, device: str, dtype: str | None) -> str:
+    """The file of the table for a device: of the same name, else of the same kind, then of the dtype."""
+
+    def distance(file: str) -> tuple:
+        table = tables[file]
+        return table["device"] != device, table["kind"] != kind, table["dtype"] != dtype, table["batch"], file
+
+    return min(tables, key=distance)
+
+
+def _probes(config: Any) -> dict[tuple, SubNetwork]:
+    """The networks that tell the cost of every choice, by (hidden size, axis, choice)."""
+    built, probes = config.built, {}
+    few = tuple(sorted(config.anchors()))
+    for hidden in config.choices("hidden"):
+
+        def network(layers: tuple[int, ...], mlp=None, heads=None, hidden=hidden) -> SubNetwork:
+            return SubNetwork(
+                hidden,
+                layers,
+                tuple(min(mlp or size, size) for size in (built.mlp[layer] for layer in layers)),
+                tuple(min(heads or size, size) for size in (built.heads[layer] for layer in layers)),
+            )
+
+        probes[hidden, "full", None] = network(built.layers)
+        probes[hidden, "few", None] = network(few)
+        for mlp in config.choices("mlp"):
+            probes[hidden, "mlp", mlp] = network(built.layers, mlp=mlp)
+        for heads in config.choices("heads"):
+            probes[hidden, "heads", heads] = network(built.layers, heads=heads)
+    return probes
+
+
+def _costs(config: Any, median: dict[SubNetwork, float]) -> dict[str, dict[str, Any]]:
+    """The entries of a table from the times of the probes."""
+    probes, result = _probes(config), {}
+    layers, few = len(config.built.layers), len(config.anchors())
+    for hidden in config.choices("hidden"):
+        full = median[probes[hidden, "full", None]]
+        layer = (full - median[probes[hidden, "few", None]]) / (layers - few) if layers > few else full / layers
+        result[str(hidden)] = {
+            "rest": full - layers * layer,
+            "layer": layer,
+            **{
+                axis: {
+                    str(size): layer + (median[probes[hidden, axis, size]] - full) / layers
+                    for size in config.choices(axis)
+                }
+                for axis in ("mlp", "heads")
+            },
+        }
+    return result
+
+
+class _Runner:
+    """Times decoding steps and prefills of the sub-networks of a model."""
+
+    def __init__(self, model: Any, batch: int, context: int, seed: int):
+        self.model = model
+        ids = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(model.config.vocab_size, (batch, context), generator=ids).to(model.device)
+
+    @torch.inference_mode()
+    def round(self, networks: list[SubNetwork], generator: random.Random) -> dict[str, list[float]]:
+        """Seconds of every network in both modes, measured in a random order."""
+        times = {mode: [0.0] * len(networks) for mode in MODES}
+        order = list(range(len(networks)))
+        generator.shuffle(order)
+        for i in order:
+            cache = DynamicCache(config=self.model.config)
+
+            def prefill(network=networks[i], cache=cache):
+                self.model(self.ids, past_key_values=cache, logits_to_keep=1, flextron_budget=network)
+
+            def decode(network=networks[i], cache=cache):
+                self.model(self.ids[:, :1], past_key_values=cache, flextron_budget=network)
+
+            times["prefill"][i] = self._seconds(prefill)
+            decode()  # warms up
+            times["decode"][i] = statistics.median(self._seconds(decode) for _ in range(3))
+        return times
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+
+class _Rounds:
+    """Measured rounds, kept in a file while more are made."""
+
+    def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any]):
+        self.path, self.conditions, self.done = path and Path(path), conditions, list[dict[str, list[float]]]()
+        if self.path and self.path.is_file():
+            kept = json.loads(self.path.read_text(encoding="utf-8"))
+            if kept["conditions"] == json.loads(json.dumps(conditions)):
+                self.done = kept["rounds"]
+
+    def add(self, times: dict[str, list[float]]) -> None:
+        self.done.append(times)
+        if self.path:
+            with write_file_beside(self.path) as beside:
+                kept = {"conditions": self.conditions, "rounds": self.done}
+                beside.write_text(json.dumps(kept), encoding="utf-8")
+
+    def forget(self) -> None:
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
+def _spread(times: list[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    lower, middle, upper = statistics.quantiles(times, n=4)
+    return (upper - lower) / middle
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

@@ -1,0 +1,217 @@
+"""Latency tables: what is measured, what is predicted from it, and budgets in milliseconds."""
+
+import json
+import logging
+import random
+
+import pytest
+import torch
+from helpers import all_sizes, elastic_of, flextron, run_python
+
+from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron import latency as module
+from modeling_flextron.latency import MODES, LatencyTable, device_name, nearest
+
+
+def additive(network) -> float:
+    """A made-up time in which parts add up."""
+    layers = sum(2e-6 * mlp + 3e-5 * heads for mlp, heads in zip(network.mlp, network.heads, strict=True))
+    return (1e-3 + layers + 5e-4 * len(network.layers)) * network.hidden / 64
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Rounds that take no time, with `additive` times and noise; counts them, and may fail in one."""
+
+    class Clock:
+        rounds, fail_in, noise = 0, None, 0.0
+
+    def round_(self, networks, generator):
+        Clock.rounds += 1
+        if Clock.rounds == Clock.fail_in:
+            raise KeyboardInterrupt
+        noise = [1 + Clock.noise * generator.uniform(-1, 1) for _ in networks]
+        times = [additive(network) * factor for network, factor in zip(networks, noise, strict=True)]
+        return {"decode": times, "prefill": [10 * t for t in times]}
+
+    monkeypatch.setattr(module._Runner, "round", round_)
+    return Clock
+
+
+def saved_with_table(model, folder, **changes):
+    model.save_pretrained(folder)
+    table = LatencyTable.measure(model, rounds=1, context=8)
+    for key, value in changes.items():
+        object.__setattr__(table, key, value)
+    table.save(folder / table.file_name)
+    config = FlextronConfig.from_pretrained(folder)
+    config.latency_tables[table.file_name] = table.summary
+    config.to_json_file(folder / "config.json")
+    return table
+
+
+def test_additive_times_are_predicted_exactly(elastic, clock):
+    table = LatencyTable.measure(elastic, rounds=2, context=8)
+    for network in all_sizes(elastic, 20):
+        assert table.predict(network) == pytest.approx(additive(network))
+        assert table.predict(network, "prefill") == pytest.approx(10 * additive(network))
+    for mode in MODES:
+        assert table.errors[mode]["worst"] < 1e-9 and len(table.errors[mode]["points"]) == 10
+        assert set(table.costs[mode]) == {str(size) for size in elastic.config.choices("hidden")}
+        for costs in table.costs[mode].values():
+            assert set(costs["mlp"]) == {str(size) for size in elastic.config.choices("mlp")}
+            assert set(costs["heads"]) == {str(size) for size in elastic.config.choices("heads")}
+
+
+def test_noise_shows_in_spread_and_error(clock):
+    clock.noise = 0.2
+    table = LatencyTable.measure(elastic_of("mha"), rounds=20, context=8)
+    assert 0.1 < table.spread["decode"] < 0.3 and 0 < table.errors["decode"]["worst"] < 0.2
+
+
+def test_a_real_measurement(tmp_path):
+    model = elastic_of("mha")
+    table = LatencyTable.measure(model.train(), rounds=2, context=16, batch=2, checks=3)
+    assert model.training
+    for mode in MODES:
+        assert all(table.predict(network, mode) > 0 for network in [model.built])
+    assert table.conditions["batch"] == 2 and table.conditions["versions"]["torch"] == torch.__version__
+    assert table.device == device_name("cpu")
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json", model.config) == table
+
+
+def test_an_interrupted_measurement_goes_on(clock, tmp_path):
+    model, clock.fail_in = elastic_of("mha"), 4
+    options = {"rounds": 6, "context": 8, "progress": tmp_path / "rounds.json"}
+    with pytest.raises(KeyboardInterrupt):
+        LatencyTable.measure(model, **options)
+    assert clock.rounds == 4 and (tmp_path / "rounds.json").is_file()
+    clock.fail_in = None
+    table = LatencyTable.measure(model, **options)
+    assert clock.rounds == 4 + 3 and table.conditions["rounds"] == 6
+    assert not (tmp_path / "rounds.json").exists()
+    (tmp_path / "rounds.json").write_text(json.dumps({"conditions": {"other": 1}, "rounds": [{}] * 6}))
+    LatencyTable.measure(model, **options)
+    assert clock.rounds == 7 + 6  # rounds of other conditions are not used
+
+
+@torch.no_grad()
+def test_budgets_in_milliseconds(elastic, clock, ids, tmp_path, caplog):
+    table = saved_with_table(elastic, tmp_path / "model")
+    rows = elastic.frontier
+    times = [1e3 * additive(elastic.resolve_budget(row["name"])) for row in rows]
+    family = FlextronForCausalLM.from_pretrained(tmp_path / "model")
+    for row, milliseconds in zip(rows, times, strict=True):
+        text = f"{milliseconds + 1e-6:.6f}ms"
+        loaded = FlextronForCausalLM.from_pretrained(tmp_path / "model", flextron_budget=text)
+        assert loaded.num_parameters() == row["parameters"]
+        assert family.resolve_budget(text) == elastic.resolve_budget(row["name"])
+        smaller = loaded.frontier[-1]
+        assert loaded.resolve_budget(f"{times[-1] + 1e-6:.6f}ms") == loaded.resolve_budget(smaller["name"])
+    with pytest.raises(ValueError, match=rf"{table.device[:5]}.*Ask for at least that"):
+        family.set_budget(f"{times[-1] * 0.99:.6f}ms")
+    family.save_pretrained(tmp_path / "again")
+    again = FlextronForCausalLM.from_pretrained(tmp_path / "again", flextron_budget="1s")
+    assert (tmp_path / "again" / table.file_name).is_file() and again.num_parameters() == rows[0]["parameters"]
+    assert not [record for record in caplog.records if "Latency budgets" in record.message]
+
+
+def test_the_table_of_another_device_is_used_and_named(clock, tmp_path, caplog):
+    from transformers.utils import logging as transformers_logging
+
+    model = elastic_of("mha")
+    saved_with_table(model, tmp_path, device="Another processor")
+    transformers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING, logger="modeling_flextron.configuration_flextron"):
+        FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="1s")
+    transformers_logging.disable_propagation()
+    assert "use the table of Another processor; this machine has" in caplog.text
+
+
+def test_the_nearest_table():
+    def table(device, kind, dtype="float32", batch=1):
+        return {"device": device, "kind": kind, "dtype": dtype, "batch": batch, "context": 512}
+
+    tables = {
+        "a": table("Xeon", "cpu"),
+        "b": table("H200", "cuda", "bfloat16"),
+        "c": table("EPYC", "cpu", "bfloat16"),
+        "d": table("H200", "cuda"),
+        "e": table("H200", "cuda", batch=8),
+    }
+    assert nearest(tables, "cpu", "Xeon", "bfloat16") == "a"
+    assert nearest(tables, "cuda", "H200", "float32") == "d"
+    assert nearest(tables, "cuda", "A100", "bfloat16") == "b"
+    assert nearest(tables, "cpu", "Ryzen", "bfloat16") == "c"
+
+
+def test_bad_tables_are_refused(clock, tmp_path):
+    model = elastic_of("mha")
+    table = saved_with_table(model, tmp_path)
+    path = tmp_path / table.file_name
+    good = path.read_text()
+    with pytest.raises(ValueError, match="needs\\. Make one on this machine with `flextron measure`"):
+        model.resolve_budget("25ms")
+    other = elastic_of("gqa-wide-heads")
+    with pytest.raises(ValueError, match="measured on a model with `heads`"):
+        LatencyTable.load(path, other.config)
+    for broken in ("", "{", "[]", good.replace('"mlp"', '"lmp"'), json.dumps({**json.loads(good), "more": 1})):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=r"`latency table`=.*no table of times.*`flextron measure`"):
+            FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="1s")
+    path.unlink()
+    with pytest.raises(OSError, match=path.name):
+        FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="1s")
+    kept = FlextronForCausalLM.from_pretrained(tmp_path)  # any other budget needs no table
+    kept.save_pretrained(tmp_path / "without")
+    assert FlextronConfig.from_pretrained(tmp_path / "without").latency_tables == {}
+    for entry in ({"../../etc.json": table.summary}, {"latency/x.json": {}}, {"/latency/x.json": table.summary}, "x"):
+        with pytest.raises(ValueError, match="`latency_tables`="):
+            FlextronConfig(latency_tables=entry)
+    for name, value in (("batch", 0), ("rounds", 0), ("context", 128)):
+        with pytest.raises(ValueError, match=f"`{name}`={value}"):
+            LatencyTable.measure(model, **{"rounds": 1, "context": 8, name: value})
+
+
+def test_the_command_and_loading_without_the_package(tmp_path):
+    elastic_of("mha").save_pretrained(tmp_path / "model")
+    options = ("--rounds", 2, "--context", 16, "--device", "cpu")
+    result = flextron("measure", tmp_path / "model", *options)
+    assert set(result["error"]) == set(MODES) and set(result["decode_ms"]) == {"1", "0.6", "0.35", "0.15"}
+    half = flextron("measure", tmp_path / "model", *options, "--dtype", "bfloat16")
+    tables = FlextronConfig.from_pretrained(tmp_path / "model").latency_tables
+    assert len(tables) == 2 and {table["dtype"] for table in tables.values()} == {"float32", "bfloat16"}
+    assert result["table"] != half["table"]
+    slow = max(result["decode_ms"].values())
+    code = """
+class Refuse:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_flextron", "flextron_trainer"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, flextron_budget=sys.argv[2])
+print("SIZE", model.num_parameters())
+"""
+    assert "SIZE" in run_python(code, tmp_path / "model", f"{2 * slow:.3f}ms").stdout
+    with pytest.raises(ValueError, match="not the folder of a saved model"):
+        flextron("measure", tmp_path)
+
+
+def test_measuring_takes_every_network_in_another_order_each_round():
+    model, seen = elastic_of("mha"), []
+    run = module._Runner(model, batch=1, context=4, seed=0)
+    networks = all_sizes(model, 2)
+    forward = model.forward
+
+    def spy(*args, flextron_budget, **kwargs):
+        seen.append(flextron_budget)
+        return forward(*args, flextron_budget=flextron_budget, **kwargs)
+
+    model.forward = spy
+    run.round(networks, random.Random(0))
+    run.round(networks, random.Random(1))
+    calls = len(seen) // 2
+    assert set(seen[:calls]) == set(seen[calls:]) == set(networks) and seen[:calls] != seen[calls:]
