@@ -72,6 +72,7 @@ class FlextronConfig(PreTrainedConfig):
         gated_mlp: `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         parallel_residual: Attention and MLP both read the input of the layer.
         learned_positions: Learned embeddings of the positions instead of rotary ones.
+        padding_is_trained: The embedding of `pad_token_id` gets gradients like any other.
         residual_dropout, embedding_dropout: Dropout behind attention and MLP, and behind the embeddings.
         sliding_window, layer_types: Tokens that `"sliding_attention"` layers see, and the kind of every layer; None
             for `"full_attention"` everywhere.
@@ -131,6 +132,7 @@ class FlextronConfig(PreTrainedConfig):
     gated_mlp: bool = True
     parallel_residual: bool = False
     learned_positions: bool = False
+    padding_is_trained: bool = False
     residual_dropout: float = 0.0
     embedding_dropout: float = 0.0
     sliding_window: int | None = None
@@ -314,8 +316,10 @@ class FlextronConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Run every check again, and let costs follow what was changed; `save_pretrained` calls this."""
-        # The rope checks of the base class read head counts, which a heterogeneous config has only per layer.
-        PreTrainedConfig.validate(self.per_layer_config[0] if self.is_heterogeneous else self)
+        # Both read head counts, which a heterogeneous config has only per layer.
+        one = self.per_layer_config[0] if self.is_heterogeneous else self
+        one._check_dimensions()
+        PreTrainedConfig.validate(one)
         self._check(update=True)
 
     def _check(self, update: bool = False) -> None:
@@ -363,7 +367,7 @@ class FlextronConfig(PreTrainedConfig):
             raise invalid("sliding_window", self.sliding_window, rule, "Pass `layer_types` as well, or None.")
         for name in (
             "tie_word_embeddings", "attention_bias", "attention_output_bias", "qk_norm", "mlp_bias", "gated_mlp",
-            "parallel_residual", "learned_positions", "use_cache",
+            "parallel_residual", "learned_positions", "padding_is_trained", "use_cache",
         ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "It must be a bool.", "Pass True or False.")

@@ -33,6 +33,7 @@ class Family:
         fused_by_head: Whether the rows of a fused projection are `[head, (q, k, v), head_dim]` instead of
             `[(q, k, v), head, head_dim]`.
         heads_divide_hidden: Whether the stock config refuses other head counts.
+        partial_rotary: Whether the stock class heeds a `partial_rotary_factor`.
     """
 
     fields: dict[str, str]
@@ -42,6 +43,7 @@ class Family:
     transposed: frozenset[str] = frozenset()
     fused_by_head: bool = False
     heads_divide_hidden: bool = False
+    partial_rotary: bool = False
 
     @property
     def own_head_dim(self) -> bool:
@@ -112,6 +114,7 @@ FAMILIES = {
             "learned_positions": True,
             "attention_bias": True,
             "mlp_bias": True,
+            "padding_is_trained": True,
         },
         supported={
             "scale_attn_weights": True,
@@ -143,8 +146,9 @@ FAMILIES = {
             "model.norm": "gpt_neox.final_layer_norm",
             "lm_head": "lm_head",
         },
-        constants={"norm_type": "layer", "gated_mlp": False, "mlp_bias": True},
+        constants={"norm_type": "layer", "gated_mlp": False, "mlp_bias": True, "padding_is_trained": True},
         fused_by_head=True,
+        partial_rotary=True,
     ),
 }
 _SUPPORTED = {"is_causal": True, "alibi": False, "num_local_experts": None, "num_experts": None}  # of any family
@@ -316,11 +320,13 @@ def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False) -> SubNetwork
         return larger
     size = count_parameters(config, subnetwork)
     legal = [s for s in uniform_subnetworks(config) if misfit(config, s) is None]
-    nearest = min(legal, key=lambda s: abs(count_parameters(config, s) - size)).to_dict()
-    remedy = f"The nearest sub-network that fits is {nearest}."
+    nearest = min(legal, key=lambda s: abs(count_parameters(config, s) - size), default=None)
+    nearest_fit = nearest and f"The nearest sub-network that fits is {nearest.to_dict()}."
+    remedies = [nearest_fit or "Load more of the checkpoint."]
     if larger is not None:
-        remedy += f" With `pad=True` zeros fill these sizes up to {count_parameters(config, larger):,} parameters."
-    raise invalid("budget", subnetwork.to_dict(), rule, remedy)
+        number = f"{count_parameters(config, larger):,}"
+        remedies.append(f"With `pad=True` (`--pad`) zeros fill these sizes up to {number} parameters.")
+    raise invalid("budget", subnetwork.to_dict(), rule, " ".join(remedies))
 
 
 def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:

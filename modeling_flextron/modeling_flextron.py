@@ -117,20 +117,19 @@ def check_cache(cache: Cache, subnetwork: SubNetwork, kv_heads: Callable[[int], 
     Raises:
         ValueError: the layers differ, or a layer's number of KV heads.
     """
-    filled = [i for i, layer in enumerate(cache.layers) if layer.is_initialized]
+    filled = {i for i, layer in enumerate(cache.layers) if layer.is_initialized}
     if not filled:
         return
-    # Layers of a static cache may be initialised before they are filled.
-    if set(filled).symmetric_difference(subnetwork.layers) and (
-        not set(filled).issuperset(subnetwork.layers)
-        or any(cache.layers[i].get_seq_length() > 0 for i in filled if i not in subnetwork.layers)
-    ):
-        rule = f"It was filled by the layers {filled}, and this sub-network runs {list(subnetwork.layers)}."
-        remedy = "Keep the depth, or start again with the whole text and a new cache."
-        raise invalid("past_key_values", type(cache).__name__, rule, remedy)
+    # Empty layers do not count: a static cache may have them before it is filled. A compiled graph cannot ask.
+    if filled != set(subnetwork.layers) and not torch.compiler.is_compiling():
+        holding = [i for i in sorted(filled) if cache.layers[i].get_seq_length() > 0]
+        if holding and holding != list(subnetwork.layers):
+            rule = f"It was filled by the layers {holding}, and this sub-network runs {list(subnetwork.layers)}."
+            remedy = "Keep the depth, or start again with the whole text and a new cache."
+            raise invalid("past_key_values", type(cache).__name__, rule, remedy)
     for i, heads in zip(subnetwork.layers, subnetwork.heads, strict=True):
-        keys = cache.layers[i].keys
-        if keys.ndim == 4 and keys.shape[1] != kv_heads(heads):
+        keys = cache.layers[i].keys if i in filled else None
+        if keys is not None and keys.ndim == 4 and keys.shape[1] != kv_heads(heads):
             rule = f"It holds {keys.shape[1]} KV heads in layer {i}, and this sub-network has {kv_heads(heads)}."
             remedy = "Keep the number of heads, or start again with the whole text and a new cache."
             raise invalid("past_key_values", type(cache).__name__, rule, remedy)
@@ -464,7 +463,7 @@ class FlextronModel(FlextronPreTrainedModel):
         config = self.config
         # Quantizers that look for the exact class get it; such a model runs at its built size only.
         linear = ElasticLinear if self.switchable else nn.Linear
-        self.padding_idx = config.pad_token_id
+        self.padding_idx = None if config.padding_is_trained else config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FlextronDecoderLayer(config, i, linear) for i in range(config.num_hidden_layers))
@@ -508,13 +507,18 @@ class FlextronModel(FlextronPreTrainedModel):
             both = (input_ids is not None, inputs_embeds is not None)
             raise invalid("input_ids, inputs_embeds", both, "Exactly one of the two is needed.", "Pass one of them.")
 
+        length, limit = hidden_states.shape[1], self.config.max_position_embeddings
+        if self.embed_positions is not None and length > limit:
+            rule = f"The model has {limit} learned positions."
+            raise invalid("input_ids", f"{length} tokens", rule, "Cut the text into shorter pieces.")
+
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             check_cache(past_key_values, subnetwork, self.config.kv_heads)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+            position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
         kinds = self.config.layer_types
         masks = (
             attention_mask

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from flextron_trainer.cli import numbers
+from flextron_trainer.cli import fitting_length, numbers
 from flextron_trainer.data import calibration_batches, load_text, pack
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork
 
@@ -340,3 +340,25 @@ def test_a_changed_config_is_refused_at_save(tmp_path):
     with pytest.raises(ValueError, match="elastic"):
         model.save_pretrained(tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
+
+
+def test_a_change_of_a_loaded_config_is_checked(tmp_path):
+    elastic_of("mha").save_pretrained(tmp_path)
+    for name, value in (("norm_type", "foo"), ("sliding_window", 8), ("head_dim", 7)):
+        with pytest.raises(ValueError, match=f"`{name}`="):
+            FlextronForCausalLM.from_pretrained(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match="heads"):
+        FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget={"heads": [4, 2, 2, 4]}, num_key_value_heads=3)
+
+
+def test_a_text_longer_than_learned_positions():
+    model = elastic_of("gpt2")
+    with pytest.raises(ValueError, match=r"`input_ids`='129 tokens' .*128 learned positions"):
+        model(torch.ones(1, 129, dtype=torch.long))
+    for length in (129, None, 128):
+        if length == 129:
+            with pytest.raises(ValueError, match=r"`sequence_length`=129 .*128 learned positions"):
+                fitting_length(length, model.config)
+        else:
+            assert fitting_length(length, model.config) == 128
+    assert fitting_length(129, elastic_of("mha").config) == 129

@@ -129,13 +129,17 @@ def test_presets_are_defaults(work):
     config = json.loads(Path("by-preset/config.json").read_text())
     assert config["elastic"]["mlp"] == [96, 48] and config["elastic"]["heads"] == [8]
     assert [row["name"] for row in result["frontier"]] == ["1", "0.8"]
-    with pytest.raises(ValueError, match="`model_type=gpt2`, not llama"):
-        flextron("convert", "parent", "refused", "--preset", "gpt2")
+    for verb, folder in (("convert", "parent"), ("train", "by-preset")):
+        with pytest.raises(ValueError, match="`base_model_type=gpt2`, not llama"):
+            flextron(verb, folder, "refused", "--preset", "gpt2", *(["--output_dir", "x"] if verb == "train" else []))
     assert not Path("refused").exists()
     run = ("--preset", "mine.json", "--output_dir", "preset-run", "--use_cpu", "--per_device_train_batch_size", 2)
-    flextron("train", "by-preset", "text", *run, "--gradient_accumulation_steps", 1, "--ce_weight", 1, "--max_steps", 1)
+    flextron(
+        "train", "by-preset", "text", *run, "--gradient_accumulation_steps", 1, "--ce-weight", 1,
+        "--num-train-epochs=0.001", "--lr_scheduler_type", "linear",
+    )  # fmt: skip
     card = Path("preset-run/README.md").read_text()
-    assert "`max_steps`: `1`" in card and "`adam_beta2`: `0.98`" in card
+    assert "`num_train_epochs`: `0.001`" in card and "`adam_beta2`: `0.98`" in card and "max_steps" not in card
 
 
 def test_push(elastic, monkeypatch):

@@ -1,5 +1,6 @@
 """The tables between stock models and ours, in both directions."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from helpers import difference, elastic_of, parent_of
 from transformers import GenerationConfig
 
+from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.families import axes, family_of, head_rows, stock_name, stored_heads
 
 
@@ -56,8 +58,6 @@ def test_extract_copies(elastic):
 
 @torch.no_grad()
 def test_extract_from_a_part_that_was_loaded(elastic, ids, tmp_path):
-    from modeling_flextron import FlextronForCausalLM
-
     elastic.save_pretrained(tmp_path)
     name = elastic.frontier[2]["name"]
     part = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=name)
@@ -135,3 +135,52 @@ def test_a_gpt2_whose_config_leaves_the_mlp_out(ids):
     elastic = elastic_of("gpt2", parent)
     assert elastic.config.intermediate_size == 256 == elastic.extract().config.n_inner
     assert difference(parent(ids).logits, elastic.extract()(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["gqa-wide-heads", "mistral", "qwen2", "qwen3"])
+def test_a_rotary_factor_that_the_stock_class_ignores(variant, ids):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    parent = parent_of(variant, rope_parameters=rope)
+    elastic = elastic_of(variant, parent)
+    assert difference(parent(ids).logits, elastic(ids).logits) < 1e-5
+    assert difference(parent(ids).logits, elastic.extract()(ids).logits) < 1e-5
+
+
+def test_gradients_are_those_of_the_parent(elastic, parent, ids):
+    """Of every embedding too, that of the padding token included, which some families train."""
+    family = family_of(parent.config.model_type)
+    models = [copy.deepcopy(model).train() for model in (parent, elastic)]
+    text = ids.clone()
+    text[:, 3] = parent.config.pad_token_id
+    for model in models:
+        model(text, labels=text, use_cache=False).loss.backward()
+    theirs, ours = (dict(model.named_parameters()) for model in models)
+    hidden = elastic.model.embed_tokens.weight[:, None] == models[0].get_input_embeddings().weight[:, :, None]
+    order = hidden.all(0).int().argmax(0)  # of our channels in the parent
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        gradient = theirs[stock_name(family, name)].grad
+        assert difference(ours[name].grad, gradient[..., order]) < 1e-5 * gradient.abs().max() + 1e-6
+
+
+def test_nothing_that_is_held_fits_the_stock_class(tmp_path, ids):
+    """Without choices of `hidden`, no smaller number of heads makes a GPT-2."""
+    elastic = elastic_of("gpt2", hidden=[1], depth=[1], budgets=[1])
+    elastic.save_pretrained(tmp_path)
+    part = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget={"heads": 2})
+    with pytest.raises(ValueError, match=r"Load more of the checkpoint\. With `pad=True`"):
+        part.extract()
+    with torch.no_grad():
+        assert difference(part.extract(pad=True)(ids).logits, part(ids).logits) < 1e-5
+
+
+def test_buffers_of_old_gpt2_checkpoints(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from flextron_trainer import convert
+
+    parent_of("gpt2").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old = {f"transformer.h.{i}.attn.{name}": torch.ones(1) for i in range(4) for name in ("bias", "masked_bias")}
+    save_file(load_file(file) | old, file, {"format": "pt"})
+    assert convert(tmp_path, [[1, 2, 3]]).config.base_model_type == "gpt2"

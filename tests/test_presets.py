@@ -9,12 +9,13 @@ from helpers import parent_of
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from flextron_trainer import FlextronTrainingArguments, convert
+from flextron_trainer.cli import words
 from flextron_trainer.presets import FOLDER, load_preset, names, sizes_table
 from modeling_flextron import FlextronForCausalLM, count_parameters
 from modeling_flextron.families import stock_config
 
 ROOT = Path(__file__).parent.parent
-# Number of parameters that the pages of the parents on the Hub show.
+# Parameters of the published models.
 PUBLISHED = {
     "gpt2": 124_439_808,
     "gpt2-xl": 1_557_611_200,
@@ -71,17 +72,30 @@ def test_sizes_are_those_of_real_models(preset):
         assert stock.num_parameters() == row["parameters"]
 
 
+def parsed(recipe, *given):
+    """The training arguments that `flextron train --preset` makes of a recipe."""
+    text = [part for name, value in recipe.items() for part in (f"--{name}", *words(value))]
+    return HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses([*text, *given])[0]
+
+
 def test_recipes_are_arguments_of_the_trainer(preset, tmp_path):
-    recipe = dict(preset.stages["elastic"])
+    recipe = preset.recipe("elastic", ["bf16"])  # which needs a GPU or a recent processor
     length = recipe.pop("sequence_length")
     limits = ("max_position_embeddings", "n_positions")
     assert length <= min(preset.config.get(name, length) for name in limits)
-    recipe["bf16"] = False  # needs a GPU or a recent processor
-    text = [part for key, value in recipe.items() for part in (f"--{key}", str(value))]
-    (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(
-        [*text, "--output_dir", str(tmp_path)]
-    )
+    arguments = parsed(recipe, "--output_dir", str(tmp_path))
     assert arguments.max_steps == recipe["max_steps"] and arguments.weight_decay == 0
+    assert arguments.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_what_the_user_gives_goes_before_the_recipe():
+    preset = load_preset("gpt2")
+    assert "max_steps" not in preset.recipe("elastic", ["num_train_epochs"])
+    recipe = preset.recipe("elastic", ["lr_scheduler_type", "learning_rate"])
+    assert not {"lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate"} & set(recipe)
+    assert words([1, 0.5]) == ["1", "0.5"] and words({"a": 1}) == ['{"a": 1}'] and words(True) == ["True"]
+    with pytest.raises(ValueError, match=r"`stage`='router' .*has the stages elastic"):
+        preset.recipe("router")
 
 
 def test_a_preset_is_keywords_of_convert():
@@ -92,11 +106,15 @@ def test_a_preset_is_keywords_of_convert():
 
 
 def test_a_preset_of_another_parent_is_refused():
-    with pytest.raises(ValueError, match=r"`preset`='gpt2' .*`n_embd=768`, not 64"):
+    with pytest.raises(ValueError, match=r"`preset`='gpt2' .*`hidden_size=768`, not 64"):
         load_preset("gpt2").check(parent_of("gpt2").config)
-    with pytest.raises(ValueError, match="`model_type=gpt2`, not llama"):
+    with pytest.raises(ValueError, match="`base_model_type=gpt2`, not llama"):
         load_preset("gpt2").check(parent_of("mha").config)
-    load_preset("gpt2").check(load_preset("gpt2").parent_config())
+    parent = load_preset("gpt2").parent_config()
+    load_preset("gpt2").check(parent)
+    parent.n_inner = 4 * parent.n_embd  # written out
+    load_preset("gpt2").check(parent)
+    load_preset("gpt2").check(load_preset("gpt2").elastic_config())
 
 
 def test_what_is_no_preset_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import VARIANTS, elastic_of
+from helpers import VARIANTS, difference, elastic_of
 from transformers import DynamicCache, StaticCache
 
 GROUPED = ("gqa-wide-heads", "gqa-tied-llama3", "mistral", "qwen2", "qwen3")
@@ -85,8 +85,8 @@ def test_another_depth_is_refused_in_both_directions(variant, kind, ids):
         after = [layer.keys for layer in cache.layers if layer.is_initialized]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         model(ids[:, :1], past_key_values=cache, use_cache=True, flextron_budget={"layers": first, "mlp": 48})
-        cache.reset()
-        model(ids, past_key_values=DynamicCache(), use_cache=True, flextron_budget={"layers": second})
+        cache.reset()  # emptied, it serves any depth
+        model(ids, past_key_values=cache, use_cache=True, flextron_budget={"layers": second})
 
 
 @torch.no_grad()
@@ -110,3 +110,25 @@ def test_chunked_prefill_into_a_static_cache(ids):
     options = {"max_new_tokens": 4, "do_sample": False, "flextron_budget": {"heads": 2, "layers": 3}}
     chunked = model.generate(ids, cache_implementation="static", prefill_chunk_size=5, **options)
     assert torch.equal(chunked, model.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cropped_to_nothing_serves_any_depth(ids):
+    model = elastic_of("gqa-wide-heads")
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True, flextron_budget={"layers": 3})
+    cache.crop(-12)
+    assert difference(model(ids, past_key_values=cache, use_cache=True).logits, model(ids).logits) < 1e-6
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_static_cache_that_was_initialised_early_compiles_at_a_smaller_depth(ids):
+    model = elastic_of("mha")
+    sub = model.resolve_budget({"layers": 3})
+    cache = StaticCache(model.config, max_cache_len=20)
+    cache.early_initialization(2, 4, 16, torch.float32, model.device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    logits = compiled(ids, past_key_values=cache, use_cache=True, flextron_budget=sub).logits
+    assert difference(logits, model(ids, flextron_budget=sub).logits) < 1e-5
+    torch._dynamo.reset()

@@ -34,12 +34,9 @@ def import_suite(*modules: str) -> list:
     package = types.ModuleType("transformers_tests")
     package.__path__ = [str(FOLDER)]
     sys.modules[package.__name__] = package
-    for absent, name in (
-        ("exporters.test_export", "ExportTesterMixin"),
-        ("generation.test_utils", "GenerationTesterMixin"),
-    ):
-        for module in (absent.partition(".")[0], absent):
-            sys.modules[f"{package.__name__}.{module}"] = types.ModuleType(module)
+    for folder, module, name in ABSENT:
+        for absent in (folder, f"{folder}.{module}"):
+            sys.modules[f"{package.__name__}.{absent}"] = types.ModuleType(absent)
         setattr(sys.modules[f"{package.__name__}.{absent}"], name, type(name, (), {}))
     return [importlib.import_module(f"{package.__name__}.{module}") for module in modules]
 

@@ -51,6 +51,24 @@ def budget_value(text: str | None) -> Any:
         raise invalid("budget", text, f"It is not JSON: {error}.", 'Write for instance {"mlp": 96}.') from None
 
 
+def words(value: Any) -> list[str]:
+    """How a value of a recipe is typed as an argument."""
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def fitting_length(length: int | None, config: Any) -> int:
+    """Tokens of a sample: as asked for, and by default 1024 or as many as the model has positions for."""
+    from modeling_flextron.errors import invalid
+
+    limit = config.max_position_embeddings
+    if length is not None and config.learned_positions and length > limit:
+        rule = f"The model has {limit} learned positions."
+        raise invalid("sequence_length", length, rule, "Pass at most so many, or leave it out.")
+    return length or min(1024, limit)
+
+
 def device_or_default(device: str | None) -> str:
     import torch
 
@@ -109,7 +127,7 @@ def convert(
     max_samples: Annotated[int | None, typer.Option(help="Calibration samples: 1024")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 512")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in a forward pass: 8")] = None,
-    order: Annotated[str, typer.Option(help="importance, or random or reverse as a control.")] = "importance",
+    order: Annotated[str | None, typer.Option(help="importance; random or reverse are controls.")] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
@@ -144,14 +162,14 @@ def convert(
         "max_samples": max_samples,
         "sequence_length": sequence_length,
         "batch_size": batch_size,
+        "order": order,
+        "seed": seed,
     }
     options |= {name: value for name, value in given.items() if value is not None}
     elastic = run(
         parent,
         None if calibration is None else load_text(calibration),
         importance=output / "importance.safetensors",
-        order=order,
-        seed=seed,
         device=device_or_default(device),
         dtype=dtype_named(dtype),
         **options,
@@ -188,15 +206,23 @@ def train(
     """
     from transformers import AutoTokenizer, HfArgumentParser
 
+    from modeling_flextron import FlextronConfig
+
     from .arguments import FlextronTrainingArguments
     from .data import load_text, pack
     from .presets import load_preset
     from .trainer import FlextronTrainer
 
-    recipe = dict(load_preset(preset).stages["elastic"]) if preset is not None else {}
-    sequence_length = sequence_length or recipe.get("sequence_length", 1024)
-    defaults = [text for key, value in recipe.items() if key != "sequence_length" for text in (f"--{key}", str(value))]
-    # Of an argument that is there twice, the last one counts.
+    config = FlextronConfig.from_pretrained(model)
+    recipe: dict[str, Any] = {}
+    if preset is not None:
+        chosen = load_preset(preset)
+        chosen.check(config)
+        options = (text.partition("=")[0] for text in context.args if text.startswith("--"))
+        recipe = chosen.recipe("elastic", {option[2:].replace("-", "_") for option in options})
+    sequence_length = fitting_length(sequence_length or recipe.pop("sequence_length", None), config)
+    recipe.pop("sequence_length", None)
+    defaults = [text for name, value in recipe.items() for text in (f"--{name}", *words(value))]
     (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     rows = pack(load_text(dataset), tokenizer, sequence_length)
@@ -224,7 +250,7 @@ def evaluate(
     budget: Annotated[
         list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 1024,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
     max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
     write: Annotated[bool, typer.Option(help="Write the losses into the frontier of the model's config.")] = False,
@@ -254,7 +280,7 @@ def evaluate(
         raise invalid("plot", str(plot), "Its folder does not exist.", "Make the folder first.")
     loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
-    rows = pack(load_text(dataset), tokenizer, sequence_length)
+    rows = pack(load_text(dataset), tokenizer, fitting_length(sequence_length, loaded.config))
     rows = rows.select(range(min(max_samples, len(rows))))
     if budget:
         results = {text: evaluate_model(loaded, rows, batch_size, budget_value(text)) for text in budget}

@@ -168,8 +168,8 @@ def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedM
     check_supported(config)  # before gigabytes are read
     parent, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            names = sorted(map(str, info[problem]))
+        names = sorted(str(name) for name in info[problem] if not str(name).endswith(".masked_bias"))  # old GPT-2
+        if names:
             rule = f"Its checkpoint has {problem.removesuffix('_keys')} tensors: {', '.join(names[:3])}."
             raise invalid("parent", str(source), rule, "Use a complete checkpoint of a causal language model.")
     return parent
@@ -193,6 +193,8 @@ def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronCon
         ours: copy.deepcopy(getattr(parent, theirs, None)) for ours, theirs in family.fields.items()
     }
     fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]  # GPT-2 leaves it out
+    if not family.partial_rotary and fields.get("rope_parameters"):
+        fields["rope_parameters"].pop("partial_rotary_factor", None)  # the stock class rotates all channels
     if fields.get("sliding_window"):
         fields["layer_types"] = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
     if "sliding_attention" not in (fields.get("layer_types") or ()):

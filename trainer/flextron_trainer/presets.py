@@ -13,6 +13,7 @@ Each is a JSON file with these fields:
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import family_of
 
 from .convert import elastic_config
 
@@ -29,7 +29,12 @@ from .convert import elastic_config
 FOLDER = next(p for p in (Path(__file__).with_name("presets"), Path(__file__).parents[2] / "hub_configs") if p.is_dir())
 CHOICES = ("mlp", "heads", "hidden", "depth", "budgets")
 FIELDS = ("parent", "config", "convert", "stages", "sizes")
-SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE = (
+    "base_model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+# An argument of the user -> others of a recipe that go with the one it replaces.
+REPLACES = {"num_train_epochs": ("max_steps",), "lr_scheduler_type": ("lr_scheduler_kwargs",)}
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,31 @@ class Preset:
         """What `convert` makes of it, without weights."""
         return elastic_config(self.parent_config(), **{key: self.convert[key] for key in CHOICES})
 
-    def check(self, parent: PreTrainedConfig) -> None:
-        """Refuse a parent that this preset was not made for.
+    def check(self, model: PreTrainedConfig) -> None:
+        """Refuse a parent, or a Flextron model of one, that this preset was not made for.
 
         Raises:
             ValueError: another family, or other dimensions.
         """
-        ours = self.parent_config()
-        fields = family_of(ours.model_type).fields
-        for name in ("model_type", *(fields[name] for name in SHAPE if name in fields)):
-            wanted, found = getattr(ours, name), getattr(parent, name, None)
-            if wanted != found:
-                rule = f"It is made for a parent with `{name}={wanted}`, not {found}."
+        whole = {axis: [1] for axis in CHOICES}
+        wanted = elastic_config(self.parent_config(), **whole)
+        found = model if isinstance(model, FlextronConfig) else elastic_config(model, **whole)
+        for name in SHAPE:
+            if getattr(wanted, name) != getattr(found, name):
+                rule = f"It is made for `{name}={getattr(wanted, name)}`, not {getattr(found, name)}."
                 raise invalid("preset", self.name, rule, "Use another preset, or pass the choices themselves.")
+
+    def recipe(self, stage: str, given: Iterable[str] = ()) -> dict[str, Any]:
+        """Arguments of a stage, without those that the arguments `given` by the user replace.
+
+        Raises:
+            ValueError: it has no such stage.
+        """
+        if stage not in self.stages:
+            rule = f"Preset {self.name!r} has the stages {', '.join(self.stages)}."
+            raise invalid("stage", stage, rule, "Use one of them, or leave the preset out.")
+        replaced = {name for one in given for name in (one, *REPLACES.get(one, ()))}
+        return {name: value for name, value in self.stages[stage].items() if name not in replaced}
 
 
 def names() -> list[str]:
