@@ -205,6 +205,10 @@ def check_supported(parent: PreTrainedConfig) -> None:
     Raises:
         ValueError: an unsupported architecture, or an unsupported option of a supported one.
     """
+    if parent.model_type == "flextron":
+        raise invalid(
+            "parent", "flextron", "It is elastic already.", "Convert its parent, or a model that it extracts."
+        )
     for name, value in (_SUPPORTED | family_of(parent.model_type).supported).items():
         found = getattr(parent, name, value)
         if found != value and (found or value):

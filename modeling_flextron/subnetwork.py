@@ -270,8 +270,12 @@ def row_cost(config, row: dict, kind: str) -> int:
         return row["non_embedding_parameters"]
     if kind == "parameters":
         return row["parameters"]
-    values = row["parameters"] + row["kv_values_per_token"] * config.flextron_context
-    return values * bytes_per_value(config.dtype)
+    return (row["parameters"] + row["kv_values_per_token"] * _context(config)) * bytes_per_value(config.dtype)
+
+
+def _context(config) -> int:
+    """Tokens of KV cache that memory budgets reserve: no more than a table of positions allows."""
+    return min(config.flextron_context, config.max_position_embeddings if config.learned_positions else math.inf)
 
 
 def _largest_below(config, budget: Any, parsed: Budget) -> dict:
@@ -287,11 +291,12 @@ def _largest_below(config, budget: Any, parsed: Budget) -> dict:
     unit = {
         "fraction": f"non-embedding parameters, a fraction of {cost / config.parent_size():.4g}",
         "parameters": "parameters",
-        "memory": f"bytes with a KV cache of {config.flextron_context} tokens",
+        "memory": f"bytes with a KV cache of {_context(config)} tokens (`flextron_context`)",
     }[parsed.kind]
+    sizes = {"layers" if axis == "depth" else axis: config.choices(axis)[-1] for axis in AXES}
     raise invalid(
-        "flextron_budget", budget, f"The smallest sub-network, {smallest['name']!r}, costs {cost:,} {unit}.",
-        f"Ask for at least that much, or name exact sizes: {{'mlp': {config.choices('mlp')[-1]}}}.",
+        "flextron_budget", budget, f"The smallest row of the frontier, {smallest['name']!r}, costs {cost:,} {unit}.",
+        f"Ask for at least that much, or name exact sizes, down to {sizes}.",
     )  # fmt: skip
 
 
@@ -356,7 +361,8 @@ def _exact(config, sizes: dict[str, Any]) -> SubNetwork:
     for key in sizes:
         if key not in names:
             rule = f"{key!r} is not a field of a SubNetwork."
-            raise invalid("flextron_budget", sizes, rule, f"The fields are {', '.join(names)}.")
+            remedy = f"The fields are {', '.join(names)}; `layers` may be a number of layers."
+            raise invalid("flextron_budget", sizes, rule, remedy)
     layers = _exact_layers(config, sizes.get("layers"))
     hidden = sizes.get("hidden", config.built.hidden)
     _require_choice(config, "hidden", hidden)

@@ -174,6 +174,7 @@ CONVERSION = {
     "budget of latency": (converted(budgets=["25ms"]), "budgets['25ms']"),
     "budget out of range": (converted(budgets=[2.5]), "flextron_budget"),
     "order": (converted(order="size"), "order"),
+    "elastic already": (lambda: convert(elastic_of("mha"), [[1, 2]]), "parent"),
     "options for a model": (converted(dtype="float16"), "load_kwargs"),
     "empty calibration": (batches([]), "calibration"),
     "one token": (batches([[1]]), "calibration"),
@@ -262,7 +263,7 @@ def test_there_are_enough_cases():
 def test_messages_say_what_is_needed():
     """A few of them in full, as a user reads them."""
     config = FlextronConfig(**GROUPED)
-    with pytest.raises(ValueError, match=r"smallest sub-network, '1', costs .* non-embedding parameters"):
+    with pytest.raises(ValueError, match=r"smallest row of the frontier, '1', costs .* non-embedding parameters"):
         config.resolve(0.01)
     with pytest.raises(ValueError, match="flextron measure"):
         config.resolve("25ms")
@@ -362,3 +363,23 @@ def test_a_text_longer_than_learned_positions():
         else:
             assert fitting_length(length, model.config) == 128
     assert fitting_length(129, elastic_of("mha").config) == 129
+
+
+def test_a_parent_without_a_tokenizer(tmp_path):
+    """For GPT-2 transformers makes up an empty one."""
+    (tmp_path / "text.txt").write_text("some text")
+    for variant in ("gpt2", "mha"):
+        folder = tmp_path / variant
+        parent_of(variant).save_pretrained(folder)
+        with pytest.raises(ValueError, match=r"`tokenizer`=.*There is none"):
+            flextron("convert", folder, tmp_path / "out", "--calibration", tmp_path / "text.txt")
+        assert not (tmp_path / "out").exists()
+        flextron("convert", folder, tmp_path / f"elastic-{variant}", "--device", "cpu")
+        assert not list((tmp_path / f"elastic-{variant}").glob("tokenizer*"))
+        with pytest.raises(ValueError, match=r"`tokenizer`=.*There is none"):
+            flextron("generate", tmp_path / f"elastic-{variant}", "text")
+
+
+def test_a_size_that_no_stock_gpt2_has():
+    with pytest.raises(ValueError, match=r"`hidden`=0\.7 .* The nearest size is 48"):
+        elastic_of("gpt2", hidden=[1, 0.7])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import difference, elastic_of, parent_of
+from helpers import VARIANTS, difference, elastic_of, parent_of
 from transformers import GenerationConfig
 
 from modeling_flextron import FlextronForCausalLM
@@ -184,3 +184,10 @@ def test_buffers_of_old_gpt2_checkpoints(tmp_path):
     old = {f"transformer.h.{i}.attn.{name}": torch.ones(1) for i in range(4) for name in ("bias", "masked_bias")}
     save_file(load_file(file) | old, file, {"format": "pt"})
     assert convert(tmp_path, [[1, 2, 3]]).config.base_model_type == "gpt2"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_a_default_conversion_fit_the_stock_class(variant):
+    elastic = elastic_of(variant, **dict.fromkeys(("mlp", "heads", "hidden", "depth")), budgets=[1, 0.75, 0.5])
+    for row in elastic.frontier:
+        assert elastic.extract(row["name"]).num_parameters() == row["parameters"]

@@ -120,11 +120,16 @@ def test_a_preset_of_another_parent_is_refused():
 def test_what_is_no_preset_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`preset`='llama-9' .*The presets are gpt2, "):
         load_preset("llama-9")
-    (tmp_path / "mine.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
-        load_preset(tmp_path / "mine.json")
-    (tmp_path / "mine.json").write_text(json.dumps({"parent": None}))
-    with pytest.raises(ValueError, match="has the fields parent, config"):
-        load_preset(tmp_path / "mine.json")
-    (tmp_path / "mine.json").write_text((FOLDER / "gpt2.json").read_text())
-    assert load_preset(tmp_path / "mine.json").sizes == load_preset("gpt2").sizes
+    mine, good = tmp_path / "mine.json", json.loads((FOLDER / "gpt2.json").read_text())
+    for text, message in (
+        ("{", "not JSON"),
+        (json.dumps({"parent": None}), "has no 'config'"),
+        (json.dumps({**good, "more": 1}), "'more' is not one of them"),
+        (json.dumps({**good, "config": {}}), "'config' has no 'model_type'"),
+        (json.dumps({**good, "convert": {"detph": [1]}}), "'detph' is no argument of `convert`"),
+    ):
+        mine.write_text(text)
+        with pytest.raises(ValueError, match=rf"`preset`=.*{message}"):
+            load_preset(mine)
+    mine.write_text(json.dumps({key: good[key] for key in ("config", "convert")}))
+    assert load_preset(mine).elastic_config().frontier == load_preset("gpt2").elastic_config().frontier

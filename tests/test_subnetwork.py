@@ -103,7 +103,7 @@ class TestResolve:
         small = config.resolve("small")
         need = weight_bytes(config, small) + kv_cache_bytes(config, small, config.flextron_context)
         assert config.resolve(f"{need / 2**20}MiB") == small
-        with pytest.raises(ValueError, match="smallest sub-network, 'small', costs"):
+        with pytest.raises(ValueError, match="smallest row of the frontier, 'small', costs"):
             config.resolve(f"{need / 2**20 - 0.001}MiB")
 
     def test_memory_depends_on_dtype_and_context(self, model):

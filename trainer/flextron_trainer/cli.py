@@ -51,6 +51,16 @@ def budget_value(text: str | None) -> Any:
         raise invalid("budget", text, f"It is not JSON: {error}.", 'Write for instance {"mlp": 96}.') from None
 
 
+def copy_tokenizer(source: str, output: Path) -> None:
+    """Save the tokenizer of `source` in `output`, if it has one."""
+    from .data import load_tokenizer
+
+    try:
+        load_tokenizer(source).save_pretrained(output)
+    except ValueError as error:
+        print(f"No tokenizer was copied: {error}", file=sys.stderr)
+
+
 def words(value: Any) -> list[str]:
     """How a value of a recipe is typed as an argument."""
     if isinstance(value, list):
@@ -119,10 +129,10 @@ def convert(
     output: Output,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for the options below: {PRESETS}")] = None,
     calibration: Annotated[str | None, typer.Option(help=f"Text to rank with: {DATA} None: by weight norms.")] = None,
-    mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes: 1,0.75,0.5")] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads: 1,0.5")] = None,
-    hidden: Annotated[str | None, typer.Option(help="Width of the residual stream: 1,0.75")] = None,
-    depth: Annotated[str | None, typer.Option(help="Layers: 1,0.75")] = None,
+    mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes; default: sixteenths.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads; default: quarters.")] = None,
+    hidden: Annotated[str | None, typer.Option(help="Residual channels; default: all, for GPT as heads.")] = None,
+    depth: Annotated[str | None, typer.Option(help="Layers: 1,0.75; default: all.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Budgets of the frontier: 1,0.75,0.5,0.25")] = None,
     max_samples: Annotated[int | None, typer.Option(help="Calibration samples: 1024")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 512")] = None,
@@ -140,10 +150,10 @@ def convert(
 
     The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from .convert import convert as run
-    from .data import load_text
+    from .data import load_text, load_tokenizer
     from .model_card import write_model_card
     from .presets import load_preset
 
@@ -169,6 +179,7 @@ def convert(
     elastic = run(
         parent,
         None if calibration is None else load_text(calibration),
+        tokenizer=None if calibration is None else load_tokenizer(parent),
         importance=output / "importance.safetensors",
         device=device_or_default(device),
         dtype=dtype_named(dtype),
@@ -176,10 +187,7 @@ def convert(
     )
     elastic.save_pretrained(output)
     write_model_card(elastic, output)
-    try:
-        AutoTokenizer.from_pretrained(parent).save_pretrained(output)
-    except (OSError, ValueError) as error:
-        print(f"{parent} has no tokenizer that can be copied: {error}", file=sys.stderr)
+    copy_tokenizer(parent, output)
     finish(output=str(output), frontier=elastic.frontier)
 
 
@@ -204,12 +212,13 @@ def train(
     weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
     `--loss_chunk_size`. The trained model, its card and its plot end up in `--output_dir`.
     """
-    from transformers import AutoTokenizer, HfArgumentParser
+    import torch
+    from transformers import HfArgumentParser
 
     from modeling_flextron import FlextronConfig
 
     from .arguments import FlextronTrainingArguments
-    from .data import load_text, pack
+    from .data import load_text, load_tokenizer, pack
     from .presets import load_preset
     from .trainer import FlextronTrainer
 
@@ -220,11 +229,13 @@ def train(
         chosen.check(config)
         options = (text.partition("=")[0] for text in context.args if text.startswith("--"))
         recipe = chosen.recipe("elastic", {option[2:].replace("-", "_") for option in options})
+        if not torch.cuda.is_available():
+            recipe.pop("bf16", None)
     sequence_length = fitting_length(sequence_length or recipe.pop("sequence_length", None), config)
     recipe.pop("sequence_length", None)
     defaults = [text for name, value in recipe.items() for text in (f"--{name}", *words(value))]
     (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    tokenizer = load_tokenizer(model)
     rows = pack(load_text(dataset), tokenizer, sequence_length)
     if eval_dataset is None:
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=arguments.data_seed or arguments.seed)
@@ -261,13 +272,11 @@ def evaluate(
 
     Example: `flextron evaluate elastic ./held-out --write --plot frontier.png`
     """
-    from transformers import AutoTokenizer
-
     from modeling_flextron import FlextronForCausalLM, count_parameters
     from modeling_flextron.checkpoint import write_file_beside
     from modeling_flextron.errors import invalid
 
-    from .data import load_text, pack
+    from .data import load_text, load_tokenizer, pack
     from .evaluation import evaluate_frontier, evaluate_model
     from .plots import plot_frontier
 
@@ -279,7 +288,7 @@ def evaluate(
     if plot is not None and not plot.parent.is_dir():
         raise invalid("plot", str(plot), "Its folder does not exist.", "Make the folder first.")
     loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    tokenizer = load_tokenizer(model)
     rows = pack(load_text(dataset), tokenizer, fitting_length(sequence_length, loaded.config))
     rows = rows.select(range(min(max_samples, len(rows))))
     if budget:
@@ -356,17 +365,19 @@ def export(
     With `--dense` the result is a stock checkpoint that needs no code of ours; without, a smaller Flextron model.
     Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up.
     """
-    from transformers import AutoTokenizer
-
-    from modeling_flextron import FlextronForCausalLM
+    from modeling_flextron import FlextronConfig, FlextronForCausalLM
     from modeling_flextron.checkpoint import write_beside
     from modeling_flextron.errors import invalid
+    from modeling_flextron.families import stock_sizes
 
     from .model_card import write_model_card
 
     different_folders(model, output)
     if pad and not dense:
         raise invalid("pad", pad, "A Flextron model needs no padding.", "Pass --dense as well, or leave it out.")
+    if dense:
+        config = FlextronConfig.from_pretrained(model)
+        stock_sizes(config, config.resolve(budget_value(budget)), pad)  # refused before anything is read
     loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
     parameters = loaded.num_parameters()
     if dense:
@@ -377,10 +388,7 @@ def export(
     else:
         loaded.save_pretrained(output)
         write_model_card(loaded, output)
-    try:
-        AutoTokenizer.from_pretrained(model, trust_remote_code=True).save_pretrained(output)
-    except (OSError, ValueError) as error:
-        print(f"{model} has no tokenizer that can be copied: {error}", file=sys.stderr)
+    copy_tokenizer(model, output)
     finish(output=str(output), parameters=parameters, dense=dense)
 
 
@@ -418,14 +426,16 @@ def generate(
 
     Example: `flextron generate elastic "def main():" --budget 0.5`
     """
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     from modeling_flextron import FlextronForCausalLM
+
+    from .data import load_tokenizer
 
     set_seed(seed)
     loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
     loaded = loaded.to(device_or_default(device))
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    tokenizer = load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
     finish(budget=budget, parameters=loaded.num_parameters(), text=tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
@@ -33,7 +33,7 @@ from modeling_flextron.families import (
 )
 from modeling_flextron.subnetwork import AXES, parse_budget, row_cost, uniform_subnetworks
 
-from .data import calibration_batches
+from .data import calibration_batches, load_tokenizer
 from .importance import ORDERS, Importance, read_or_measure
 
 DEFAULT_FRACTIONS = {
@@ -42,6 +42,7 @@ DEFAULT_FRACTIONS = {
     "hidden": (1,),
     "depth": (1,),
 }
+LEAST_OF_A_BUDGET = 0.9  # of what the largest uses: what is saved beyond that would be lost before any training
 DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)
 Choices = Sequence[int | float]
 
@@ -73,7 +74,8 @@ def convert(
             streamed one, or a tensor `[N, S]`. None ranks by the norms of the weights, with a warning.
         mlp, heads, hidden, depth: Allowed sizes on each axis, descending, the full one first: fractions of the
             parent's size, or sizes. None for the default: sixteenths for `mlp` and quarters for `heads` where the
-            parent's sizes allow them, and the full size alone for `hidden` and `depth`.
+            parent's sizes allow them, and the full size alone for `hidden` and `depth`. Families whose stock class
+            has hidden / heads channels in a head (GPT-2, GPT-NeoX) get a hidden size for every number of heads.
         budgets: What the rows of the frontier may cost at most, in units of the budget grammar. A mapping also
             names the rows; otherwise a row is called as its budget is written. A budget that the choices cannot
             reach gets the smallest sub-network, with a warning, and is called by the fraction that this costs.
@@ -97,6 +99,10 @@ def convert(
     if order not in ORDERS:
         raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'importance' to get a good model.")
     source, owned = parent, not isinstance(parent, PreTrainedModel)
+    if getattr(getattr(parent, "config", None), "model_type", None) == "flextron":
+        raise invalid(
+            "parent", type(parent).__name__, "It is elastic already.", "Convert its parent, or `extract()` one."
+        )
     if not isinstance(parent, PreTrainedModel):
         parent = _load(parent, load_kwargs)
     elif load_kwargs:
@@ -177,8 +183,8 @@ def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedM
 
 def _tokenizer_of(source: Any) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
+        return load_tokenizer(source)
+    except ValueError:
         return None  # token ids need none; text without one is refused where it is read
 
 
@@ -205,7 +211,9 @@ def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronCon
     full = {"mlp": config.intermediate_size, "heads": heads, "hidden": config.hidden_size}
     full["depth"] = config.num_hidden_layers
     units = {"mlp": 1, "heads": kv_heads if heads > kv_heads else 1, "hidden": 1, "depth": 1}
-    elastic = {axis: _sizes(axis, fractions[axis], full[axis], units[axis]) for axis in AXES}
+    elastic = {axis: _sizes(axis, fractions[axis], full[axis], units[axis], config.head_dim) for axis in AXES}
+    if fractions["hidden"] is None and not family.own_head_dim:
+        elastic["hidden"] = [heads * config.head_dim for heads in elastic["heads"]]
     droppable = [layer for layer in reversed(range(full["depth"])) if layer not in config.anchors()]
     if full["depth"] - elastic["depth"][-1] > len(droppable):
         rule = f"The layers {sorted(config.anchors())}, the first of each kind of attention, always stay."
@@ -216,7 +224,7 @@ def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronCon
     return config
 
 
-def _sizes(axis: str, given: Choices | None, full: int, unit: int) -> list[int]:
+def _sizes(axis: str, given: Choices | None, full: int, unit: int, head_dim: int) -> list[int]:
     """Sizes from fractions or sizes; `unit` must divide each."""
     if given is None:
         exact = [full * fraction for fraction in DEFAULT_FRACTIONS[axis]]
@@ -232,7 +240,8 @@ def _sizes(axis: str, given: Choices | None, full: int, unit: int) -> list[int]:
         exact_size = full * size if size <= 1 and not one else size
         rounded = round(exact_size)
         if abs(exact_size - rounded) > 1e-6 or rounded % unit:
-            nearest = max(unit, round(exact_size / unit) * unit)
+            good = head_dim if axis == "hidden" else unit
+            nearest = min(full, max(good, round(exact_size / good) * good))
             what = f" of the {unit} KV heads" if unit > 1 else ""
             rule = f"It makes {exact_size:g} of {full}, which is not a whole multiple{what}."
             raise invalid(axis, size, rule, f"The nearest size is {nearest}.")
@@ -354,8 +363,9 @@ def _frontier(
 ) -> list[dict]:
     """For each budget the best uniform sub-network within it and within the next larger row.
 
-    Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss`, whichever axes it
-    cuts; without one, the largest. Rows nest, so that a model loaded at one can go down to all smaller ones.
+    Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss` of those that use
+    most of the budget, whichever axes they cut; without losses, the largest. Rows nest, so that a model loaded at one
+    can go down to all smaller ones.
     """
     rows, inside = list[dict](), config.built
     uniform = uniform_subnetworks(config)
@@ -370,6 +380,8 @@ def _frontier(
         largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
         largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
         best = largest[0]
+        least = LEAST_OF_A_BUDGET * count_parameters(config, best, embeddings=False)
+        largest = [s for s in largest if count_parameters(config, s, embeddings=False) >= least]
         if loss is not None and len(largest) > 1:
             losses = {s: loss(s) for s in tqdm(largest[:16], desc=f"Budget {name}")}
             best = min(losses, key=lambda s: losses[s])

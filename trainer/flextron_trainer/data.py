@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer
 
 from modeling_flextron.errors import invalid, require_int
 
@@ -36,7 +37,27 @@ def load_text(source: str, split: str = "train") -> datasets.Dataset:
         return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8", errors="replace")]})
     if source.startswith(("/", ".")):
         raise invalid("dataset", source, "There is no such file or folder.", "Check the path.")
-    return datasets.load_dataset(source, split=split)
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        rule = f"There is no such file or folder, and the Hub gave no dataset of this name: {error}."
+        raise invalid("dataset", source, rule, "Check the path or the id.") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder or Hub id.
+
+    Raises:
+        ValueError: it has none.
+    """
+    problem = "its files are missing"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)  # or it asks on the terminal
+        if len(tokenizer) > len(tokenizer.all_special_tokens):  # for some families an empty one is made up
+            return tokenizer
+    except (OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+    raise invalid("tokenizer", str(source), f"There is none: {problem}.", "Save the parent's tokenizer there.")
 
 
 def _files_as_rows(folder: Path, pattern: str) -> datasets.Dataset:

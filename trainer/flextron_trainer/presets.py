@@ -11,6 +11,7 @@ Each is a JSON file with these fields:
 `python -m flextron_trainer.presets` prints the table of hub_configs/README.md.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
 
-from .convert import elastic_config
+from .convert import convert, elastic_config
 
 # In the installed package, or in a checkout.
 FOLDER = next(p for p in (Path(__file__).with_name("presets"), Path(__file__).parents[2] / "hub_configs") if p.is_dir())
@@ -54,7 +55,9 @@ class Preset:
 
     def elastic_config(self) -> FlextronConfig:
         """What `convert` makes of it, without weights."""
-        return elastic_config(self.parent_config(), **{key: self.convert[key] for key in CHOICES})
+        return elastic_config(
+            self.parent_config(), **{key: self.convert[key] for key in CHOICES if key in self.convert}
+        )
 
     def check(self, model: PreTrainedConfig) -> None:
         """Refuse a parent, or a Flextron model of one, that this preset was not made for.
@@ -102,12 +105,21 @@ def load_preset(name: str | os.PathLike) -> Preset:
         rule = f"The presets are {', '.join(names())}."
         raise invalid("preset", str(name), rule, "Name one of them, or the path of a JSON file.")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise invalid("preset", str(name), f"It is not JSON: {error}.", "Start from a copy of another.") from None
-    if not isinstance(fields, dict) or set(fields) != set(FIELDS):
-        rule = f"A preset has the fields {', '.join(FIELDS)}."
-        raise invalid("preset", str(name), rule, "Start from a copy of another.")
+    fields: dict[str, Any] = {"parent": None, "stages": {}, "sizes": {}}
+    fields |= read if isinstance(read, dict) else {}
+    problems = [f"it has no {key!r}" for key in FIELDS if key not in fields]
+    problems += [f"{key!r} is not one of them" for key in fields if key not in FIELDS]
+    if not problems and "model_type" not in fields["config"]:
+        problems.append("'config' has no 'model_type'")
+    if not problems:
+        allowed = inspect.signature(convert).parameters
+        problems += [f"{key!r} is no argument of `convert`" for key in fields["convert"] if key not in allowed]
+    if problems:
+        rule = f"A preset has the fields {', '.join(FIELDS)}, and {problems[0]}."
+        raise invalid("preset", str(name), rule, "See hub_configs/README.md.")
     return Preset(path.stem, **fields)
 
 
