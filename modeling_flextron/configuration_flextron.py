@@ -12,18 +12,14 @@ import copy
 import math
 import os
 import re
-import shutil
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file, logging
 
 from .errors import invalid, require_int
 from .families import family_of
-from .latency import LatencyTable, device_name, nearest
+from .latency import LatencyTable, copy_tables, table_of
 from .subnetwork import (
     AXES,
     SubNetwork,
@@ -33,7 +29,6 @@ from .subnetwork import (
     resolve,
 )
 
-logger = logging.get_logger(__name__)
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
     "AutoModel": "modeling_flextron.FlextronModel",
@@ -216,41 +211,12 @@ class FlextronConfig(PreTrainedConfig):
         return resolve(self, budget)
 
     def latency_table(self) -> LatencyTable | None:
-        """The latency table whose device is nearest to that of this machine, read from where the config came from.
-
-        Raises:
-            ValueError: the table is broken, or one of another model.
-            OSError: it is listed and cannot be found.
-        """
-        if not self.latency_tables:
-            return None
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = str(self.dtype).removeprefix("torch.")
-        file, here = nearest(self.latency_tables, kind, device_name(kind), dtype), device_name(kind)
-        table = LatencyTable.load(self._beside(file), self)
-        if table.device != here:
-            logger.warning_once(f"Latency budgets use the table of {table.device}; this machine has {here}.")
-        return table
-
-    def _beside(self, file: str) -> str:
-        """Path of a file that lies beside `config.json`."""
-        commit = getattr(self, "_commit_hash", None)
-        path = cached_file(self.name_or_path, file, revision=commit, _commit_hash=commit)
-        assert path is not None  # it raises instead
-        return path
+        """The measured table that latency budgets refer to here; see `latency.table_of`."""
+        return table_of(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`, with the latency tables that the config lists."""
-        for file in list(self.latency_tables):
-            target = Path(save_directory) / file
-            if target.is_file():
-                continue
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._beside(file), target)
-            except OSError as error:
-                logger.warning(f"The latency table {file} is left out: {error}")
-                del self.latency_tables[file]
+        copy_tables(self, save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
     # ------------------------------------------------------------------------------------------- changing

@@ -5,18 +5,15 @@ order in which query heads are stored. Which axis of the sub-network a dimension
 of our decoder, in `axes`. A new LLaMA-like family is one more entry of `FAMILIES`; docs/families.md shows one.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedConfig
 
 from .errors import invalid
-from .subnetwork import SubNetwork, count_parameters, uniform_subnetworks
 
 
 @dataclass(frozen=True)
@@ -279,155 +276,3 @@ def stored_heads(heads: int, kv_heads: int) -> list[int]:
 def head_rows(order: list[int], head_dim: int) -> torch.Tensor:
     """Indices of the rows (or columns) of the heads in `order`."""
     return (torch.tensor(order)[:, None] * head_dim + torch.arange(head_dim)).flatten()
-
-
-# ----------------------------------------------------------------------------------------------------- extract
-
-
-def misfit(config, subnetwork: SubNetwork) -> str | None:
-    """The rule of the stock class that a sub-network breaks, or None when the class can hold it."""
-    family, kind = family_of(config.base_model_type), config.base_model_type
-    if not subnetwork.uniform:
-        return f"`{kind}` has the same sizes in every layer."
-    hidden, heads = subnetwork.hidden, subnetwork.heads[0]
-    if not family.own_head_dim and hidden != heads * config.head_dim:
-        return f"`{kind}` has hidden / {config.head_dim} heads, which makes {hidden / config.head_dim:g} for {hidden}."
-    if family.heads_divide_hidden and hidden % heads:
-        return f"`{kind}` refuses a hidden size that its head count ({heads}) does not divide."
-    return None
-
-
-def padded(config, subnetwork: SubNetwork) -> SubNetwork | None:
-    """The smallest sizes of a stock model that can hold a sub-network beside zeros; None when there are none."""
-    family = family_of(config.base_model_type)
-    most, unit = max(subnetwork.heads), config.kv_heads(1)  # an MHA model has as many KV heads as query heads: 1
-    largest = subnetwork.hidden if family.heads_divide_hidden else max(most, subnetwork.hidden // config.head_dim)
-    for heads in range(most, largest + 1):
-        depth = len(subnetwork.layers)
-        uniform = SubNetwork(subnetwork.hidden, subnetwork.layers, (max(subnetwork.mlp),) * depth, (heads,) * depth)
-        if heads % unit == 0 and misfit(config, uniform) is None:
-            return uniform
-    return None
-
-
-def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False) -> SubNetwork:
-    """The sizes of the stock model that computes what a sub-network computes.
-
-    Raises:
-        ValueError: the stock class cannot hold it, or, with `pad`, not even beside zeros.
-    """
-    rule = misfit(config, subnetwork)
-    if rule is None:
-        return subnetwork
-    larger = padded(config, subnetwork)
-    if pad and larger is not None:
-        return larger
-    size = count_parameters(config, subnetwork)
-    legal = [s for s in uniform_subnetworks(config) if misfit(config, s) is None]
-    nearest = min(legal, key=lambda s: abs(count_parameters(config, s) - size), default=None)
-    nearest_fit = nearest and f"The nearest sub-network that fits is {nearest.to_dict()}."
-    remedies = [nearest_fit or "Load more of the checkpoint."]
-    if larger is not None:
-        number = f"{count_parameters(config, larger):,}"
-        remedies.append(f"With `pad=True` (`--pad`) zeros fill these sizes up to {number} parameters.")
-    raise invalid("budget", subnetwork.to_dict(), rule, " ".join(remedies))
-
-
-def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
-    """The config of a stock model of these (uniform) sizes, with the layers of `sizes.layers`."""
-    family = family_of(config.base_model_type)
-    heads = sizes.heads[0]
-    shape = {
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.mlp[0],
-        "num_hidden_layers": len(sizes.layers),
-        "num_attention_heads": heads,
-        "num_key_value_heads": config.kv_heads(heads),
-        "layer_types": [config.layer_types[layer] for layer in sizes.layers],
-    }
-    values = {
-        theirs: shape[ours] if ours in shape else copy.deepcopy(getattr(config, ours))
-        for ours, theirs in family.fields.items()
-    }
-    if "layer_types" in family.fields:
-        values["use_sliding_window"] = config.sliding_window is not None
-    return AutoConfig.for_model(config.base_model_type, **values, dtype=config.dtype)
-
-
-@torch.no_grad()
-def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel:
-    """Copy a sub-network into a stock model of the parent's family.
-
-    Args:
-        model: A `FlextronForCausalLM`.
-        subnetwork: What to copy; the stock class must be able to hold it.
-        pad: Fill it up with zeros to sizes that the class can hold.
-
-    Returns:
-        The stock model in the dtype and on the device of `model`, in evaluation mode.
-    """
-    config, family = model.config, family_of(model.config.base_model_type)
-    target = stock_sizes(config, subnetwork, pad)
-    with no_init_weights():
-        stock = AutoModelForCausalLM.from_config(stock_config(config, target), dtype=model.dtype)
-    position: dict[int | None, int] = {layer: i for i, layer in enumerate(subnetwork.layers)}
-    heads = target.heads[0]
-    kv_heads = config.kv_heads(heads)
-    stored = stored_heads(heads, kv_heads)
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
-    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim).to(device)
-    names = [name for name in model.state_dict() if layer_of(name) in (None, *position)]
-    if config.tie_word_embeddings:
-        names.remove("lm_head.weight")
-
-    state, tensors = model.state_dict(), {}
-    for group in by_stock_name(family, names).values():
-        at = position.get(layer_of(group[0]), 0)
-        parts = []
-        for name in group:
-            tensor = (_from_disk(model, name) if state[name].is_meta else state[name]).to(device)
-            used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
-            for dim, axis in enumerate(axes(name)):
-                if axis in used:
-                    tensor = tensor.narrow(dim, 0, used[axis])
-                    tensor = _zeros_behind(tensor, dim, size[axis] - used[axis])
-                if axis == "heads" and kv_heads < heads:
-                    tensor = tensor.index_select(dim, group_major)
-            parts.append(tensor)
-        name = stock_name(family, group[0], position.get(layer_of(group[0])))
-        tensors[name] = to_stock(family, name, parts, heads)
-    missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
-    stock.tie_weights()
-    assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
-    if model.can_generate():
-        stock.generation_config = copy.deepcopy(model.generation_config)
-    return stock.to(device).eval()
-
-
-def _from_disk(model, name: str) -> torch.Tensor:
-    """A tensor that accelerate keeps elsewhere and puts into its module for a forward pass."""
-    path, _, kind = name.rpartition(".")
-    module = model.get_submodule(path)
-    module._hf_hook.pre_forward(module)
-    tensor = getattr(module, kind).detach().clone()
-    module._hf_hook.post_forward(module, None)
-    return tensor
-
-
-def _axis_sizes(config, subnetwork: SubNetwork, at: int) -> dict[str, int]:
-    """Length of each axis in the kept layer number `at`."""
-    heads = subnetwork.heads[at]
-    return {
-        "hidden": subnetwork.hidden,
-        "mlp": subnetwork.mlp[at],
-        "heads": heads * config.head_dim,
-        "kv_heads": config.kv_heads(heads) * config.head_dim,
-    }
-
-
-def _zeros_behind(tensor: torch.Tensor, dim: int, count: int) -> torch.Tensor:
-    if count == 0:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = count
-    return torch.cat((tensor, tensor.new_zeros(shape)), dim)

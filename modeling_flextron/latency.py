@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -25,12 +26,13 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .checkpoint import write_file_beside
 from .errors import invalid, require_int
 from .subnetwork import SubNetwork, random_subnetwork
 
+logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
 FOLDER = "latency"
 
@@ -204,6 +206,46 @@ def nearest(tables: dict[str, dict[str, Any]], kind: str, device: str, dtype: st
         return table["device"] != device, table["kind"] != kind, table["dtype"] != dtype, table["batch"], file
 
     return min(tables, key=distance)
+
+
+def table_of(config: Any) -> LatencyTable | None:
+    """The table whose device is nearest to that of this machine, among those that a config lists.
+
+    Raises:
+        ValueError: the table is broken, or one of another model.
+        OSError: it is listed and cannot be found.
+    """
+    if not config.latency_tables:
+        return None
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    here = device_name(kind)
+    file = nearest(config.latency_tables, kind, here, str(config.dtype).removeprefix("torch."))
+    table = LatencyTable.load(_beside(config, file), config)
+    if table.device != here:
+        logger.warning_once(f"Latency budgets use the table of {table.device}; this machine has {here}.")
+    return table
+
+
+def copy_tables(config: Any, folder: str | os.PathLike) -> None:
+    """Put the tables that a config lists into another folder; what is not to be found is no longer listed."""
+    for file in list(config.latency_tables):
+        target = Path(folder) / file
+        if not target.is_file():
+            try:
+                source = _beside(config, file)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+            except OSError as error:
+                logger.warning(f"The latency table {file} is left out: {error}")
+                del config.latency_tables[file]
+
+
+def _beside(config: Any, file: str) -> str:
+    """Path of a file that lies beside the `config.json` that a config was read from."""
+    commit = getattr(config, "_commit_hash", None)
+    path = cached_file(config.name_or_path, file, revision=commit, _commit_hash=commit)
+    assert path is not None  # it raises instead
+    return path
 
 
 def _probes(config: Any) -> dict[tuple, SubNetwork]:

@@ -38,7 +38,7 @@ from .checkpoint import leading_slices, write_beside
 from .configuration_flextron import FlextronConfig
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from .errors import invalid
-from .families import extract
+from .extraction import extract
 from .latency import LatencyTable
 from .subnetwork import SubNetwork, resolve
 

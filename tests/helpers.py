@@ -141,11 +141,25 @@ def flextron(*arguments: object) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def run_python(code: str, *arguments: object, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess:
-    """Run Python code in a process of its own, with this checkout on its path."""
+WITHOUT_PACKAGE = """
+import sys
+class Refuse:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_flextron", "flextron_trainer"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse)
+"""
+
+
+def run_python(
+    code: str, *arguments: object, timeout: float = 240, check: bool = True, package: bool = True
+) -> subprocess.CompletedProcess:
+    """Run Python code in a process of its own: with this checkout on its path, or where our packages cannot be
+    imported."""
     root = Path(__file__).parent.parent
     path = [str(root), str(root / "trainer"), str(root / "tests")]
-    prelude = f"import sys; sys.path[:0] = {path!r}\n"
+    prelude = f"import sys; sys.path[:0] = {path!r}\n" if package else WITHOUT_PACKAGE
     command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
     done = subprocess.run(command, text=True, capture_output=True, timeout=timeout)
     assert not check or done.returncode == 0, done.stderr[-3000:]

@@ -39,15 +39,9 @@ def test_without_the_package(tmp_path, ids):
     elastic = elastic_of("gqa-wide-heads")
     classifier(elastic, tmp_path / "language").save_pretrained(tmp_path / "classifier")
     code = """
-class Refuse:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_flextron", "flextron_trainer"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Refuse)
 import torch
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True, flextron_budget="0.35")
 print("SHAPE", tuple(model(torch.ones(2, 5, dtype=torch.long)).logits.shape))
 """
-    assert "SHAPE (2, 3)" in run_python(code, tmp_path / "classifier").stdout
+    assert "SHAPE (2, 3)" in run_python(code, tmp_path / "classifier", package=False).stdout

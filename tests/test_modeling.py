@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters, flops_per_token
-from modeling_flextron.families import misfit
+from modeling_flextron.extraction import misfit
 
 ROPES = {
     "default": {},

@@ -12,7 +12,7 @@ from flextron_trainer import FlextronTrainingArguments, convert
 from flextron_trainer.cli import words
 from flextron_trainer.presets import FOLDER, load_preset, names, sizes_table
 from modeling_flextron import FlextronForCausalLM, count_parameters
-from modeling_flextron.families import stock_config
+from modeling_flextron.extraction import stock_config
 
 ROOT = Path(__file__).parent.parent
 # Parameters of the published models.

@@ -47,11 +47,6 @@ def reached(path: Path) -> set[str]:
     return direct.union(*(reached(FOLDER / name) for name in direct)) if direct else set()
 
 
-def test_the_model_file_names_every_sibling_it_reaches():
-    path = FOLDER / "modeling_flextron.py"
-    assert reached(path) == {f"{node.module}.py" for node in relative_imports(path)}
-
-
 def test_every_file_is_reached_from_an_entry():
     found = set(ENTRIES).union(*(reached(FOLDER / entry) for entry in ENTRIES))
     assert found == {path.name for path in FILES}

@@ -368,7 +368,7 @@ def export(
     from modeling_flextron import FlextronConfig, FlextronForCausalLM
     from modeling_flextron.checkpoint import write_beside
     from modeling_flextron.errors import invalid
-    from modeling_flextron.families import stock_sizes
+    from modeling_flextron.extraction import stock_sizes
 
     from .model_card import write_model_card
 

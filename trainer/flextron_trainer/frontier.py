@@ -1,0 +1,109 @@
+"""Which sub-networks are recommended: the rows of the frontier, one for each budget."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
+from modeling_flextron.errors import invalid
+from modeling_flextron.extraction import misfit
+from modeling_flextron.subnetwork import parse_budget, row_cost, uniform_subnetworks
+
+LEAST_OF_A_BUDGET = 0.9  # of what the largest uses: what is saved beyond that would be lost before any training
+
+
+def named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(budgets, (str, bytes)) or not isinstance(budgets, (Sequence, Mapping)) or not budgets:
+        rule = "They are a list of budgets, or names mapped to budgets."
+        raise invalid("budgets", budgets, rule, "Pass for instance budgets=[1, 0.5].")
+    if not isinstance(budgets, Mapping):
+        budgets = {f"{budget:g}" if isinstance(budget, float) else str(budget): budget for budget in budgets}
+    else:
+        for name in budgets:
+            if not isinstance(name, str) or name != name.strip() or not _is_a_name(name):
+                rule = "The name of a row is not a budget of another kind."
+                raise invalid("budgets", name, rule, "Begin it with a letter, such as 'small'.")
+    for name, budget in budgets.items():
+        if parse_budget(budget).kind not in ("fraction", "parameters", "memory"):
+            rule = "A row of the frontier has a budget of parameters or memory."
+            raise invalid(f"budgets[{name!r}]", budget, rule, "Pass a fraction, a count or a size in bytes.")
+    return dict(budgets)
+
+
+def _is_a_name(text: str) -> bool:
+    try:
+        return parse_budget(text).kind == "name"
+    except ValueError:
+        return False
+
+
+def choose_rows(
+    config: FlextronConfig, budgets: dict[str, Any], loss: Callable[[SubNetwork], float] | None
+) -> list[dict]:
+    """For each budget the best uniform sub-network within it and within the next larger row.
+
+    Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss` of those that use
+    most of the budget, whichever axes they cut; without losses, the largest. Rows nest, so that a model loaded at one
+    can go down to all smaller ones.
+    """
+    rows, inside = list[dict](), config.built
+    uniform = uniform_subnetworks(config)
+    limits = {name: _limit(config, budget) for name, budget in budgets.items()}
+    for name, (kind, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / _full_cost(config, item[1][0])):
+        allowed = [s for s in uniform if inside.contains(s)]
+        fitting = [s for s in allowed if row_cost(config, config.row("", s), kind) <= limit]
+        fitting = [s for s in fitting if misfit(config, s) is None] or fitting
+        if not fitting:
+            fitting = [min(allowed, key=lambda s: row_cost(config, config.row("", s), kind))]
+            name = _name_of_smallest(config, name, budgets[name], fitting[0])
+        largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
+        largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
+        best = largest[0]
+        least = LEAST_OF_A_BUDGET * count_parameters(config, best, embeddings=False)
+        largest = [s for s in largest if count_parameters(config, s, embeddings=False) >= least]
+        if loss is not None and len(largest) > 1:
+            losses = {s: loss(s) for s in tqdm(largest[:16], desc=f"Budget {name}")}
+            best = min(losses, key=lambda s: losses[s])
+        row = config.row(name, best)
+        if any(row["subnetwork"] == other["subnetwork"] for other in rows):
+            warnings.warn(
+                f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=3
+            )
+            continue
+        rows.append(row)
+        inside = best
+    return rows
+
+
+def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
+    """What a row is called whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
+    fraction = count_parameters(config, smallest, embeddings=False) / config.parent_size()
+    warnings.warn(
+        f"The choices do not reach budget {budget!r}: the smallest sub-network costs {fraction:.4g} of the parent's"
+        " non-embedding parameters and takes its place. Allow smaller sizes on some axis to reach it.",
+        stacklevel=4,
+    )
+    return name if name != str(budget) else f"{math.ceil(fraction * 1000) / 1000:g}"
+
+
+def _limit(config: FlextronConfig, budget: Any) -> tuple[str, float]:
+    parsed = parse_budget(budget)
+    return parsed.kind, parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
+
+
+def _full_cost(config: FlextronConfig, kind: str) -> int:
+    return row_cost(config, config.row("", config.built), kind)
+
+
+@torch.no_grad()
+def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: list[torch.Tensor]) -> float:
+    """Mean next-token loss in nats over batches of ids `[B, S]`."""
+    losses = [
+        model(ids.to(model.device), labels=ids.to(model.device), use_cache=False, flextron_budget=subnetwork).loss
+        for ids in batches
+    ]
+    return torch.stack(losses).mean().item()
