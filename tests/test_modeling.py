@@ -127,6 +127,27 @@ def test_generation_in_all_modes(elastic, ids):
 
 
 @torch.no_grad()
+def test_the_steps_of_contrastive_search(elastic, ids):
+    """That mode lives on the Hub since transformers 5; what it does with a cache: candidates side by side, one kept."""
+    sub = all_sizes(elastic, count=1)[-1]
+    cache, k = DynamicCache(config=elastic.config), 3
+    inputs = {"past_key_values": cache, "use_cache": True, "output_hidden_states": True, "flextron_budget": sub}
+    elastic(ids, **inputs)
+    cache.batch_repeat_interleave(k)
+    candidates = torch.randint(1, 96, (2 * k, 1), generator=torch.Generator().manual_seed(5))
+    out = elastic(candidates, **inputs)
+    whole = torch.cat([ids.repeat_interleave(k, 0), candidates], dim=1)
+    alone = elastic(whole, output_hidden_states=True, flextron_budget=sub)
+    assert difference(out.logits[:, -1], alone.logits[:, -1]) < 1e-5
+    assert difference(out.hidden_states[-1][:, -1], alone.hidden_states[-1][:, -1]) < 1e-4
+    chosen = torch.tensor([1, 5])
+    cache.batch_select_indices(chosen)
+    after = elastic(ids[:, :1], **inputs).logits[:, -1]
+    expected = elastic(torch.cat([whole[chosen], ids[:, :1]], dim=1), flextron_budget=sub).logits[:, -1]
+    assert difference(after, expected) < 1e-5
+
+
+@torch.no_grad()
 def test_caches_have_the_head_counts_of_each_layer(tmp_path, ids):
     elastic = elastic_of("mha")
     elastic.save_pretrained(tmp_path)
