@@ -127,6 +127,8 @@ def check_cache(cache: Cache, subnetwork: SubNetwork, kv_heads: Callable[[int], 
             rule = f"It was filled by the layers {holding}, and this sub-network runs {list(subnetwork.layers)}."
             remedy = "Keep the depth, or start again with the whole text and a new cache."
             raise invalid("past_key_values", type(cache).__name__, rule, remedy)
+    if kv_heads(1) > 1:
+        return  # a parent with groups has the same KV heads at every budget
     for i, heads in zip(subnetwork.layers, subnetwork.heads, strict=True):
         keys = cache.layers[i].keys if i in filled else None
         if keys is not None and keys.ndim == 4 and keys.shape[1] != kv_heads(heads):

@@ -407,7 +407,7 @@ def push(
     must_be_a_model(folder)
     api = HfApi()
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    ignored = ["checkpoint-*", "runs/*", "training_args.json"]
+    ignored = ["checkpoint-*", "runs/*", "training_args.json", "latency/.rounds.json"]
     commit = api.upload_folder(folder_path=folder, repo_id=repo.repo_id, ignore_patterns=ignored)
     finish(repo=repo.repo_id, commit=commit.oid)
 
