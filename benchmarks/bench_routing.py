@@ -31,9 +31,10 @@ from flextron_trainer.data import collator, load_text, pack
 from flextron_trainer.demo import settings, train_tokenizer
 from flextron_trainer.evaluation import evaluate_model
 from flextron_trainer.frontier import mean_loss
-from flextron_trainer.search import Choices, fill, non_embedding, search
+from flextron_trainer.search import fill, search
 from modeling_flextron import FlextronForCausalLM
-from modeling_flextron.subnetwork import random_subnetwork, uniform_subnetworks
+from modeling_flextron.routing import Choices
+from modeling_flextron.subnetwork import parameters_of, random_subnetwork, uniform_subnetworks
 
 LENGTH = 128
 
@@ -79,7 +80,7 @@ def measured(model: FlextronForCausalLM, budget: float, seed: int, options: argp
     _, held_in, held_out, _ = texts(seed)
     batches = list(torch.tensor(held_in["input_ids"]).split(32))
     inside = partial(mean_loss, model, batches=batches)
-    limit, cost = budget * model.config.parent_size(), non_embedding(model.config)
+    limit, cost = budget * model.config.parent_size(), parameters_of(model.config, embeddings=False)
 
     uniform = [s for s in uniform_subnetworks(model.config) if cost(s) <= limit]
     uniform = [s for s in uniform if not any(t != s and t.contains(s) for t in uniform)]

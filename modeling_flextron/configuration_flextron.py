@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from .errors import invalid, require_int
 from .families import family_of
 from .latency import LatencyTable, copy_tables, table_of
+from .routing import StaticRouter, check_static_router, narrowed_router
 from .subnetwork import (
     AXES,
     SubNetwork,
@@ -28,6 +29,7 @@ from .subnetwork import (
     parse_budget,
     resolve,
 )
+from .token_routing import check_token_routing, narrowed_routing, resolve_auto
 
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
@@ -48,6 +50,8 @@ def _size(row: dict[str, Any]) -> int:
 
 def _plain(budget: Any) -> Any:
     """A budget as JSON has it: a `SubNetwork` becomes the dict of its sizes."""
+    if hasattr(budget, "target"):
+        return f"auto:{budget.target}"
     return budget.to_dict() if hasattr(budget, "layers") else budget
 
 
@@ -80,6 +84,8 @@ class FlextronConfig(PreTrainedConfig):
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
         flextron_budget: Which sub-network to build: a value of the budget grammar, see `subnetwork.py`.
         flextron_context: Tokens of KV cache that memory budgets reserve.
+        static_router: Scores from which a sub-network follows for any budget; see `routing.StaticRouter`.
+        token_routing: Sizes, targets and their bounds, of a model whose tokens choose; see `token_routing.py`.
         latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
 
     Raises:
@@ -137,6 +143,8 @@ class FlextronConfig(PreTrainedConfig):
     parent_non_embedding_parameters: int | None = None
     flextron_budget: Any = None
     flextron_context: int = 4096
+    static_router: dict | None = None
+    token_routing: dict | None = None
     latency_tables: dict = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs):
@@ -210,6 +218,15 @@ class FlextronConfig(PreTrainedConfig):
         """The sub-network that a budget means; see `subnetwork.resolve`."""
         return resolve(self, budget)
 
+    def router(self) -> StaticRouter:
+        """The static router, where there is one."""
+        assert self.static_router is not None
+        return StaticRouter(self, self.static_router)
+
+    def routed(self, budget: Any, target: float | None) -> SubNetwork:
+        """What `"auto"` means; see `token_routing.resolve_auto`."""
+        return resolve_auto(self, budget, target)
+
     def latency_table(self) -> LatencyTable | None:
         """The measured table that latency budgets refer to here; see `latency.table_of`."""
         return table_of(self)
@@ -263,6 +280,9 @@ class FlextronConfig(PreTrainedConfig):
                 subnetwork.layers.index(layer) for layer in self.elastic["layer_ranking"] if layer in subnetwork.layers
             ],
         }
+        if new.static_router is not None:
+            counts = {axis: len(new.elastic[axis]) for axis in AXES}
+            new.static_router = narrowed_router(new.static_router, subnetwork.layers, counts)
         for row in new.frontier:
             inner = row["subnetwork"] and resolve(self, row["subnetwork"])
             if not inner or not subnetwork.contains(inner):
@@ -272,6 +292,8 @@ class FlextronConfig(PreTrainedConfig):
                 i: {"intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": kv}
                 for i, (mlp, heads, kv) in enumerate(zip(subnetwork.mlp, subnetwork.heads, kv_heads, strict=True))
             }
+        if self.token_routing is not None:
+            new.token_routing = narrowed_routing(self, new, subnetwork.layers)
         if not any(row["subnetwork"] and resolve(new, row["subnetwork"]) == new.built for row in new.frontier):
             others = [row for row in new.frontier if row["name"] != "built"]
             new.frontier = sorted([new.row("built", new.built), *others], key=_size, reverse=True)
@@ -291,6 +313,10 @@ class FlextronConfig(PreTrainedConfig):
     def _check(self, update: bool = False) -> None:
         """Check all but the dimensions; `update` corrects the costs in the frontier instead of refusing others."""
         self._check_elastic()
+        if self.static_router is not None:
+            check_static_router(self, self.static_router)
+        if self.token_routing is not None:
+            check_token_routing(self, self.token_routing)
         self.frontier = self._full_frontier()
         self._check_frontier(update)
         self.flextron_budget = _plain(self.flextron_budget)

@@ -40,6 +40,12 @@ class ElasticLinear(nn.Linear):
         return weight, bias if bias is None else bias[:out_features]
 
 
+    def block(self, input: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """Map `[..., columns]` to `[..., rows]` with a block of the weight; the bias counts where columns begin."""
+        bias = self.bias if not columns.start else None
+        return F.linear(input, self.weight[rows, columns], bias if bias is None else bias[rows])
+
+
 class ElasticEmbedding(nn.Embedding):
     """`nn.Embedding` on the leading columns of its weight."""
 

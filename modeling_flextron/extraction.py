@@ -97,6 +97,9 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
     Returns:
         The stock model in the dtype and on the device of `model`, in evaluation mode.
     """
+    if hasattr(subnetwork, "target"):
+        rule = "Stock classes have one size for all tokens."
+        raise invalid("budget", f"auto:{subnetwork.target}", rule, "Name a static budget, such as 0.5.")
     config, family = model.config, family_of(model.config.base_model_type)
     target = stock_sizes(config, subnetwork, pad)
     with no_init_weights():
@@ -107,7 +110,7 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
     stored = stored_heads(heads, kv_heads)
     device = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
     group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim).to(device)
-    names = [name for name in model.state_dict() if layer_of(name) in (None, *position)]
+    names = [name for name in model.state_dict() if layer_of(name) in (None, *position) and ".router." not in name]
     if config.tie_word_embeddings:
         names.remove("lm_head.weight")
 

@@ -167,8 +167,9 @@ _AXES = {
     "post_attention_layernorm": ("hidden",),
     "norm": ("hidden",),
     "score": ("labels", "hidden"),
+    "router": ("targets", "hidden"),
 }
-ELASTIC = ("hidden", "mlp", "heads", "kv_heads")
+ELASTIC = ("hidden", "mlp", "heads", "kv_heads", "targets")
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
 

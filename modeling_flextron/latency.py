@@ -30,7 +30,7 @@ from transformers.utils import cached_file, logging
 
 from .checkpoint import write_file_beside
 from .errors import invalid, require_int
-from .subnetwork import SubNetwork, random_subnetwork
+from .subnetwork import Cost, SubNetwork, random_subnetwork
 
 logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
@@ -69,11 +69,19 @@ class LatencyTable:
     spread: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def cost(self, mode: str = "decode") -> Cost:
+        """Seconds: for a token with `"decode"`, for the context with `"prefill"`."""
+        costs = self.costs[mode]
+
+        def layer(hidden: int, mlp: int, heads: int) -> float:
+            row = costs[str(hidden)]
+            return row["mlp"][str(mlp)] + row["heads"][str(heads)] - row["layer"]
+
+        return Cost(lambda hidden: costs[str(hidden)]["rest"], layer)
+
     def predict(self, subnetwork: SubNetwork, mode: str = "decode") -> float:
-        """Seconds that a sub-network takes: for a token with `"decode"`, for the context with `"prefill"`."""
-        costs = self.costs[mode][str(subnetwork.hidden)]
-        layers = zip(subnetwork.mlp, subnetwork.heads, strict=True)
-        return costs["rest"] + sum(costs["mlp"][str(m)] + costs["heads"][str(a)] - costs["layer"] for m, a in layers)
+        """Seconds that a sub-network takes; see `cost`."""
+        return self.cost(mode)(subnetwork)
 
     @property
     def file_name(self) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -41,6 +42,7 @@ from .errors import invalid
 from .extraction import extract
 from .latency import LatencyTable
 from .subnetwork import SubNetwork, resolve
+from .token_routing import RoutedSubNetwork, Routing, TokenRouter, TokenRouting
 
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -103,12 +105,26 @@ def norm(config: FlextronConfig) -> nn.Module:
     return {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type](config.hidden_size, config.norm_eps)
 
 
+def token_router(config: FlextronConfig) -> TokenRouter | None:
+    """The router of a part of a layer, in a model whose tokens can choose."""
+    if config.token_routing is None:
+        return None
+    return TokenRouter(config.hidden_size, len(config.token_routing["targets"]))
+
+
 def fill_skipped(cache: Cache, kept: tuple[int, ...]) -> None:
     """Give skipped sliding layers of a cache empty states, because assisted decoding crops every layer."""
     for i, layer in enumerate(cache.layers):
         if i not in kept and layer.is_sliding and getattr(layer, "keys", None) is None:
             layer.keys = cache.layers[kept[0]].keys[:, :, :0]
             layer.values = cache.layers[kept[0]].values[:, :, :0]
+
+
+def real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """Where the last `length` tokens are no padding, `[B, length]`; None when that is not known."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].bool()
 
 
 def check_cache(cache: Cache, subnetwork: SubNetwork, kv_heads: Callable[[int], int]) -> None:
@@ -178,6 +194,7 @@ class FlextronAttention(nn.Module):
         self.o_proj = linear(heads * self.head_dim, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = ElasticRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = ElasticRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.router = token_router(config)
 
     def forward(
         self,
@@ -191,24 +208,61 @@ class FlextronAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend with the leading `heads` query heads and write `hidden` channels; None means all of them."""
-        batch, length, _ = hidden_states.shape
-        kv_heads = self.kv_heads if heads is None else self.kv_heads_at(heads)
-        q_size = None if heads is None else heads * self.head_dim
-        kv_size = None if kv_heads == self.kv_heads else kv_heads * self.head_dim
-        ranks = self.num_key_value_groups if heads is None else heads // kv_heads
+        key, value = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads)
+        return self.mix(
+            hidden_states, key, value, position_embeddings, attention_mask, heads, hidden, observe=observe, **kwargs
+        )
 
-        query = project(self.q_proj, hidden_states, q_size).view(batch, length, ranks, kv_heads, self.head_dim)
-        key = project(self.k_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim)
-        value = project(self.v_proj, hidden_states, kv_size).view(batch, length, kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)  # [B, G R, S, E], the order attention functions expect
+    def kv_heads_of(self, heads: int | None) -> int:
+        """KV heads that so many query heads read; None means all of them."""
+        return self.kv_heads if heads is None else self.kv_heads_at(heads)
+
+    def keys_and_values(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        past_key_values: Cache | None,
+        heads: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, G, S, E]` that `heads` query heads read, with those in the cache before them."""
+        kv_heads = self.kv_heads_of(heads)
+        size = None if kv_heads == self.kv_heads else kv_heads * self.head_dim
+        shape = (*hidden_states.shape[:2], kv_heads, self.head_dim)
+        key = project(self.k_proj, hidden_states, size).view(shape)
+        value = project(self.v_proj, hidden_states, size).view(shape)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
         key, value = key.transpose(1, 2), value.transpose(1, 2)
-
         if position_embeddings is not None:
-            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+            key = rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        return key, value
+
+    def mix(
+        self,
+        hidden_states: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        attention_mask: torch.Tensor | None,
+        heads: int | None,
+        hidden: int | None = None,
+        gate: torch.Tensor | None = None,
+        observe: Observer | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the leading `heads` query heads read from keys and values, multiplied by `gate` `[..., H E]`."""
+        batch, length, _ = hidden_states.shape
+        kv_heads = self.kv_heads_of(heads)
+        ranks = self.num_key_value_groups if heads is None else heads // kv_heads
+        query = project(self.q_proj, hidden_states, None if heads is None else heads * self.head_dim)
+        query = query.view(batch, length, ranks, kv_heads, self.head_dim)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)  # [B, G R, S, E], the order attention functions expect
+        if position_embeddings is not None:
+            query = rotate(query, *position_embeddings)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -226,6 +280,8 @@ class FlextronAttention(nn.Module):
         )
         attn_output = attn_output.reshape(batch, length, kv_heads, ranks, self.head_dim)
         attn_output = attn_output.transpose(2, 3).flatten(2)  # back to rank-major [B, S, R G E]
+        if gate is not None:
+            attn_output = attn_output * gate
         if observe is not None:
             observe("heads", self.layer_idx, attn_output)
         return project(self.o_proj, attn_output, hidden), attn_weights
@@ -242,23 +298,37 @@ class FlextronMLP(nn.Module):
         self.up_proj = linear(config.hidden_size, size, bias=config.mlp_bias)
         self.down_proj = linear(size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.router = token_router(config)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         mlp: int | None = None,
         hidden: int | None = None,
+        gate: torch.Tensor | None = None,
         observe: Observer | None = None,
     ) -> torch.Tensor:
-        """Map `[B, S, d]` through `mlp` neurons to `hidden` channels; None means all of them."""
+        """Map `[B, S, d]` through `mlp` neurons, times `gate`, to `hidden` channels; None means all of them."""
         neurons = project(self.up_proj, hidden_states, mlp)
         if self.gate_proj is None:
             neurons = self.act_fn(neurons)
         else:
             neurons = self.act_fn(project(self.gate_proj, hidden_states, mlp)) * neurons
+        if gate is not None:
+            neurons = neurons * gate
         if observe is not None:
             observe("mlp", self.layer_idx, neurons)
         return project(self.down_proj, neurons, hidden)
+
+    def increment(self, hidden_states: torch.Tensor, lower: int, upper: int, hidden: int | None) -> torch.Tensor:
+        """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`."""
+        neurons, inputs = slice(lower, upper), slice(hidden_states.shape[-1])
+        states = self.up_proj.block(hidden_states, neurons, inputs)
+        if self.gate_proj is None:
+            states = self.act_fn(states)
+        else:
+            states = self.act_fn(self.gate_proj.block(hidden_states, neurons, inputs)) * states
+        return self.down_proj.block(states, slice(hidden), neurons)
 
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):
@@ -279,20 +349,32 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         mlp: int | None = None,
         hidden: int | None = None,
+        routing: Routing | None = None,
         observe: Observer | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """Run the layer with `mlp` neurons and `hidden` channels; the rest goes to the attention."""
+        if routing is not None:
+            return self._route(routing, hidden_states, mlp, hidden, **kwargs)
         attn_input = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attn(attn_input, hidden=hidden, observe=observe, **kwargs)
         residual = hidden_states + self.dropout(attn_output)
 
         mlp_input = self.post_attention_layernorm(hidden_states if self.parallel_residual else residual)
-        output = residual + self.dropout(self.mlp(mlp_input, mlp, hidden, observe))
+        output = residual + self.dropout(self.mlp(mlp_input, mlp, hidden, observe=observe))
         if observe is not None:
             observe("layer", self.layer_idx, hidden_states, output)
             observe("hidden", self.layer_idx, attn_input, mlp_input)
         return output
+
+    def _route(
+        self, routing: Routing, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None, **kwargs
+    ) -> torch.Tensor:
+        """The same, where the sizes differ between tokens or are being learned: `routing` runs each part."""
+        attn_input = routing.norm(self.input_layernorm, hidden_states)
+        residual = hidden_states + self.dropout(routing.attend(self.self_attn, attn_input, hidden=hidden, **kwargs))
+        mlp_input = routing.norm(self.post_attention_layernorm, hidden_states if self.parallel_residual else residual)
+        return residual + self.dropout(routing.feed(self.mlp, mlp_input, mlp, hidden))
 
 
 class FlextronPreTrainedModel(PreTrainedModel):
@@ -320,7 +402,20 @@ class FlextronPreTrainedModel(PreTrainedModel):
         # The layers of a quantized model exist only at the size they were built at.
         self.switchable = getattr(self.config, "quantization_config", None) is None
         self._subnetwork = self.built
+        self._last_routing: TokenRouting | None = None
         self._shared = False
+
+    def post_init(self) -> None:
+        """As the base class does; a model loaded for token routing then runs with it."""
+        super().post_init()
+        if isinstance(self.stored, RoutedSubNetwork):
+            self.set_budget(f"auto:{self.stored.target}")
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenRouter):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
 
     # ----------------------------------------------------------------------------------------- budgets
 
@@ -328,6 +423,11 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def subnetwork(self) -> SubNetwork:
         """The sub-network that runs when no budget is passed."""
         return self.base_model._subnetwork  # one place, so that the decoder alone runs it too
+
+    @property
+    def last_routing(self) -> TokenRouting | None:
+        """What the tokens of the last forward pass chose, where they did; see `TokenRouting.average`."""
+        return self.base_model._last_routing
 
     @property
     def frontier(self) -> list[dict[str, Any]]:
@@ -490,6 +590,7 @@ class FlextronModel(FlextronPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         flextron_budget: Any = None,
+        routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Run the decoder at `flextron_budget` (None: the default of `set_budget`).
@@ -498,6 +599,7 @@ class FlextronModel(FlextronPreTrainedModel):
             input_ids: Token ids `[B, S]`; or pass `inputs_embeds` `[B, S, D]`, of which a narrower hidden size
                 uses the leading channels.
             attention_mask: `[B, S]` with zeros at padding, or a prepared 4-D mask.
+            routing: Runs the parts of every layer while sizes are being learned.
         """
         subnetwork, built = self.resolve_budget(flextron_budget), self.built
         hidden = None if subnetwork.hidden == built.hidden else subnetwork.hidden
@@ -543,6 +645,9 @@ class FlextronModel(FlextronPreTrainedModel):
         if self.embed_positions is not None:
             hidden_states = hidden_states + project(self.embed_positions, position_ids, hidden)
         hidden_states = self.dropout(hidden_states)
+        if routing is None and isinstance(subnetwork, RoutedSubNetwork):
+            routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, length))
+            self._last_routing = routing
 
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
             hidden_states = self.layers[layer](
@@ -550,6 +655,7 @@ class FlextronModel(FlextronPreTrainedModel):
                 mlp=None if mlp == built.mlp[layer] else mlp,
                 heads=None if heads == built.heads[layer] else heads,
                 hidden=hidden,
+                routing=routing,
                 attention_mask=masks[kinds[layer]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -559,7 +665,8 @@ class FlextronModel(FlextronPreTrainedModel):
             )
         if use_cache and len(subnetwork.layers) < len(built.layers):
             fill_skipped(past_key_values, subnetwork.layers)
-        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values if use_cache else None)
+        hidden_states = self.norm(hidden_states) if routing is None else routing.norm(self.norm, hidden_states)
+        return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
 
 
 class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):

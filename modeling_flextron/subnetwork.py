@@ -13,6 +13,7 @@ Elastic (arXiv 2511.16664, equations 34-46).
 import math
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from .errors import invalid
 
 AXES = ("mlp", "heads", "hidden", "depth")
+CLOSE = 0.98  # a sub-network that uses so much of a budget uses it
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ def uniform_subnetworks(config) -> list[SubNetwork]:
     return result
 
 
+def smallest_subnetwork(config) -> SubNetwork:
+    """The smallest choice everywhere."""
+    hidden, depth, mlp, heads = (config.choices(axis)[-1] for axis in ("hidden", "depth", "mlp", "heads"))
+    return SubNetwork(hidden, config.kept_layers(depth), (mlp,) * depth, (heads,) * depth)
+
+
 def random_subnetwork(config, generator: random.Random) -> SubNetwork:
     """A heterogeneous sub-network: each size drawn from the choices that its place holds."""
     built = config.built
@@ -95,6 +103,58 @@ def random_subnetwork(config, generator: random.Random) -> SubNetwork:
 # ---------------------------------------------------------------------------------------------------- costs
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Something that adds up over layers: parameters, bytes, seconds.
+
+    Args:
+        rest: Hidden size -> what is outside of the layers.
+        layer: Hidden size, `mlp` and `heads` -> what is in a layer.
+    """
+
+    rest: Callable[[int], float]
+    layer: Callable[[int, int, int], float]
+
+    def __call__(self, subnetwork: SubNetwork) -> Any:
+        """Of a whole sub-network."""
+        sizes = zip(subnetwork.mlp, subnetwork.heads, strict=True)
+        return self.rest(subnetwork.hidden) + sum(self.layer(subnetwork.hidden, mlp, heads) for mlp, heads in sizes)
+
+
+def parameters_of(config, embeddings: bool = True) -> Cost:
+    """Exact numbers of parameters; see `count_parameters`."""
+    head_dim, matrices = config.head_dim, 3 if config.gated_mlp else 2
+    norms = 2 if config.norm_type == "layer" else 1
+
+    def rest(hidden: int) -> int:
+        total = norms * hidden  # the last norm
+        if embeddings:
+            total += config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+            total += config.max_position_embeddings * hidden * config.learned_positions
+        return total
+
+    def layer(hidden: int, mlp: int, heads: int) -> int:
+        queries, keys = heads * head_dim, config.kv_heads(heads) * head_dim
+        total = hidden * (2 * queries + 2 * keys)  # q, o and k, v
+        total += matrices * hidden * mlp
+        total += 2 * norms * hidden
+        total += 2 * head_dim * config.qk_norm
+        total += (queries + 2 * keys) * config.attention_bias + hidden * config.attention_output_bias
+        return total + ((matrices - 1) * mlp + hidden) * config.mlp_bias
+
+    return Cost(rest, layer)
+
+
+def memory_of(config) -> Cost:
+    """Bytes of the weights in the dtype of the config, and of the KV cache that memory budgets reserve."""
+    weights, size, context = parameters_of(config), bytes_per_value(config.dtype), _context(config)
+
+    def layer(hidden: int, mlp: int, heads: int) -> float:
+        return size * (weights.layer(hidden, mlp, heads) + 2 * config.kv_heads(heads) * config.head_dim * context)
+
+    return Cost(lambda hidden: size * weights.rest(hidden), layer)
+
+
 def count_parameters(config, subnetwork: SubNetwork, embeddings: bool = True) -> int:
     """Exact number of parameters of a sub-network.
 
@@ -104,22 +164,7 @@ def count_parameters(config, subnetwork: SubNetwork, embeddings: bool = True) ->
         embeddings: Count the embeddings and an untied output head too; False gives the
             non-embedding count that fractional budgets refer to.
     """
-    hidden, head_dim = subnetwork.hidden, config.head_dim
-    norm = hidden * (2 if config.norm_type == "layer" else 1)
-    matrices = 3 if config.gated_mlp else 2
-    total = norm  # the last one
-    for mlp, heads in zip(subnetwork.mlp, subnetwork.heads, strict=True):
-        queries, keys = heads * head_dim, config.kv_heads(heads) * head_dim
-        total += hidden * (2 * queries + 2 * keys)  # q, o and k, v
-        total += matrices * hidden * mlp
-        total += 2 * norm
-        total += 2 * head_dim * config.qk_norm
-        total += (queries + 2 * keys) * config.attention_bias + hidden * config.attention_output_bias
-        total += ((matrices - 1) * mlp + hidden) * config.mlp_bias
-    if embeddings:
-        total += config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-        total += config.max_position_embeddings * hidden * config.learned_positions
-    return total
+    return parameters_of(config, embeddings)(subnetwork)
 
 
 def kv_values_per_token(config, subnetwork: SubNetwork) -> int:
@@ -246,13 +291,8 @@ def resolve(config, budget: Any) -> SubNetwork:
         return config.built
     if parsed.kind == "exact":
         return _exact(config, parsed.value) if isinstance(parsed.value, dict) else _fitting(config, parsed.value)
-    if parsed.kind == "latency":
-        return _fast_enough(config, budget, parsed.value)
     if parsed.kind == "auto":
-        raise invalid(
-            "flextron_budget", budget, "This model has no token routers, which `auto` needs.",
-            "Train them with `flextron train --stage router`, or pass a fraction such as 0.5.",
-        )  # fmt: skip
+        return config.routed(budget, parsed.value)
     if parsed.kind == "name":
         rows = [row for row in config.frontier if row["name"] == parsed.value]
         if not rows:
@@ -261,7 +301,22 @@ def resolve(config, budget: Any) -> SubNetwork:
         return _held(config, budget, rows[0])
     if parsed.kind == "loss":
         return _held(config, budget, _cheapest_of_quality(config, budget, parsed.value))
-    return _held(config, budget, _largest_below(config, budget, parsed))
+    return _within(config, budget, parsed)
+
+
+def cost_of(config, kind: str) -> Cost:
+    """What a kind of budget limits: non-embedding parameters of a `fraction`, `parameters`, `memory`, `latency`."""
+    if kind == "memory":
+        return memory_of(config)
+    if kind != "latency":
+        return parameters_of(config, embeddings=kind == "parameters")
+    table = config.latency_table()
+    if table is None:
+        raise invalid(
+            "flextron_budget", "latency", "This model has no latency table, which a latency budget needs.",
+            "Make one on this machine with `flextron measure`, or pass a fraction such as 0.5.",
+        )  # fmt: skip
+    return table.cost()
 
 
 def row_cost(config, row: dict, kind: str) -> int:
@@ -278,24 +333,49 @@ def _context(config) -> int:
     return min(config.flextron_context, config.max_position_embeddings if config.learned_positions else math.inf)
 
 
-def _largest_below(config, budget: Any, parsed: Budget) -> dict:
-    limit = parsed.value * config.parent_size() if parsed.kind == "fraction" else parsed.value
+def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
+    """The sub-network for a limit on what it costs: the best row of the frontier, or what the router chooses."""
+    cost = cost_of(config, parsed.kind)
+    limit = parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
+
+    def row_of(row: dict) -> float:
+        if parsed.kind == "latency":
+            return cost(_exact(config, row["subnetwork"]))
+        return row_cost(config, row, parsed.kind)
+
     # Of rows that are not held those count that are larger than what is: they say how to reload.
-    built = row_cost(config, config.row("", config.built), parsed.kind)
-    rows = [row for row in config.frontier if row["subnetwork"] or row_cost(config, row, parsed.kind) > built]
-    fitting = [row for row in rows if row_cost(config, row, parsed.kind) <= limit]
+    built = cost(config.built)
+    others = [row for row in config.frontier if parsed.kind != "latency" and not row["subnetwork"]]
+    rows = [row for row in config.frontier if row["subnetwork"]] + [row for row in others if row_of(row) > built]
+    fitting = {row["name"]: row for row in rows if row_of(row) <= limit}
+    chosen = None
     if fitting:
-        return max(fitting, key=lambda row: row["non_embedding_parameters"])
-    smallest = min(rows, key=lambda row: row_cost(config, row, parsed.kind))
-    cost = row_cost(config, smallest, parsed.kind)
+        most = max(row["non_embedding_parameters"] for row in fitting.values())
+        alike = [row for row in fitting.values() if row["non_embedding_parameters"] >= CLOSE * most]
+        best = max(alike, key=lambda row: row["non_embedding_parameters"])
+        if all(row["loss"] is not None for row in alike):
+            best = min(alike, key=lambda row: row["loss"])
+        chosen = _held(config, budget, best)
+        if config.static_router is None or cost(chosen) >= CLOSE * min(limit, built):
+            return chosen
+    if config.static_router is not None and limit >= cost(smallest_subnetwork(config)):
+        routed = config.router().choose(cost, limit)
+        return routed if chosen is None or cost(routed) > cost(chosen) else chosen
+    if chosen is not None:
+        return chosen
+    name, least = min(((row["name"], row_of(row)) for row in rows), key=lambda entry: entry[1])
+    if parsed.kind == "latency":
+        device = config.latency_table().device
+        rule = f"The fastest sub-network, {name!r}, takes {1e3 * least:.3g} ms for a token on {device}."
+        raise invalid("flextron_budget", budget, rule, "Ask for at least that much.")
     unit = {
-        "fraction": f"non-embedding parameters, a fraction of {cost / config.parent_size():.4g}",
+        "fraction": f"non-embedding parameters, a fraction of {least / config.parent_size():.4g}",
         "parameters": "parameters",
         "memory": f"bytes with a KV cache of {_context(config)} tokens (`flextron_context`)",
     }[parsed.kind]
     sizes = {"layers" if axis == "depth" else axis: config.choices(axis)[-1] for axis in AXES}
     raise invalid(
-        "flextron_budget", budget, f"The smallest row of the frontier, {smallest['name']!r}, costs {cost:,} {unit}.",
+        "flextron_budget", budget, f"The smallest row of the frontier, {name!r}, costs {least:,} {unit}.",
         f"Ask for at least that much, or name exact sizes, down to {sizes}.",
     )  # fmt: skip
 
@@ -317,26 +397,6 @@ def _cheapest_of_quality(config, budget: Any, limit: float) -> dict:
     return min(good, key=lambda row: row["non_embedding_parameters"])
 
 
-def _fast_enough(config, budget: Any, limit: float) -> SubNetwork:
-    """The largest row whose predicted time for a token is at most `limit` seconds."""
-    table = config.latency_table()
-    if table is None:
-        raise invalid(
-            "flextron_budget", budget, "This model has no latency table, which a latency budget needs.",
-            "Make one on this machine with `flextron measure`, or pass a fraction such as 0.5.",
-        )  # fmt: skip
-    held = {row["name"]: _exact(config, row["subnetwork"]) for row in config.frontier if row["subnetwork"]}
-    times = {name: table.predict(subnetwork) for name, subnetwork in held.items()}
-    fitting = [name for name, seconds in times.items() if seconds <= limit]
-    if not fitting:
-        fastest = min(times, key=lambda name: times[name])
-        rule = (
-            f"The fastest sub-network, {fastest!r}, takes {1e3 * times[fastest]:.3g} ms for a token on {table.device}."
-        )
-        raise invalid("flextron_budget", budget, rule, "Ask for at least that much.")
-    return max((held[name] for name in fitting), key=lambda s: count_parameters(config, s))
-
-
 def _held(config, budget: Any, row: dict) -> SubNetwork:
     if row["subnetwork"] is None:
         raise invalid(
@@ -348,6 +408,8 @@ def _held(config, budget: Any, row: dict) -> SubNetwork:
 
 def _fitting(config, value: Any) -> SubNetwork:
     """A `SubNetwork` object in the class of this file, if the model contains it."""
+    if hasattr(value, "target"):
+        return config.routed(value, value.target)
     subnetwork = SubNetwork(value.hidden, tuple(value.layers), tuple(value.mlp), tuple(value.heads))
     if not subnetwork.layers or not config.built.contains(subnetwork):
         remedy = f"Stay within {config.built.to_dict()}, or reload with a larger `flextron_budget`."

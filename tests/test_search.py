@@ -7,8 +7,10 @@ from helpers import elastic_of, random_subnetworks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron_trainer.search import Choices, fill, non_embedding, search
+from flextron_trainer.search import fill, random_choices, search
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
+from modeling_flextron.routing import Choices
+from modeling_flextron.subnetwork import Cost, parameters_of
 
 
 def test_choices_are_subnetworks(elastic):
@@ -18,7 +20,7 @@ def test_choices_are_subnetworks(elastic):
         assert choices.subnetwork(config) == sub
         for up in (True, False):
             for step in choices.steps(config, up):
-                other = step.subnetwork(config)
+                other = choices.after(step).subnetwork(config)
                 assert config.resolve(other.to_dict()) == other != sub
                 larger, smaller = (other, sub) if up else (sub, other)
                 assert larger.contains(smaller)
@@ -28,18 +30,16 @@ def test_choices_are_subnetworks(elastic):
 @given(seed=st.integers(0, 2**32), share=st.floats(0.1, 1.2))
 def test_filled_choices_keep_the_budget_and_use_it(seed, share):
     config = elastic_config()
-    cost, generator = non_embedding(config), random.Random(seed)
+    cost, generator = parameters_of(config, embeddings=False), random.Random(seed)
     limit = share * config.parent_size()
     smallest = SubNetwork(32, config.kept_layers(2), (24, 24), (4, 4))
-    from flextron_trainer.search import _random
-
     if cost(smallest) > limit:
         with pytest.raises(ValueError, match="smallest sub-network costs"):
-            fill(config, _random(config, generator), cost, limit, generator)
+            fill(config, random_choices(config, generator), cost, limit, generator)
         return
-    filled = fill(config, _random(config, generator), cost, limit, generator)
+    filled = fill(config, random_choices(config, generator), cost, limit, generator)
     assert cost(filled.subnetwork(config)) <= limit
-    assert all(cost(step.subnetwork(config)) > limit for step in filled.steps(config, up=True))
+    assert all(cost(filled.after(step).subnetwork(config)) > limit for step in filled.steps(config, up=True))
 
 
 def elastic_config():
@@ -74,7 +74,7 @@ def test_the_search_finds_what_the_loss_rewards(share):
 
 def test_any_cost_that_grows_with_the_sizes():
     config = elastic_config()
-    best, _ = search(config, lambda sub: -sum(sub.mlp), 300, cost=lambda sub: sum(sub.mlp), evaluations=60)
+    best, _ = search(config, lambda sub: -sum(sub.mlp), 300, cost=Cost(lambda hidden: 0, lambda hidden, mlp, heads: mlp), evaluations=60)
     assert sum(best.mlp) > 280
 
 
@@ -89,7 +89,7 @@ def test_the_part_that_was_loaded(tmp_path):
 
 def test_bad_input():
     config = elastic_config()
-    with pytest.raises(ValueError, match=r"`budget`=10 .*smallest sub-network costs"):
+    with pytest.raises(ValueError, match=r"`flextron_budget`=10 .*smallest sub-network costs"):
         search(config, len, 10)
     with pytest.raises(ValueError, match="`evaluations`=0"):
         search(config, len, 1e9, evaluations=0)

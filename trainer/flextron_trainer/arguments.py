@@ -8,7 +8,9 @@ from modeling_flextron.errors import invalid, require_int
 
 from .sampling import SAMPLERS
 
-STAGES = ("elastic",)
+STAGES = ("elastic", "router", "joint")
+METHODS = ("surrogate", "gumbel", "token")
+COSTS = ("parameters", "latency")
 
 
 @dataclass
@@ -22,7 +24,11 @@ class FlextronTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     stage: str = field(
-        default="elastic", metadata={"help": "What is trained: 'elastic' trains the weights at many sizes."}
+        default="elastic",
+        metadata={
+            "help": "What is trained: 'elastic': the weights, at many sizes; 'router': what picks sizes for a budget,"
+            " with frozen weights; 'joint': both."
+        },
     )
     sampler: str = field(
         default="sandwich",
@@ -41,14 +47,37 @@ class FlextronTrainingArguments(TrainingArguments):
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
     loss_chunk_size: int = field(default=512, metadata={"help": "Tokens whose logits exist at the same time."})
+    router_method: str = field(
+        default="surrogate",
+        metadata={
+            "help": "How routers learn: 'surrogate' (from the losses of real slices, through a small network that"
+            " predicts them) or 'gumbel' (through the model, with noise): one size for a budget in each layer;"
+            " 'token': sizes for every token."
+        },
+    )
+    router_budgets: list[float] | None = field(
+        default=None,
+        metadata={"help": "Fractions of the full cost that get a row each; default: those of the frontier."},
+    )
+    router_cost: str = field(
+        default="parameters",
+        metadata={"help": "What budgets limit: 'parameters' outside of embeddings, or 'latency' by the measured table."},
+    )
+    router_uniform: bool = field(default=False, metadata={"help": "Give all layers the same sizes, as stock classes do."})
+    router_learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate of routers."})
+    latency_weight: float = field(
+        default=0.5, metadata={"help": "Weight of |cost - budget|, fractions of the full cost, beside the loss in nats."}
+    )
 
     def __post_init__(self):
-        for name, allowed in (("stage", STAGES), ("sampler", SAMPLERS)):
+        for name, allowed in (
+            ("stage", STAGES), ("sampler", SAMPLERS), ("router_method", METHODS), ("router_cost", COSTS)
+        ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise invalid(name, getattr(self, name), f"It is one of {', '.join(allowed)}.", "Pick one of them.")
         require_int("subnetworks_per_step", self.subnetworks_per_step, minimum=2 if self.sampler == "sandwich" else 1)
         require_int("loss_chunk_size", self.loss_chunk_size)
-        for name in ("kd_weight", "ce_weight"):
+        for name in ("kd_weight", "ce_weight", "router_learning_rate", "latency_weight"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
                 raise invalid(name, getattr(self, name), "It must be a number of at least 0.", "Pass a float.")
         if self.kd_weight == 0 and self.ce_weight == 0:
@@ -59,6 +88,20 @@ class FlextronTrainingArguments(TrainingArguments):
         if self.sampling_weights is not None and self.sampler != "weighted":
             rule = f"The sampler {self.sampler!r} does not use them."
             raise invalid("sampling_weights", self.sampling_weights, rule, "Pass sampler='weighted' as well.")
+        if self.stage == "joint" and self.router_method == "surrogate":
+            rule = "The surrogate learns from frozen weights, which stage 'joint' trains."
+            raise invalid("router_method", "surrogate", rule, "Pass 'gumbel' or 'token', or stage='router'.")
+        if self.router_method == "token" and (self.router_uniform or self.router_cost != "parameters"):
+            name = "router_uniform" if self.router_uniform else "router_cost"
+            rule = "Tokens choose in every layer on their own, and what they cost on average is counted in parameters."
+            raise invalid(name, getattr(self, name), rule, "Leave it out, or pass another router_method.")
+        if self.router_budgets is not None:
+            budgets = self.router_budgets
+            if not isinstance(budgets, (list, tuple)) or not budgets or not all(map(_fraction, budgets)):
+                rule = "They are fractions of the full cost, larger than 0 and at most 1, each of them once."
+                raise invalid("router_budgets", budgets, rule, "Pass for instance [0.75, 0.5].")
+            if len(set(budgets)) != len(budgets):
+                raise invalid("router_budgets", budgets, "Each of them gets one row.", "Drop the repeated ones.")
         if self.label_smoothing_factor:
             rule = "The losses of elastic training have no label smoothing."
             raise invalid("label_smoothing_factor", self.label_smoothing_factor, rule, "Leave it at 0.")
@@ -67,3 +110,7 @@ class FlextronTrainingArguments(TrainingArguments):
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _fraction(value: object) -> bool:
+    return _number(value) and 0 < value <= 1  # type: ignore[operator]

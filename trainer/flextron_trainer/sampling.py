@@ -4,21 +4,30 @@ Every process draws the same ones, and a resumed run continues the sequence of t
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.errors import invalid
 from modeling_flextron.subnetwork import random_subnetwork
+from modeling_flextron.token_routing import Routing
 
 SAMPLERS = ("sandwich", "uniform", "weighted", "random")
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A sub-network of one step, and the name under which its loss is logged."""
+    """A sub-network of one step, and the name under which its loss is logged.
+
+    While routers learn through the model, `routing` runs its layers, and `gap` is then |cost - budget|.
+    """
 
     name: str
     subnetwork: SubNetwork
+    routing: Routing | None = None
+    gap: Callable[[], torch.Tensor] | None = None
 
 
 def draw(

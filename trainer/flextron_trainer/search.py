@@ -6,95 +6,29 @@ choices, which starts at the best uniform ones.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from modeling_flextron import FlextronConfig, SubNetwork, count_parameters
-from modeling_flextron.errors import invalid, require_int
-from modeling_flextron.subnetwork import uniform_subnetworks
+from modeling_flextron import FlextronConfig, SubNetwork
+from modeling_flextron.errors import require_int
+from modeling_flextron.routing import Choices, repaired
+from modeling_flextron.subnetwork import Cost, parameters_of, uniform_subnetworks
 
-Cost = Callable[[SubNetwork], float]
 Loss = Callable[[SubNetwork], float]
 
 
-@dataclass(frozen=True)
-class Choices:
-    """One choice on every axis: sizes for all layers of the model, of which the kept ones count."""
-
-    hidden: int
-    depth: int
-    mlp: tuple[int, ...]
-    heads: tuple[int, ...]
-
-    def subnetwork(self, config: FlextronConfig) -> SubNetwork:
-        """The sub-network that these choices make."""
-        layers = config.kept_layers(self.depth)
-        return SubNetwork(self.hidden, layers, tuple(self.mlp[i] for i in layers), tuple(self.heads[i] for i in layers))
-
-    @classmethod
-    def of(cls, config: FlextronConfig, subnetwork: SubNetwork) -> "Choices":
-        """The choices that make a sub-network, within what each layer holds; dropped layers get a median."""
-        at = {layer: i for i, layer in enumerate(subnetwork.layers)}
-        built = config.built
-
-        def spread(sizes: tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, ...]:
-            middle = sorted(sizes)[len(sizes) // 2]
-            return tuple(min(sizes[at[i]] if i in at else middle, limit) for i, limit in enumerate(limits))
-
-        mlp, heads = spread(subnetwork.mlp, built.mlp), spread(subnetwork.heads, built.heads)
-        return cls(subnetwork.hidden, len(subnetwork.layers), mlp, heads)
-
-    def steps(self, config: FlextronConfig, up: bool) -> Iterator["Choices"]:
-        """Every choice that differs by one step up, or down, in one place that counts."""
-        kept, built = config.kept_layers(self.depth), config.built
-        for axis in ("hidden", "depth"):
-            size = _next(config.choices(axis), getattr(self, axis), up)
-            if size is not None:
-                yield self._with(axis, size)
-        for axis, limits in (("mlp", built.mlp), ("heads", built.heads)):
-            sizes = getattr(self, axis)
-            for layer in kept:
-                size = _next(config.choices(axis), sizes[layer], up)
-                if size is not None and size <= limits[layer]:
-                    yield self._with(axis, (*sizes[:layer], size, *sizes[layer + 1 :]))
-
-    def _with(self, axis: str, value: Any) -> "Choices":
-        changes: dict[str, Any] = {axis: value}
-        return replace(self, **changes)
-
-
-def _next(choices: Sequence[int], size: int, up: bool) -> int | None:
-    """The next larger, or smaller, choice."""
-    i = choices.index(size) + (-1 if up else 1)
-    return choices[i] if 0 <= i < len(choices) else None
-
-
-def non_embedding(config: FlextronConfig) -> Cost:
-    """The cost that fractional budgets refer to."""
-    return lambda subnetwork: count_parameters(config, subnetwork, embeddings=False)
-
-
-def fill(config: FlextronConfig, choices: Choices, cost: Cost, limit: float, generator: random.Random) -> Choices:
+def fill(
+    config: FlextronConfig, choices: Choices, cost: Cost, limit: float, generator: random.Random, uniform: bool = False
+) -> Choices:
     """Lower random choices until `limit` is kept, then raise random ones while it is.
 
     Raises:
         ValueError: the smallest choices cost more than the limit.
     """
-    while cost(choices.subnetwork(config)) > limit:
-        lower = list(choices.steps(config, up=False))
-        if not lower:
-            rule = f"The smallest sub-network costs {cost(choices.subnetwork(config)):.4g}."
-            raise invalid("budget", limit, rule, "Ask for at least that much, or allow smaller sizes.")
-        choices = generator.choice(lower)
-    higher = list(choices.steps(config, up=True))
-    while higher:
-        candidate = higher.pop(generator.randrange(len(higher)))
-        if cost(candidate.subnetwork(config)) <= limit:
-            choices, higher = candidate, list(candidate.steps(config, up=True))
-    return choices
+    return repaired(config, choices, cost, limit, lambda _, steps: generator.choice(steps)[0], uniform)
 
 
 def search(
@@ -128,7 +62,7 @@ def search(
     """
     require_int("evaluations", evaluations)
     require_int("parents", parents)
-    cost, generator = cost or non_embedding(config), random.Random(seed)
+    cost, generator = cost or parameters_of(config, embeddings=False), random.Random(seed)
     known: dict[SubNetwork, tuple[float, Choices]] = {}
     uniform = [s for s in uniform_subnetworks(config) if cost(s) <= limit]
     uniform.sort(key=cost, reverse=True)
@@ -143,7 +77,7 @@ def search(
             if attempt < len(start):
                 choices = start[attempt]
             elif not known or generator.random() < 0.05:
-                choices = fill(config, _random(config, generator), cost, limit, generator)
+                choices = fill(config, random_choices(config, generator), cost, limit, generator)
             else:
                 best = sorted(known.values(), key=lambda entry: entry[0])[:parents]
                 choices = fill(config, _child([entry[1] for entry in best], config, generator), cost, limit, generator)
@@ -155,13 +89,17 @@ def search(
     return best_one, known[best_one][0]
 
 
-def _random(config: FlextronConfig, generator: random.Random) -> Choices:
+def random_choices(config: FlextronConfig, generator: random.Random, uniform: bool = False) -> Choices:
+    """Choices drawn independently in every place, or once for all layers."""
     built = config.built
-    sizes = {
-        axis: tuple(generator.choice([size for size in config.choices(axis) if size <= limit]) for limit in limits)
-        for axis, limits in (("mlp", built.mlp), ("heads", built.heads))
-    }
-    return Choices(generator.choice(config.choices("hidden")), generator.choice(config.choices("depth")), **sizes)
+
+    def pick(axis: str, limits: tuple[int, ...]) -> tuple[int, ...]:
+        if uniform:
+            return (generator.choice([size for size in config.choices(axis) if size <= min(limits)]),) * len(limits)
+        return tuple(generator.choice([size for size in config.choices(axis) if size <= limit]) for limit in limits)
+
+    hidden, depth = generator.choice(config.choices("hidden")), generator.choice(config.choices("depth"))
+    return Choices(hidden, depth, pick("mlp", built.mlp), pick("heads", built.heads))
 
 
 def _child(parents: list[Choices], config: FlextronConfig, generator: random.Random) -> Choices:
@@ -176,5 +114,5 @@ def _child(parents: list[Choices], config: FlextronConfig, generator: random.Ran
         child = replace(child, **mixed)
     for _ in range(generator.choice((1, 1, 2, 4))):
         lower = list(child.steps(config, up=False))
-        child = generator.choice(lower) if lower else child
+        child = child.after(generator.choice(lower)) if lower else child
     return child

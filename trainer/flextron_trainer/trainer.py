@@ -27,6 +27,7 @@ from .arguments import FlextronTrainingArguments
 from .data import collator
 from .losses import HeadLoss, Teacher
 from .model_card import write_model_card
+from .router_stage import RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
 
 logger = logging.get_logger(__name__)
@@ -86,7 +87,13 @@ class FlextronTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.teacher = None if teacher is None or self.in_place else self._load_teacher(teacher)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
-        self._warn_about_untrained_sizes()
+        self.routers: RouterStage | None = None
+        self._asked: list[torch.Tensor] = []  # losses of the networks that a step proposed, one entry for each batch
+        if args.stage == "elastic":
+            self._warn_about_untrained_sizes()
+        else:
+            steps = args.max_steps if args.max_steps > 0 else self._steps_of_epochs()
+            self.routers = RouterStage(self.model, args, steps)
 
     def _load_teacher(self, teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
         if isinstance(teacher, (str, os.PathLike)):
@@ -102,6 +109,12 @@ class FlextronTrainer(Trainer):
             remedy = "Pass teacher='self' to learn from the full network of the same step."
             raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
         return teacher.to(self.args.device).eval()
+
+    def _steps_of_epochs(self) -> int:
+        """Optimizer steps of a run whose length is given in epochs."""
+        loader = self.get_train_dataloader()
+        each = -(-len(loader) // self.args.gradient_accumulation_steps)
+        return math.ceil(each * self.args.num_train_epochs)
 
     def _warn_about_untrained_sizes(self) -> None:
         rows = sum(row["subnetwork"] is not None for row in self.model.config.frontier)
@@ -121,9 +134,13 @@ class FlextronTrainer(Trainer):
     ) -> torch.Tensor:
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
         inputs = self._prepare_inputs(inputs)
-        draws = self.draws(self.state.global_step)
-        for row in self.model.config.frontier:  # what was measured is no longer true
-            row["loss"], row["metrics"] = None, {}
+        if self.args.stage == "router" and self.args.router_method == "surrogate":
+            return self._surrogate_step(inputs)
+        step = self.state.global_step
+        draws = self.draws(step) if self.routers is None else self.routers.draws(step, inputs)
+        if self.args.stage != "router":
+            for row in self.model.config.frontier:  # what was measured is no longer true
+                row["loss"], row["metrics"] = None, {}
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
         for drawn in draws:
             loss = HeadLoss(
@@ -143,7 +160,37 @@ class FlextronTrainer(Trainer):
             total += share
             if self.in_place and teacher is None:
                 teacher = self._in_place_teacher(loss.hidden_states)
+        if self.routers is not None and self.routers.learner is not None and self.accelerator.sync_gradients:
+            for parameter in self.routers.parameters():  # no part of the model, so nobody else averages them
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return total
+
+    def _surrogate_step(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Measure the networks that the learner proposes, and let it learn when the step has seen all its batches."""
+        assert self.routers is not None and self.routers.learner is not None
+        learner, step, config = self.routers.learner, self.state.global_step, self.model.config
+        proposed = learner.propose(step, self.args.subnetworks_per_step)
+        losses = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for subnetwork in (config.built, *(choices.subnetwork(config) for choices in proposed)):
+                outputs = self.model(**inputs, use_cache=False, flextron_budget=subnetwork)
+                losses.append(outputs.loss.float())
+                self._check_finite(outputs.loss, Draw("proposed", subnetwork))
+        self._asked.append(torch.stack(losses))
+        if self.accelerator.sync_gradients:
+            mean = self.accelerator.reduce(torch.stack(self._asked).mean(dim=0), "mean")
+            self._asked.clear()
+            learner.learn(step, proposed, mean[1:] - mean[0])
+            objective = learner.objective(step)
+            if objective is not None:
+                self._losses["router"].append(objective.detach() / self.current_gradient_accumulation_steps)
+                objective.backward(inputs=self.routers.parameters())
+        return self._asked_mean(losses)
+
+    def _asked_mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The mean loss of the proposed networks, as the share of one batch in a step."""
+        return torch.stack(losses[1:]).mean() / self.current_gradient_accumulation_steps
 
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
@@ -198,13 +245,18 @@ class FlextronTrainer(Trainer):
         inputs = dict(inputs)
         drawn, loss, draws = inputs.pop("drawn"), inputs.pop("head_loss"), inputs.pop("draws")
         inputs.pop("labels")
+        shares = draws * self.current_gradient_accumulation_steps
         loss.normalizer, world = num_items_in_batch, 1
         if num_items_in_batch is None:
             draws *= self.current_gradient_accumulation_steps
         elif self.args.average_tokens_across_devices:
             world = self.accelerator.num_processes // self.get_tp_size()  # gradients are averaged over processes
+        if drawn.routing is not None:
+            inputs["routing"] = drawn.routing
         outputs = model(**inputs, use_cache=False, flextron_budget=drawn.subnetwork, head_loss=loss)
         value = outputs.loss * world / draws
+        if drawn.gap is not None:  # not a sum over tokens: every batch of the step has an equal share
+            value = value + self.args.latency_weight * drawn.gap().to(value) / shares
         return (value, outputs) if return_outputs else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -237,6 +289,10 @@ class FlextronTrainer(Trainer):
             if prefix == "eval":
                 loss = metrics["eval_loss"]
                 row["loss"] = loss if math.isfinite(loss) else None
+        for entry in (self.model.config.token_routing or {"targets": []})["targets"]:
+            with self.model.at_budget(f"auto:{entry['target']}"):
+                metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
+            output.metrics[f"{prefix}_loss_auto-{entry['target']:g}"] = entry["loss"] = metrics[f"{prefix}_loss"]
         return output
 
     def _load_best_model(self) -> None:
@@ -250,7 +306,36 @@ class FlextronTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.routers is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        frozen = self.routers.freeze()
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        self.routers.write()
+        if self.routers.learner is None:
+            size = self.args.per_device_eval_batch_size
+            self.routers.calibrate(first_batches(self.train_dataset, self.data_collator, size, self.args.device))
+        return result
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`, with the routers in a group of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.routers is not None:
+            ours = self.routers.parameters()
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if not any(p is own for own in ours)]
+            optimizer.add_param_group(
+                {"params": ours, "lr": self.args.router_learning_rate, "weight_decay": 0.0}
+            )
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.routers is not None and checkpoint is not None:
+            self.routers.load(Path(checkpoint))
 
     def _last_complete_checkpoint(self) -> str:
         """The newest checkpoint whose last file, the trainer's state, was written to its end."""
@@ -277,9 +362,13 @@ class FlextronTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # As the base class does, with the arguments as JSON instead of a pickle.
+        # As the base class does, with the arguments as JSON instead of a pickle, and with the routers.
+        if self.routers is not None:
+            self.routers.write()
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir)
+        if self.routers is not None and self.args.should_save:
+            self.routers.save(folder)
         if self.args.should_save and folder.exists():
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")

@@ -1,0 +1,245 @@
+"""Static routers: from a budget to a size in every place of the network.
+
+A place is `hidden`, `depth`, or `mlp` or `heads` of one layer. A router holds a score for every size that may stand in
+a place, at a few budgets; between them scores are interpolated. It travels in `config.json`, so that a budget means a
+sub-network before anything else of a checkpoint is read. What the scores prefer is brought within the budget on
+integers. How scores are learned: `flextron_trainer/routers.py`.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from .errors import invalid
+from .subnetwork import Cost, SubNetwork
+
+FIELDS = ("budgets", "hidden", "depth", "mlp", "heads")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A size in every place: for all layers of the model, of which the kept ones count."""
+
+    hidden: int
+    depth: int
+    mlp: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def subnetwork(self, config) -> SubNetwork:
+        """The sub-network that these choices make."""
+        layers = config.kept_layers(self.depth)
+        return SubNetwork(self.hidden, layers, tuple(self.mlp[i] for i in layers), tuple(self.heads[i] for i in layers))
+
+    @classmethod
+    def of(cls, config, subnetwork: SubNetwork) -> "Choices":
+        """The choices that make a sub-network, within what each layer holds; dropped layers get a median."""
+        at = {layer: i for i, layer in enumerate(subnetwork.layers)}
+        built = config.built
+
+        def spread(sizes: tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, ...]:
+            middle = sorted(sizes)[len(sizes) // 2]
+            return tuple(min(sizes[at[i]] if i in at else middle, limit) for i, limit in enumerate(limits))
+
+        mlp, heads = spread(subnetwork.mlp, built.mlp), spread(subnetwork.heads, built.heads)
+        return cls(subnetwork.hidden, len(subnetwork.layers), mlp, heads)
+
+    def steps(self, config, up: bool, uniform: bool = False) -> Iterator["Step"]:
+        """Every step up, or down, to the next choice in one place that counts.
+
+        With `uniform` all layers take a step together.
+        """
+        kept, built = config.kept_layers(self.depth), config.built
+        for axis, limits in (("mlp", built.mlp), ("heads", built.heads)):
+            sizes, allowed = getattr(self, axis), config.choices(axis)
+            for layer in kept[:1] if uniform else kept:
+                size = _next(allowed, sizes[layer], up)
+                if size is not None and size <= limits[layer]:
+                    yield Step(axis, None if uniform else layer, size)
+        for axis in ("hidden", "depth"):
+            size = _next(config.choices(axis), getattr(self, axis), up)
+            if size is not None:
+                yield Step(axis, None, size)
+
+    def after(self, step: "Step") -> "Choices":
+        """These choices with one step made."""
+        value: Any = step.size
+        if step.axis in ("mlp", "heads"):
+            sizes, i = getattr(self, step.axis), step.layer
+            value = (step.size,) * len(sizes) if i is None else (*sizes[:i], step.size, *sizes[i + 1 :])
+        return replace(self, **{step.axis: value})
+
+
+class Step(NamedTuple):
+    """A change to `size` on an axis; of one layer, or of all where `layer` is None."""
+
+    axis: str
+    layer: int | None
+    size: int
+
+
+Pick = Callable[[Choices, list[tuple[Step, float]]], Step]
+
+
+def _next(choices: Sequence[int], size: int, up: bool) -> int | None:
+    """The next larger, or smaller, choice."""
+    i = choices.index(size) + (-1 if up else 1)
+    return choices[i] if 0 <= i < len(choices) else None
+
+
+def repaired(
+    config, choices: Choices, cost: Cost, limit: float, pick: Pick, uniform: bool = False
+) -> Choices:
+    """Choices nearby that cost at most `limit`, with nothing more that fits in: steps down while needed, then up.
+
+    Args:
+        config: The `FlextronConfig` of the model.
+        choices: Where to begin.
+        cost: What is limited.
+        limit: In its unit.
+        pick: Called with the choices and the possible steps, each with the change of the cost; returns one.
+        uniform: Keep all layers equal.
+
+    Raises:
+        ValueError: the smallest choices cost more than the limit.
+    """
+    now = cost(choices.subnetwork(config))
+
+    def change(step: Step) -> float:
+        if step.layer is None:
+            return cost(choices.after(step).subnetwork(config)) - now
+        sizes = {"mlp": choices.mlp[step.layer], "heads": choices.heads[step.layer]}
+        return cost.layer(choices.hidden, **{**sizes, step.axis: step.size}) - cost.layer(choices.hidden, **sizes)
+
+    for up in (False, True):
+        while up or now > limit:
+            steps = [(step, change(step)) for step in choices.steps(config, up, uniform)]
+            if up:
+                steps = [(step, more) for step, more in steps if now + more <= limit]
+            if not steps and up:
+                break
+            if not steps:
+                rule = f"The smallest sub-network costs {now:.4g}."
+                raise invalid("flextron_budget", limit, rule, "Ask for at least that much, or allow smaller sizes.")
+            choices = choices.after(pick(choices, steps))
+            now = cost(choices.subnetwork(config))  # not added up: it must be exact
+    return choices
+
+
+class StaticRouter:
+    """The scores in a config, and what they choose.
+
+    Args:
+        config: The `FlextronConfig` of the model.
+        stored: `budgets`, ascending fractions of the full cost; and for each of them scores of the choices, in the
+            order of the config: `hidden` and `depth` `[budgets][sizes]`, `mlp` and `heads`
+            `[budgets][layers][sizes]`. Layers without differences in all scores are a uniform router.
+    """
+
+    def __init__(self, config, stored: dict[str, Any]):
+        self.config, self.stored = config, stored
+        self.uniform = all(
+            all(layer == layers[0] for layer in layers) for axis in ("mlp", "heads") for layers in stored[axis]
+        )
+
+    def scores(self, budget: float) -> dict[str, Any]:
+        """The scores at a budget, interpolated between the neighbouring ones."""
+        budgets = self.stored["budgets"]
+        upper = min(max(bisect_right(budgets, budget), 1), len(budgets) - 1)
+        low, high = budgets[upper - 1], budgets[upper]
+        weight = min(max((budget - low) / (high - low), 0.0), 1.0)
+        return {axis: _mix(self.stored[axis][upper - 1], self.stored[axis][upper], weight) for axis in FIELDS[1:]}
+
+    def preferred(self, scores: dict[str, Any]) -> Choices:
+        """The choices with the highest scores that the weights hold."""
+        config, built = self.config, self.config.built
+
+        def best(axis: str, scores: list[float], limit: int) -> int:
+            return max(
+                (size for size in config.choices(axis) if size <= limit),
+                key=lambda size: scores[config.choices(axis).index(size)],
+            )
+
+        return Choices(
+            best("hidden", scores["hidden"], built.hidden),
+            best("depth", scores["depth"], len(built.layers)),
+            tuple(best("mlp", s, limit) for s, limit in zip(scores["mlp"], built.mlp, strict=True)),
+            tuple(best("heads", s, limit) for s, limit in zip(scores["heads"], built.heads, strict=True)),
+        )
+
+    def choose(self, cost: Cost, limit: float) -> SubNetwork:
+        """The sub-network for a cost of at most `limit`: never above it, and nothing more fits in.
+
+        It begins where the scores prefer a network that costs about as much.
+
+        Raises:
+            ValueError: the smallest choices cost more than the limit.
+        """
+        low, high = self.stored["budgets"][0], self.stored["budgets"][-1]
+        begin = [self.scores(low + (high - low) * i / 32) for i in range(33)]
+        scores = min(begin, key=lambda one: abs(cost(self.preferred(one).subnetwork(self.config)) - limit))
+        order = {axis: {size: i for i, size in enumerate(self.config.choices(axis))} for axis in FIELDS[1:]}
+
+        def worth(choices: Choices, axis: str, layer: int | None, size: int) -> float:
+            entries, now = scores[axis], getattr(choices, axis)
+            if axis in ("mlp", "heads"):  # of a uniform router all layers have the same scores
+                entries, now = entries[layer or 0], now[layer or 0]
+            return entries[order[axis][size]] - entries[order[axis][now]]
+
+        def best(choices: Choices, steps: list[tuple[Step, float]]) -> Step:
+            """Down where it matters least for what it saves, up where it matters most for what it costs."""
+            return max(steps, key=lambda entry: worth(choices, *entry[0]) / max(abs(entry[1]), 1e-12))[0]
+
+        chosen = repaired(self.config, self.preferred(scores), cost, limit, best, self.uniform)
+        return chosen.subnetwork(self.config)
+
+
+def _mix(low: list, high: list, weight: float) -> list:
+    if isinstance(low, list):
+        return [_mix(a, b, weight) for a, b in zip(low, high, strict=True)]
+    return (1 - weight) * low + weight * high
+
+
+def check_static_router(config, stored: Any) -> None:
+    """Refuse a stored router that does not fit the choices of a config.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    remedy = "Learn it with `stage='router'`, or pass None for no router."
+    if not isinstance(stored, dict) or set(stored) != set(FIELDS):
+        raise invalid("static_router", stored, f"It has the fields {', '.join(FIELDS)}.", remedy)
+    budgets = stored["budgets"]
+    if not _numbers(budgets, len(budgets) if isinstance(budgets, list) else 0) or len(budgets) < 2:
+        raise invalid("static_router['budgets']", budgets, "They are at least two numbers.", remedy)
+    if any(high <= low for low, high in zip(budgets, budgets[1:], strict=False)) or budgets[0] <= 0 or budgets[-1] > 1:
+        raise invalid("static_router['budgets']", budgets, "They ascend between 0 and 1.", remedy)
+    layers = config.num_hidden_layers
+    for axis in FIELDS[1:]:
+        sizes, rows = len(config.choices(axis)), stored[axis]
+        valid = isinstance(rows, list) and len(rows) == len(budgets)
+        if valid and axis in ("mlp", "heads"):
+            valid = all(isinstance(row, list) and len(row) == layers for row in rows)
+            rows = [layer for row in rows for layer in row] if valid else []
+        if not valid or not all(_numbers(row, sizes) for row in rows):
+            rule = f"It has a finite score for each of the {sizes} choices, at every budget and in every layer."
+            raise invalid(f"static_router[{axis!r}]", stored[axis], rule, remedy)
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
+    )
+
+
+def narrowed_router(stored: dict[str, Any], layers: Sequence[int], counts: dict[str, int]) -> dict[str, Any]:
+    """The router of a model that holds only these layers, and on every axis the last so many choices."""
+    result = {"budgets": stored["budgets"]}
+    for axis in ("hidden", "depth"):
+        result[axis] = [row[-counts[axis] :] for row in stored[axis]]
+    for axis in ("mlp", "heads"):
+        result[axis] = [[row[layer][-counts[axis] :] for layer in layers] for row in stored[axis]]
+    return result

@@ -1,0 +1,303 @@
+"""Token routing: every token chooses its MLP width and its number of query heads in every layer.
+
+A router of a layer sees the normalised hidden state of a token and the target, the average cost that is asked for.
+Its output, the need of the token, is a width as a fraction of the full one; the nearest allowed size is what runs.
+Only what was chosen is computed. In an MLP the tokens are sorted by width, and each increment of neurons runs on the
+leading tokens that want it. In attention the keys and values of all heads are computed, because later tokens may
+need them, and the queries of tokens with the same number of heads run together. A few tokens, as in decoding, run at
+the largest of their sizes, with nothing of what a token did not choose let through.
+
+Input-adaptive routers: Flextron, arXiv 2406.10260, section 3. How they learn: `flextron_trainer/relaxed.py`.
+
+Shapes: B batch, S sequence, D hidden, F neurons, H query heads, K sizes, T targets, N tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .errors import invalid
+from .subnetwork import SubNetwork, parameters_of
+
+FEW = 16  # tokens for which sorting costs more than it saves
+TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", "loss")
+
+
+@dataclass(frozen=True)
+class RoutedSubNetwork(SubNetwork):
+    """A sub-network within which tokens choose, so that the average costs `target` of the parent."""
+
+    target: float = 1.0
+
+    @property
+    def bounds(self) -> SubNetwork:
+        """What the largest choices of a token make."""
+        return SubNetwork(self.hidden, self.layers, self.mlp, self.heads)
+
+
+class Routing(Protocol):
+    """Runs the parts of a layer where their sizes are not one number for all tokens."""
+
+    def norm(self, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise `[B, S, D]` with a norm of the decoder."""
+
+    def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
+        """What the attention of a layer adds; `kwargs` are those of its forward pass."""
+
+    def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
+        """What the MLP of a layer adds."""
+
+
+class TokenRouter(nn.Module):
+    """The need of every token, for one part of one layer; linear in the normalised hidden state."""
+
+    def __init__(self, hidden_size: int, targets: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(targets, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(targets))
+
+    def forward(self, hidden_states: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Map `[B, S, D]` to needs `[B, S]`, at a position `[T]` between the targets."""
+        size = hidden_states.shape[-1]
+        weight = (position @ self.weight.float())[:size]
+        return hidden_states.float() @ weight / size**0.5 + position @ self.bias.float()
+
+
+class TokenRouting:
+    """How the layers of one forward pass run when tokens choose their sizes, and afterwards what they chose.
+
+    Args:
+        config: The `FlextronConfig` of the model.
+        subnetwork: Bounds and target.
+        tokens: `[B, S]`, false at padding, which gets the smallest sizes; None without padding.
+
+    Attributes:
+        mlp: Layer -> neurons `[B, S]` of every token.
+        heads: Layer -> query heads `[B, S]` of every token.
+    """
+
+    def __init__(self, config: Any, subnetwork: RoutedSubNetwork, tokens: torch.Tensor | None = None):
+        self.config, self.subnetwork, self.tokens = config, subnetwork, tokens
+        self.position = torch.tensor(position_of(config, subnetwork.target))
+        self.offset = sum(
+            weight * entry["offset"]
+            for weight, entry in zip(self.position.tolist(), config.token_routing["targets"], strict=True)
+        )
+        self.mlp: dict[int, torch.Tensor] = {}
+        self.heads: dict[int, torch.Tensor] = {}
+
+    def average(self) -> dict[str, list[float]]:
+        """Average width of the tokens, padding left out, as a fraction of the full one: `mlp` and `heads` by layer."""
+        result = {}
+        for axis, chosen in (("mlp", self.mlp), ("heads", self.heads)):
+            full = self.config.token_routing[axis][0]
+            result[axis] = [self._mean(chosen[layer]).item() / full for layer in sorted(chosen)]
+        return result
+
+    def cost(self) -> torch.Tensor:
+        """Parameters that a token used on average, as a fraction of the parent's non-embedding parameters.
+
+        Keys and values count for all heads within the bounds.
+        """
+        config, hidden = self.config, self.subnetwork.hidden
+        cost = parameters_of(config, embeddings=False)
+        total = torch.as_tensor(float(cost.rest(hidden)))
+        for layer, bound in zip(self.subnetwork.layers, self.subnetwork.heads, strict=True):
+            idle = bound - self._mean(self.heads[layer])  # of whom there are queries and outputs, but not for this token
+            total = total + cost.layer(hidden, self._mean(self.mlp[layer]), bound)
+            total = total - idle * config.head_dim * (2 * hidden + config.attention_bias)
+        return total / config.parent_size()
+
+    def _mean(self, values: torch.Tensor) -> torch.Tensor:
+        return (values if self.tokens is None else values[self.tokens.to(values.device)]).float().mean()
+
+    # ------------------------------------------------------------------------------------ used by the decoder
+
+    def norm(self, module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A norm, as it is."""
+        return module(hidden_states)
+
+    def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
+        """The attention of a layer: keys and values of all heads, queries of the chosen ones."""
+        sizes, which = self._choose(module, "heads", hidden_states)
+        self.heads[module.layer_idx] = chosen = torch.tensor(sizes, device=which.device)[which]
+        if which.numel() <= FEW:
+            size = int(chosen.max())
+            gate = torch.arange(size, device=chosen.device) < chosen[..., None]
+            gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
+            # The keys and values of all heads, whichever of them this token asks.
+            return self._attend_some(module, hidden_states, size, max(sizes), gate=gate, **kwargs)
+        return self._attend_in_groups(module, hidden_states, sizes, which, **kwargs)
+
+    def _attend_some(self, module, hidden_states, heads: int, most: int, gate, past_key_values=None, **kwargs):
+        embeddings = kwargs["position_embeddings"]
+        key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, most)
+        groups = module.kv_heads_of(heads)
+        return module.mix(hidden_states, key[:, :groups], value[:, :groups], heads=heads, gate=gate, **kwargs)[0]
+
+    def _attend_in_groups(
+        self, module, hidden_states, sizes, which, attention_mask=None, past_key_values=None, hidden=None, **kwargs
+    ) -> torch.Tensor:
+        batch, length = which.shape
+        embeddings = kwargs.pop("position_embeddings")
+        key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, max(sizes))
+        if attention_mask is None:  # an attention function would take it for causal
+            seen = key.shape[2]
+            attention_mask = torch.ones(length, seen, dtype=torch.bool, device=which.device).tril(seen - length)[None, None]
+        output = hidden_states.new_zeros(batch, length, hidden or module.o_proj.weight.shape[0])
+        for number, size in enumerate(sizes):
+            wanted = which == number
+            most = int(wanted.sum(dim=1).max())
+            if most == 0:
+                continue
+            index = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, n], filled up with others
+            groups = module.kv_heads_of(size)
+            mixed, _ = module.mix(
+                _rows(hidden_states, index),
+                key[:, :groups],
+                value[:, :groups],
+                heads=size,
+                hidden=hidden,
+                position_embeddings=embeddings and tuple(_rows(part[:, 0], index)[:, None] for part in embeddings),
+                attention_mask=_rows(attention_mask[:, 0], index)[:, None],
+                **kwargs,
+            )
+            real = wanted.gather(1, index)
+            output[torch.arange(batch, device=index.device)[:, None].expand_as(index)[real], index[real]] = mixed[real]
+        return output
+
+    def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
+        """The MLP of a layer: each increment of neurons on the tokens that want it."""
+        sizes, which = self._choose(module, "mlp", hidden_states)
+        self.mlp[module.layer_idx] = chosen = torch.tensor(sizes, device=which.device)[which]
+        if which.numel() <= FEW:
+            size = int(chosen.max())
+            gate = torch.arange(size, device=chosen.device) < chosen[..., None]
+            return module(hidden_states, size, hidden, gate=gate.to(hidden_states.dtype))
+        order = which.flatten().argsort(stable=True)  # the widest first
+        states = hidden_states.flatten(0, 1)[order]
+        counts = torch.bincount(which.flatten(), minlength=len(sizes)).cumsum(0).tolist()
+        output, lower = None, 0
+        for size, count in reversed(list(zip(sizes, counts, strict=True))):
+            if count:
+                part = module.increment(states[:count], lower, size, hidden)
+                if output is None:  # the smallest size: all tokens
+                    output = part
+                else:
+                    output[:count] += part
+            lower = size
+        assert output is not None
+        return torch.empty_like(output).index_copy(0, order, output).view(*which.shape, -1)
+
+    def _choose(self, module: Any, axis: str, hidden_states: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """The sizes of a part of a layer, largest first, and which of them `[B, S]` each token gets."""
+        sizes, borders = self.sizes(axis, module.layer_idx)
+        need = module.router(hidden_states, self.position.to(hidden_states.device)) + self.offset
+        which = torch.bucketize(-need, -torch.tensor(borders, device=need.device))  # borders descend
+        if self.tokens is not None:
+            which = which.masked_fill(~self.tokens.to(which.device), len(sizes) - 1)
+        return sizes, which
+
+    def sizes(self, axis: str, layer: int) -> tuple[list[int], list[float]]:
+        """The sizes within the bounds of a layer, largest first, and the needs `[K - 1]` that lie between them."""
+        bound = getattr(self.subnetwork, axis)[self.subnetwork.layers.index(layer)]
+        allowed = self.config.token_routing[axis]
+        sizes = sorted({min(size, bound) for size in allowed}, reverse=True)
+        return sizes, [(a + b) / 2 / allowed[0] for a, b in zip(sizes, sizes[1:], strict=False)]
+
+
+def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows `[B, n]` of `[B or 1, S, C]`."""
+    states = states.expand(len(index), -1, -1)
+    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+
+# ------------------------------------------------------------------------------------------------- in a config
+
+
+def position_of(config: Any, target: float) -> list[float]:
+    """Where a target lies between those of a config: one weight for each, which sum to 1."""
+    targets = [entry["target"] for entry in config.token_routing["targets"]]
+    for i, (low, high) in enumerate(zip(targets, targets[1:], strict=False)):
+        if low <= target <= high:
+            weight = (target - low) / (high - low)
+            return [1 - weight if j == i else weight if j == i + 1 else 0.0 for j in range(len(targets))]
+    return [float(entry == target) for entry in targets]
+
+
+def bounds_of(config: Any, entry: dict[str, Any], target: float) -> RoutedSubNetwork:
+    """What a target of a config bounds: its own hidden size, layers and heads, and MLPs of the full size."""
+    layers = config.kept_layers(entry["layers"])
+    mlp = tuple(config.built.mlp[layer] for layer in layers)
+    return RoutedSubNetwork(entry["hidden"], layers, mlp, tuple(entry["heads"]), target)
+
+
+def resolve_auto(config: Any, budget: Any, target: float | None) -> RoutedSubNetwork:
+    """The bounds and the target of `"auto"` (the largest target) and `"auto:0.5"`.
+
+    Raises:
+        ValueError: the model has no token routers, or they were not trained for this target.
+    """
+    if config.token_routing is None:
+        raise invalid(
+            "flextron_budget", budget, "This model has no token routers, which `auto` needs.",
+            "Train them with `flextron train --stage router --router-method token`, or pass a fraction such as 0.5.",
+        )  # fmt: skip
+    entries = config.token_routing["targets"]
+    low, high = entries[0]["target"], entries[-1]["target"]
+    target = high if target is None else target
+    if not low <= target <= high:
+        rule = f"The token routers were trained for averages from {low:g} to {high:g}."
+        raise invalid("flextron_budget", budget, rule, "Ask for one of them, or pass a fraction without 'auto'.")
+    return bounds_of(config, next(entry for entry in entries if entry["target"] >= target), target)
+
+
+def check_token_routing(config: Any, stored: Any) -> None:
+    """Refuse token routing that does not fit the choices of a config.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    remedy = "Train token routers with `router_method='token'`, or pass None for none."
+    if not isinstance(stored, dict) or set(stored) != {"mlp", "heads", "targets"}:
+        raise invalid("token_routing", stored, "It has the fields mlp, heads, targets.", remedy)
+    for axis in ("mlp", "heads"):
+        sizes = stored[axis]
+        if not isinstance(sizes, list) or not sizes or sorted(set(sizes), reverse=True) != sizes:
+            raise invalid(f"token_routing[{axis!r}]", sizes, "The sizes descend strictly.", remedy)
+    entries = stored["targets"]
+    if not isinstance(entries, list) or not entries or any(set(entry) != set(TARGET_FIELDS) for entry in entries):
+        rule = f"It is a list of entries with {', '.join(TARGET_FIELDS)}."
+        raise invalid("token_routing['targets']", entries, rule, remedy)
+    targets = [entry["target"] for entry in entries]
+    if sorted(set(targets)) != targets or not 0 < targets[0] or not targets[-1] <= 1:
+        raise invalid("token_routing['targets']", targets, "The targets ascend between 0 and 1.", remedy)
+    for entry in entries:
+        if not config.built.contains(bounds_of(config, entry, entry["target"]).bounds):
+            rule = f"The bounds of target {entry['target']} are not within the model."
+            raise invalid("token_routing['targets']", entry, rule, remedy)
+
+
+def narrowed_routing(config: Any, narrow: Any, layers: tuple[int, ...]) -> dict[str, Any] | None:
+    """The token routing of a model that holds only a part: the targets whose bounds it still holds.
+
+    Args:
+        config: Of the whole model, which has token routing.
+        narrow: Of the part.
+        layers: Of the whole model, that the part keeps.
+    """
+    entries = []
+    for entry in config.token_routing["targets"]:
+        bounds = bounds_of(config, entry, entry["target"])
+        whole = SubNetwork(narrow.hidden_size, layers, bounds.mlp, bounds.heads)
+        if not set(bounds.layers) <= set(layers) or bounds.hidden > whole.hidden:
+            break  # of each router a part for every target is kept, and what is kept of a tensor is its beginning
+        inside = bounds.within(whole)
+        if inside.layers != narrow.kept_layers(len(inside.layers)) or any(
+            heads > narrow.built.heads[layer] for layer, heads in zip(inside.layers, inside.heads, strict=True)
+        ):
+            break
+        entries.append(entry)
+    return {**config.token_routing, "targets": entries} if entries else None

@@ -1,0 +1,140 @@
+"""Sizes with gradients: a forward pass at the full width in which gates let through what was chosen.
+
+A gate is 1 or 0, so the result is exactly that of the chosen sizes, norms over fewer channels included; its gradient is
+that of a soft choice (straight-through). Only training runs this: what is reported, and what users run, are slices.
+
+Gumbel noise and exact norms: Nemotron Elastic, arXiv 2511.16664, equations 6-11 and 20-51.
+Shapes: B batch, S sequence, D hidden, K sizes of an axis, F neurons, C sizes of all places (`routers.py`).
+"""
+
+import random
+from typing import Any
+
+import torch
+
+from modeling_flextron import FlextronConfig, SubNetwork
+from modeling_flextron.elastic import ElasticLayerNorm
+from modeling_flextron.token_routing import RoutedSubNetwork, TokenRouting
+
+from .routers import Places
+
+
+def spread(at_least: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Gates of all units `[..., sizes[0]]`, from how likely each of the descending sizes is reached, `[..., K]`."""
+    smaller = [*sizes[1:], 0]
+    counts = torch.tensor([size - less for size, less in zip(sizes, smaller, strict=True)], device=at_least.device)
+    return at_least.flip(-1).repeat_interleave(counts.flip(0), dim=-1)
+
+
+class RelaxedSizes:
+    """One choice in every place, the same for all tokens, as gates.
+
+    Args:
+        places: Where sizes are chosen.
+        choice: `[C]`, one-hot in every place with the gradient of a soft choice.
+    """
+
+    def __init__(self, places: Places, choice: torch.Tensor):
+        hidden, _, *rest = places.split(choice)
+        sizes = places.config.choices("hidden")
+        self.channels = spread(hidden.cumsum(-1), sizes) if len(sizes) > 1 else None
+        self.keep = places.keep(choice[None])[0]
+        self.head_dim = places.config.head_dim
+        self.mlp = [spread(part.cumsum(-1), places.config.choices("mlp")) for part in rest[: places.layers]]
+        self.heads = [spread(part.cumsum(-1), places.config.choices("heads")) for part in rest[places.layers :]]
+
+    def norm(self, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A norm over the chosen channels."""
+        if self.channels is None:
+            return module(hidden_states)
+        gate, states = self.channels, hidden_states.float()
+        count = gate.sum()
+        if isinstance(module, ElasticLayerNorm):
+            mean = (states * gate).sum(-1, keepdim=True) / count
+            variance = ((states - mean).square() * gate).sum(-1, keepdim=True) / count
+            result = module.weight * ((states - mean) * (variance + module.eps).rsqrt()) + module.bias
+        else:
+            mean_square = (states * gate).square().sum(-1, keepdim=True) / count
+            result = module.weight * (states * (mean_square + module.eps).rsqrt())
+        return (result * gate).to(hidden_states.dtype)
+
+    def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
+        """The attention of a layer with gates on its heads."""
+        gate = self.heads[module.layer_idx][: module.q_proj.weight.shape[0] // self.head_dim]
+        gate = gate.repeat_interleave(self.head_dim).to(hidden_states.dtype)
+        return module(hidden_states, heads=heads, gate=gate, **kwargs)[0] * self.keep[module.layer_idx]
+
+    def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
+        """The MLP of a layer with gates on its neurons."""
+        gate = self.mlp[module.layer_idx][: module.up_proj.weight.shape[0]].to(hidden_states.dtype)
+        return module(hidden_states, mlp, hidden, gate=gate) * self.keep[module.layer_idx]
+
+
+class RelaxedTokens(TokenRouting):
+    """Token routing with gradients for the routers, and with logistic noise on the needs.
+
+    Args:
+        config: Of the elastic model.
+        subnetwork: Bounds and target.
+        tokens: As in `TokenRouting`.
+        temperature: Width of the noise and of the soft gates, in units of the need; the noise is 0 when `seed` is None.
+        seed: Of the noise.
+    """
+
+    def __init__(
+        self,
+        config: FlextronConfig,
+        subnetwork: RoutedSubNetwork,
+        tokens: torch.Tensor | None,
+        temperature: float,
+        seed: str | None,
+    ):
+        super().__init__(config, subnetwork, tokens)
+        self.temperature, self.seed = temperature, seed
+
+    def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
+        """The attention of a layer, full, with gates on the heads of every token."""
+        sizes, gate = self._gates(module, "heads", hidden_states)
+        embeddings, cache = kwargs["position_embeddings"], kwargs.pop("past_key_values", None)
+        key, value = module.keys_and_values(hidden_states, embeddings, cache, sizes[0])
+        gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
+        return module.mix(hidden_states, key, value, heads=sizes[0], gate=gate, **kwargs)[0]
+
+    def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
+        """The MLP of a layer, full, with gates on the neurons of every token."""
+        sizes, gate = self._gates(module, "mlp", hidden_states)
+        return module(hidden_states, sizes[0], hidden, gate=gate.to(hidden_states.dtype))
+
+    def _gates(self, module: Any, axis: str, hidden_states: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+        """The sizes of a part, and the gates `[B, S, sizes[0]]` of every token."""
+        sizes, borders = self.sizes(axis, module.layer_idx)
+        need = module.router(hidden_states, self.position.to(hidden_states.device)) + self.offset
+        if self.seed is not None:
+            seed = random.Random(f"{self.seed}/{axis}/{module.layer_idx}").getrandbits(48)
+            uniform = torch.rand(need.shape, generator=torch.Generator().manual_seed(seed)).clamp(1e-6, 1 - 1e-6)
+            need = need + self.temperature * uniform.logit().to(need.device)
+        soft = ((need[..., None] - torch.tensor(borders, device=need.device)) / self.temperature).sigmoid()
+        at_least = (soft > 0.5).float() + soft - soft.detach()  # [B, S, K - 1]; all tokens reach the smallest size
+        at_least = torch.cat([at_least, torch.ones_like(need)[..., None]], dim=-1)
+        if self.tokens is not None:
+            smallest = torch.tensor([0.0] * len(borders) + [1.0], device=need.device)
+            at_least = torch.where(self.tokens.to(need.device)[..., None], at_least, smallest)
+        gate = spread(at_least, sizes)
+        getattr(self, axis)[module.layer_idx] = gate.sum(-1)
+        return sizes, gate
+
+
+def bounds_for(config: FlextronConfig, subnetwork: SubNetwork, within: SubNetwork | None) -> dict[str, Any]:
+    """The entry of a target whose bounds are the hidden size, layers and heads of a sub-network.
+
+    Args:
+        config: Of the elastic model.
+        subnetwork: What a static choice gives for the target.
+        within: The bounds of the next larger target, which must contain these.
+    """
+    heads = subnetwork.heads
+    if within is not None:
+        limit = dict(zip(within.layers, within.heads, strict=True))
+        heads = tuple(min(size, limit[layer]) for layer, size in zip(subnetwork.layers, heads, strict=True))
+    hidden = min(subnetwork.hidden, within.hidden) if within else subnetwork.hidden
+    return {"hidden": hidden, "layers": len(subnetwork.layers), "heads": list(heads), "offset": 0.0, "cost": None}

@@ -1,0 +1,254 @@
+"""What a `FlextronTrainer` does in its stages `router` and `joint`: which routers learn, from what, and what is kept.
+
+With `surrogate` the losses of real slices teach a small network, and scores learn through it (`routers.py`). With
+`gumbel` and `token` routers learn through the language model itself, in passes whose gates have gradients
+(`relaxed.py`). Choices that were learned are brought within their budgets on integers and become rows of the frontier;
+token routers get the offset at which their hard choices cost what was asked for.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.errors import invalid
+from modeling_flextron.modeling_flextron import real_tokens, token_router
+from modeling_flextron.subnetwork import cost_of, parse_budget
+from modeling_flextron.token_routing import TokenRouting, bounds_of
+
+from .arguments import FlextronTrainingArguments
+from .relaxed import RelaxedSizes, RelaxedTokens, bounds_for
+from .routers import SurrogateLearner, smallest_budget
+from .sampling import Draw
+
+FILE = "router.safetensors"
+TOKEN_SIZES = 8  # widths that tokens choose from, at most
+TEMPERATURE = (0.1, 0.02)  # of token gates, first and last, in fractions of the full width
+CALIBRATION_SAMPLES = 64
+
+
+class RouterStage:
+    """The routers of a training run.
+
+    Args:
+        model: The elastic model.
+        args: Arguments with the stage `router` or `joint`.
+        steps: Steps that will be made.
+
+    Raises:
+        ValueError: a budget below the smallest sub-network, or a latency budget without a table.
+    """
+
+    def __init__(self, model: FlextronForCausalLM, args: FlextronTrainingArguments, steps: int):
+        self.model, self.args, self.steps = model, args, max(1, steps)
+        config = model.config
+        self.cost = cost_of(config, "fraction" if args.router_cost == "parameters" else "latency")
+        self.whole = float(self.cost(config.built))
+        self.budgets = self._budgets()
+        self.learner: SurrogateLearner | None = None
+        if args.router_method == "token":
+            add_token_routers(model, self.budgets)
+            return
+        self.learner = SurrogateLearner(
+            config,
+            self.cost,
+            smallest_budget(config, self.cost),
+            steps=self.steps,
+            latency_weight=args.latency_weight,
+            uniform=args.router_uniform,
+            seed=args.seed,
+        )
+        if config.static_router is not None:
+            self.learner.scores.load(config.static_router)
+
+    def _budgets(self) -> list[float]:
+        """The wanted budgets, largest first."""
+        config = self.model.config
+        smallest = smallest_budget(config, self.cost)
+        budgets = self.args.router_budgets
+        if budgets is None:
+            named = [parse_budget(row["name"]) for row in config.frontier]
+            budgets = [b.value for b in named if b.kind == "fraction" and smallest <= b.value < 1]
+            if not budgets:
+                rule = "The frontier has no row that is called by a fraction between the smallest size and the full one."
+                raise invalid("router_budgets", None, rule, "Pass for instance [0.5].")
+        if min(budgets) < smallest:
+            rule = f"The smallest sub-network costs {smallest:.4g} of the full one."
+            raise invalid("router_budgets", budgets, rule, "Ask for at least that much, or allow smaller sizes.")
+        return sorted(budgets, reverse=True)
+
+    # --------------------------------------------------------------------------------------------- parameters
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What learns with `router_learning_rate`."""
+        if self.learner is not None:
+            return list(self.learner.scores.parameters())
+        return [p for name, p in self.model.named_parameters() if ".router." in name]
+
+    def freeze(self) -> list[torch.nn.Parameter]:
+        """Stop the gradients of everything that this stage does not train; return it."""
+        if self.args.stage == "joint":
+            return []
+        ours = {id(parameter) for parameter in self.parameters()}
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return frozen
+
+    # ---------------------------------------------------------------------------------------------- learning
+
+    def draws(self, step: int, inputs: dict[str, Any]) -> list[Draw]:
+        """What a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""
+        config, count = self.model.config, self.args.subnetworks_per_step
+        full = [Draw("full", config.built)] if self.args.stage == "joint" else []
+        result = []
+        for i in range(max(1, count - len(full))):
+            name = f"{self.args.seed}/{step}/{i}"
+            generator = random.Random(name)
+            if self.learner is not None:
+                scores, places = self.learner.scores, self.learner.places
+                budget = generator.uniform(self.learner.smallest, 1)
+                noise = scores.noise(1, torch.Generator().manual_seed(generator.getrandbits(48)))
+                choice = places.straight_through(scores(torch.tensor([budget]), noise * self._left(step)))
+                gap = (self.learner.expected(choice) - budget).abs()[0]
+                choice = choice.to(self.model.device)
+                result.append(Draw("gumbel", config.built, RelaxedSizes(places, choice[0]), lambda gap=gap: gap))
+            else:
+                target = generator.choice(self.budgets)
+                result.append(self._token_draw(target, self._left(step), name, inputs))
+        return full + result
+
+    def _left(self, step: int) -> float:
+        """How much of the exploration is left, from 1 to 0; the last tenth of the steps is without."""
+        return max(0.0, 1 - step / (0.9 * self.steps))
+
+    def _token_draw(self, target: float, left: float, seed: str, inputs: dict[str, Any]) -> Draw:
+        config = self.model.config
+        bounds = config.resolve(f"auto:{target}")
+        first, last = TEMPERATURE
+        ids = inputs["input_ids"]
+        tokens = real_tokens(inputs.get("attention_mask"), ids.shape[1])
+        routing = RelaxedTokens(config, bounds, tokens, last + (first - last) * left, seed if left else None)
+        return Draw(f"auto-{target:g}", bounds.bounds, routing, lambda: (routing.cost() - target).abs())
+
+    # ------------------------------------------------------------------------------------------------ keeping
+
+    def write(self) -> None:
+        """Put what was learned into the config of the model: the static router and its rows."""
+        if self.learner is None:
+            return
+        config = self.model.config
+        config.static_router = self.learner.scores.stored()
+        router, rows = config.router(), {row["name"]: row for row in config.frontier}
+        prefix = "uniform" if self.args.router_uniform else "routed"
+        prefix += "-latency" if self.args.router_cost == "latency" else ""
+        for budget in self.budgets:
+            row = config.row(f"{prefix}-{budget:g}", router.choose(self.cost, budget * self.whole))
+            known = rows.get(row["name"])
+            if known is None or known["subnetwork"] != row["subnetwork"]:
+                rows[row["name"]] = row
+        config.frontier = sorted(rows.values(), key=lambda row: row["non_embedding_parameters"], reverse=True)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Give every target of the token routers the offset at which hard choices cost at most that on average."""
+        config, batches = self.model.config, list(batches)
+        training = self.model.training
+        self.model.eval()
+        for entry in tqdm(config.token_routing["targets"], desc="Calibrating token routers", unit="target"):
+            low, high = -1.0, 1.0
+            entry["offset"] = low
+            least = self._average_cost(entry, batches)
+            for _ in range(14):
+                entry["offset"] = (low + high) / 2
+                if self._average_cost(entry, batches) <= entry["target"]:
+                    low = entry["offset"]
+                else:
+                    high = entry["offset"]
+            entry["offset"] = low
+            entry["cost"] = self._average_cost(entry, batches) if low > -1.0 else least
+        self.model.train(training)
+
+    def _average_cost(self, entry: dict[str, Any], batches: list[dict[str, torch.Tensor]]) -> float:
+        bounds = bounds_of(self.model.config, entry, entry["target"])
+        costs, weights = [], []
+        for batch in batches:
+            self.model.base_model(**batch, use_cache=False, flextron_budget=bounds)
+            routing: TokenRouting = self.model.last_routing
+            costs.append(routing.cost().item())
+            weights.append(batch["input_ids"].numel() if routing.tokens is None else int(routing.tokens.sum()))
+        return sum(cost * weight for cost, weight in zip(costs, weights, strict=True)) / sum(weights)
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, folder: Path) -> None:
+        """Write what is not in the model beside it."""
+        if self.learner is not None:
+            state = {"scores": self.learner.scores.table.detach(), **self.learner.state()}
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        """Go on where `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint is of another stage or method.
+        """
+        if self.learner is None:
+            return
+        if not (folder / FILE).is_file():
+            rule = f"It has no {FILE}, so it is of another stage or method."
+            raise invalid("resume_from_checkpoint", str(folder), rule, "Resume with the arguments of that run.")
+        state = load_file(folder / FILE)
+        with torch.no_grad():
+            self.learner.scores.table.copy_(state.pop("scores"))
+        self.learner.load(state)
+
+
+def add_token_routers(model: FlextronForCausalLM, budgets: list[float]) -> None:
+    """Give a model token routers that begin with the static choice for each budget, the same for all tokens.
+
+    Routers that it has for the same targets stay as they are.
+    """
+    config = model.config
+    targets = sorted(budgets)
+    if config.token_routing is not None and [e["target"] for e in config.token_routing["targets"]] == targets:
+        return
+    config.token_routing = None  # a budget below means a static choice
+    entries, static, outer = [], {}, None
+    sizes = {"mlp": spaced(config.choices("mlp"), TOKEN_SIZES), "heads": list(config.choices("heads"))}
+    for target in reversed(targets):
+        static[target] = subnetwork = config.resolve(target)
+        entry = {"target": target, **bounds_for(config, subnetwork, outer), "loss": None}
+        outer = bounds_of(config, entry, target)
+        entries.insert(0, entry)
+    config.token_routing = {**sizes, "targets": entries}
+    for i, layer in enumerate(model.base_model.layers):
+        for axis, module in (("mlp", layer.mlp), ("heads", layer.self_attn)):
+            module.router = token_router(config).to(model.device, model.dtype)
+            for number, entry in enumerate(entries):
+                subnetwork = static[entry["target"]]
+                if i in subnetwork.layers:
+                    size = getattr(subnetwork, axis)[subnetwork.layers.index(i)]
+                    with torch.no_grad():
+                        module.router.bias[number] = size / sizes[axis][0]
+
+
+def spaced(sizes: list[int], count: int) -> list[int]:
+    """At most `count` of the sizes, evenly among them, with the largest and the smallest."""
+    if len(sizes) <= count:
+        return list(sizes)
+    return [sizes[round(i * (len(sizes) - 1) / (count - 1))] for i in range(count)]
+
+
+def first_batches(dataset: Any, collate: Callable, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The first samples of a dataset in batches, without labels, the same in every process."""
+    samples = list(itertools.islice(iter(dataset), CALIBRATION_SAMPLES))
+    batches = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+    kept = ("input_ids", "attention_mask", "position_ids")
+    return [{name: batch[name].to(device) for name in kept if name in batch} for batch in batches]
