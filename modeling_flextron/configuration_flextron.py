@@ -29,7 +29,7 @@ from .subnetwork import (
     parse_budget,
     resolve,
 )
-from .token_routing import check_token_routing, narrowed_routing, resolve_auto
+from .token_routing import RoutedSubNetwork, check_token_routing, narrowed_routing, resolve_auto
 
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
@@ -223,7 +223,7 @@ class FlextronConfig(PreTrainedConfig):
         assert self.static_router is not None
         return StaticRouter(self, self.static_router)
 
-    def routed(self, budget: Any, target: float | None) -> SubNetwork:
+    def routed(self, budget: Any, target: float | None) -> RoutedSubNetwork:
         """What `"auto"` means; see `token_routing.resolve_auto`."""
         return resolve_auto(self, budget, target)
 

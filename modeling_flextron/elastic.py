@@ -18,13 +18,18 @@ from torch import nn
 class ElasticLinear(nn.Linear):
     """`nn.Linear` on the leading rows and columns of its weight."""
 
-    def forward(self, input: torch.Tensor, out_features: int | None = None) -> torch.Tensor:
+    def forward(
+        self, input: torch.Tensor, out_features: int | None = None, block: tuple[slice, slice] | None = None
+    ) -> torch.Tensor:
         """Map `[..., i]` to `[..., out_features]` with `weight[:out_features, :i]`.
 
         Args:
             input: Shape `[..., i]` with `i <= in_features`; a narrower input uses the leading columns.
             out_features: Leading rows to use; None for all.
+            block: Use these rows and columns instead of leading ones.
         """
+        if block is not None:
+            return self.block(input, *block)
         if out_features is None and input.shape[-1] == self.in_features:
             return F.linear(input, self.weight, self.bias)
         weight, bias = self.leading(input.shape[-1], out_features)
@@ -38,7 +43,6 @@ class ElasticLinear(nn.Linear):
         else:
             weight = self.weight[:out_features, :in_features]
         return weight, bias if bias is None else bias[:out_features]
-
 
     def block(self, input: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         """Map `[..., columns]` to `[..., rows]` with a block of the weight; the bias counts where columns begin."""

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -42,7 +42,7 @@ from .errors import invalid
 from .extraction import extract
 from .latency import LatencyTable
 from .subnetwork import SubNetwork, resolve
-from .token_routing import RoutedSubNetwork, Routing, TokenRouter, TokenRouting
+from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -323,12 +323,12 @@ class FlextronMLP(nn.Module):
     def increment(self, hidden_states: torch.Tensor, lower: int, upper: int, hidden: int | None) -> torch.Tensor:
         """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`."""
         neurons, inputs = slice(lower, upper), slice(hidden_states.shape[-1])
-        states = self.up_proj.block(hidden_states, neurons, inputs)
+        states = self.up_proj(hidden_states, block=(neurons, inputs))
         if self.gate_proj is None:
             states = self.act_fn(states)
         else:
-            states = self.act_fn(self.gate_proj.block(hidden_states, neurons, inputs)) * states
-        return self.down_proj.block(states, slice(hidden), neurons)
+            states = self.act_fn(self.gate_proj(hidden_states, block=(neurons, inputs))) * states
+        return self.down_proj(states, block=(slice(hidden), neurons))
 
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):
@@ -408,7 +408,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         """As the base class does; a model loaded for token routing then runs with it."""
         super().post_init()
-        if isinstance(self.stored, RoutedSubNetwork):
+        if is_routed(self.stored):
             self.set_budget(f"auto:{self.stored.target}")
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -645,7 +645,7 @@ class FlextronModel(FlextronPreTrainedModel):
         if self.embed_positions is not None:
             hidden_states = hidden_states + project(self.embed_positions, position_ids, hidden)
         hidden_states = self.dropout(hidden_states)
-        if routing is None and isinstance(subnetwork, RoutedSubNetwork):
+        if routing is None and is_routed(subnetwork):
             routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, length))
             self._last_routing = routing
 

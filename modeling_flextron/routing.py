@@ -10,10 +10,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from .errors import invalid
-from .subnetwork import Cost, SubNetwork
+from .subnetwork import AXES, CLOSE, Cost, SubNetwork
 
 FIELDS = ("budgets", "hidden", "depth", "mlp", "heads")
 
@@ -89,8 +90,9 @@ def _next(choices: Sequence[int], size: int, up: bool) -> int | None:
 
 
 def repaired(
-    config, choices: Choices, cost: Cost, limit: float, pick: Pick, uniform: bool = False
-) -> Choices:
+    config, choices: Choices, cost: Cost, limit: float, pick: Pick, uniform: bool = False,
+    axes: Sequence[str] = AXES,
+) -> Choices:  # fmt: skip
     """Choices nearby that cost at most `limit`, with nothing more that fits in: steps down while needed, then up.
 
     Args:
@@ -100,6 +102,7 @@ def repaired(
         limit: In its unit.
         pick: Called with the choices and the possible steps, each with the change of the cost; returns one.
         uniform: Keep all layers equal.
+        axes: Where steps may be made.
 
     Raises:
         ValueError: the smallest choices cost more than the limit.
@@ -110,11 +113,13 @@ def repaired(
         if step.layer is None:
             return cost(choices.after(step).subnetwork(config)) - now
         sizes = {"mlp": choices.mlp[step.layer], "heads": choices.heads[step.layer]}
-        return cost.layer(choices.hidden, **{**sizes, step.axis: step.size}) - cost.layer(choices.hidden, **sizes)
+        after = {**sizes, step.axis: step.size}
+        more = cost.layer(choices.hidden, after["mlp"], after["heads"])
+        return more - cost.layer(choices.hidden, sizes["mlp"], sizes["heads"])
 
     for up in (False, True):
         while up or now > limit:
-            steps = [(step, change(step)) for step in choices.steps(config, up, uniform)]
+            steps = [(step, change(step)) for step in choices.steps(config, up, uniform) if step.axis in axes]
             if up:
                 steps = [(step, more) for step, more in steps if now + more <= limit]
             if not steps and up:
@@ -169,30 +174,60 @@ class StaticRouter:
         )
 
     def choose(self, cost: Cost, limit: float) -> SubNetwork:
-        """The sub-network for a cost of at most `limit`: never above it, and nothing more fits in.
+        """The sub-network for a cost of at most `limit`: never above it, and nothing more fits into its layers.
 
-        It begins where the scores prefer a network that costs about as much.
+        The scores are read where they prefer a network that costs about as much. Steps of the hidden size and of the
+        depth are large, so every pair of them is filled up, and of those that use the limit the best one counts.
 
         Raises:
             ValueError: the smallest choices cost more than the limit.
         """
+        config = self.config
         low, high = self.stored["budgets"][0], self.stored["budgets"][-1]
-        begin = [self.scores(low + (high - low) * i / 32) for i in range(33)]
-        scores = min(begin, key=lambda one: abs(cost(self.preferred(one).subnetwork(self.config)) - limit))
-        order = {axis: {size: i for i, size in enumerate(self.config.choices(axis))} for axis in FIELDS[1:]}
+        grid = [self.scores(low + (high - low) * i / 32) for i in range(33)]
+        scores = min(grid, key=lambda one: abs(cost(self.preferred(one).subnetwork(config)) - limit))
+        order = {axis: {size: i for i, size in enumerate(config.choices(axis))} for axis in FIELDS[1:]}
 
-        def worth(choices: Choices, axis: str, layer: int | None, size: int) -> float:
-            entries, now = scores[axis], getattr(choices, axis)
-            if axis in ("mlp", "heads"):  # of a uniform router all layers have the same scores
-                entries, now = entries[layer or 0], now[layer or 0]
-            return entries[order[axis][size]] - entries[order[axis][now]]
+        def score(axis: str, layer: int, size: int) -> float:
+            return scores[axis][layer][order[axis][size]]
 
         def best(choices: Choices, steps: list[tuple[Step, float]]) -> Step:
             """Down where it matters least for what it saves, up where it matters most for what it costs."""
-            return max(steps, key=lambda entry: worth(choices, *entry[0]) / max(abs(entry[1]), 1e-12))[0]
 
-        chosen = repaired(self.config, self.preferred(scores), cost, limit, best, self.uniform)
-        return chosen.subnetwork(self.config)
+            def worth(entry: tuple[Step, float]) -> float:
+                (axis, layer, size), change = entry
+                at = layer or 0  # of a uniform router all layers have the same scores
+                return (score(axis, at, size) - score(axis, at, getattr(choices, axis)[at])) / max(abs(change), 1e-12)
+
+            return max(steps, key=worth)[0]
+
+        def regret(choices: Choices) -> float:
+            """How far below the best scores these are, on average over the layers that are kept."""
+            kept = config.kept_layers(choices.depth)
+            total = sum(
+                max(scores[axis][layer]) - score(axis, layer, getattr(choices, axis)[layer])
+                for axis in ("mlp", "heads")
+                for layer in kept
+            )
+            globally = sum(
+                max(scores[axis]) - scores[axis][order[axis][getattr(choices, axis)]] for axis in ("hidden", "depth")
+            )
+            return globally + total * config.num_hidden_layers / len(kept)
+
+        begin, filled = self.preferred(scores), []
+        for hidden, depth in product(config.choices("hidden"), config.choices("depth")):
+            start = replace(begin, hidden=hidden, depth=depth)
+            try:
+                filled.append(repaired(config, start, cost, limit, best, self.uniform, ("mlp", "heads")))
+            except ValueError:  # too large, whatever the layers have
+                continue
+        if not filled:
+            return repaired(config, begin, cost, limit, lambda _, steps: steps[0][0]).subnetwork(
+                config
+            )  # which says so
+        costs = {choices: cost(choices.subnetwork(config)) for choices in filled}
+        using = [choices for choices in filled if costs[choices] >= CLOSE * max(costs.values())]
+        return min(using, key=regret).subnetwork(config)
 
 
 def _mix(low: list, high: list, weight: float) -> list:
@@ -213,7 +248,7 @@ def check_static_router(config, stored: Any) -> None:
     budgets = stored["budgets"]
     if not _numbers(budgets, len(budgets) if isinstance(budgets, list) else 0) or len(budgets) < 2:
         raise invalid("static_router['budgets']", budgets, "They are at least two numbers.", remedy)
-    if any(high <= low for low, high in zip(budgets, budgets[1:], strict=False)) or budgets[0] <= 0 or budgets[-1] > 1:
+    if any(high <= low for low, high in pairwise(budgets)) or budgets[0] <= 0 or budgets[-1] > 1:
         raise invalid("static_router['budgets']", budgets, "They ascend between 0 and 1.", remedy)
     layers = config.num_hidden_layers
     for axis in FIELDS[1:]:

@@ -113,7 +113,7 @@ class Cost:
     """
 
     rest: Callable[[int], float]
-    layer: Callable[[int, int, int], float]
+    layer: Callable[[int, Any, int], Any]
 
     def __call__(self, subnetwork: SubNetwork) -> Any:
         """Of a whole sub-network."""

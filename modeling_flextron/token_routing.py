@@ -13,7 +13,8 @@ Shapes: B batch, S sequence, D hidden, F neurons, H query heads, K sizes, T targ
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -35,6 +36,11 @@ class RoutedSubNetwork(SubNetwork):
     def bounds(self) -> SubNetwork:
         """What the largest choices of a token make."""
         return SubNetwork(self.hidden, self.layers, self.mlp, self.heads)
+
+
+def is_routed(subnetwork: Any) -> TypeGuard[RoutedSubNetwork]:
+    """Whether tokens choose within a sub-network; its class may be that of another copy of this file."""
+    return hasattr(subnetwork, "target")
 
 
 class Routing(Protocol):
@@ -105,7 +111,9 @@ class TokenRouting:
         cost = parameters_of(config, embeddings=False)
         total = torch.as_tensor(float(cost.rest(hidden)))
         for layer, bound in zip(self.subnetwork.layers, self.subnetwork.heads, strict=True):
-            idle = bound - self._mean(self.heads[layer])  # of whom there are queries and outputs, but not for this token
+            idle = bound - self._mean(
+                self.heads[layer]
+            )  # of whom there are queries and outputs, but not for this token
             total = total + cost.layer(hidden, self._mean(self.mlp[layer]), bound)
             total = total - idle * config.head_dim * (2 * hidden + config.attention_bias)
         return total / config.parent_size()
@@ -145,14 +153,18 @@ class TokenRouting:
         key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, max(sizes))
         if attention_mask is None:  # an attention function would take it for causal
             seen = key.shape[2]
-            attention_mask = torch.ones(length, seen, dtype=torch.bool, device=which.device).tril(seen - length)[None, None]
-        output = hidden_states.new_zeros(batch, length, hidden or module.o_proj.weight.shape[0])
+            attention_mask = torch.ones(length, seen, dtype=torch.bool, device=which.device).tril(seen - length)[
+                None, None
+            ]
+        output = hidden_states.new_zeros(batch, length, hidden or module.o_proj.out_features)
         for number, size in enumerate(sizes):
             wanted = which == number
             most = int(wanted.sum(dim=1).max())
             if most == 0:
                 continue
-            index = wanted.byte().argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, n], filled up with others
+            index = wanted.byte().argsort(dim=1, descending=True, stable=True)[
+                :, :most
+            ]  # [B, n], filled up with others
             groups = module.kv_heads_of(size)
             mixed, _ = module.mix(
                 _rows(hidden_states, index),
@@ -205,7 +217,7 @@ class TokenRouting:
         bound = getattr(self.subnetwork, axis)[self.subnetwork.layers.index(layer)]
         allowed = self.config.token_routing[axis]
         sizes = sorted({min(size, bound) for size in allowed}, reverse=True)
-        return sizes, [(a + b) / 2 / allowed[0] for a, b in zip(sizes, sizes[1:], strict=False)]
+        return sizes, [(a + b) / 2 / allowed[0] for a, b in pairwise(sizes)]
 
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -220,7 +232,7 @@ def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def position_of(config: Any, target: float) -> list[float]:
     """Where a target lies between those of a config: one weight for each, which sum to 1."""
     targets = [entry["target"] for entry in config.token_routing["targets"]]
-    for i, (low, high) in enumerate(zip(targets, targets[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(targets)):
         if low <= target <= high:
             weight = (target - low) / (high - low)
             return [1 - weight if j == i else weight if j == i + 1 else 0.0 for j in range(len(targets))]
@@ -272,7 +284,7 @@ def check_token_routing(config: Any, stored: Any) -> None:
         rule = f"It is a list of entries with {', '.join(TARGET_FIELDS)}."
         raise invalid("token_routing['targets']", entries, rule, remedy)
     targets = [entry["target"] for entry in entries]
-    if sorted(set(targets)) != targets or not 0 < targets[0] or not targets[-1] <= 1:
+    if sorted(set(targets)) != targets or not targets[0] > 0 or not targets[-1] <= 1:
         raise invalid("token_routing['targets']", targets, "The targets ascend between 0 and 1.", remedy)
     for entry in entries:
         if not config.built.contains(bounds_of(config, entry, entry["target"]).bounds):

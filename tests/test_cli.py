@@ -88,6 +88,39 @@ def test_train(elastic):
     assert written["text"].startswith("def main(")
 
 
+@pytest.mark.slow
+def test_routers(elastic):
+    """A static router, then token routers beside it, and the picture of what tokens chose."""
+    common = ("--sequence-length", 32, "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--stage", "router")
+    first = flextron(
+        "train", "elastic", "text", "--output_dir", "routed", "--max_steps", 3, "--router_budgets", 0.6, 0.5, *common
+    )
+    assert {"eval_loss_routed-0.6", "eval_loss_routed-0.5", "eval_loss_0.45"} <= set(first)
+    second = flextron(
+        "train", "routed", "text", "--output_dir", "tokens", "--max_steps", 2, "--router_method", "token",
+        "--router_budgets", 0.6, 0.5, *common,
+    )  # fmt: skip
+    assert {"eval_loss_auto-0.6", "eval_loss_auto-0.5", "eval_loss_routed-0.5"} <= set(second)
+    result = flextron(
+        "evaluate", "tokens", "text", "--budget", "auto:0.5", "--routing-report", "tokens.png",
+        "--sequence-length", 32, "--max-samples", 4, "--device", "cpu",
+    )  # fmt: skip
+    assert result["results"]["auto:0.5"]["loss"] > 0 and Path("tokens.png").stat().st_size > 10_000
+    whole = flextron(
+        "evaluate", "tokens", "text", "--write", "--sequence-length", 32, "--max-samples", 4, "--device", "cpu"
+    )
+    assert {"auto:0.6", "routed-0.6"} <= set(whole["results"])
+    config = json.loads(Path("tokens/config.json").read_text())
+    assert all(entry["loss"] > 0 for entry in config["token_routing"]["targets"])
+    with pytest.raises(ValueError, match="no token routers"):
+        flextron("evaluate", "routed", "text", "--routing-report", "no.png", "--sequence-length", 32, "--device", "cpu")
+    assert not Path("no.png").exists()
+    written = flextron(
+        "generate", "tokens", "def main(", "--budget", "auto:0.5", "--max-new-tokens", 3, "--device", "cpu"
+    )
+    assert written["text"].startswith("def main(")
+
+
 def test_export(elastic):
     from transformers import AutoModelForCausalLM
 

@@ -74,7 +74,13 @@ def test_the_search_finds_what_the_loss_rewards(share):
 
 def test_any_cost_that_grows_with_the_sizes():
     config = elastic_config()
-    best, _ = search(config, lambda sub: -sum(sub.mlp), 300, cost=Cost(lambda hidden: 0, lambda hidden, mlp, heads: mlp), evaluations=60)
+    best, _ = search(
+        config,
+        lambda sub: -sum(sub.mlp),
+        300,
+        cost=Cost(lambda hidden: 0, lambda hidden, mlp, heads: mlp),
+        evaluations=60,
+    )
     assert sum(best.mlp) > 280
 
 

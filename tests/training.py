@@ -10,6 +10,7 @@ import torch
 from helpers import elastic_of, parent_of
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments
+from modeling_flextron import FlextronForCausalLM
 
 VARIANT = "gqa-wide-heads"
 
@@ -41,10 +42,12 @@ def arguments(output: str | os.PathLike, **changes) -> FlextronTrainingArguments
 
 
 def trainer(
-    output: str | os.PathLike, *, variant=VARIANT, teacher="parent", model=None, callbacks=None, **changes
+    output: str | os.PathLike, *, variant=VARIANT, teacher="parent", model=None, begin=None, callbacks=None, **changes
 ) -> FlextronTrainer:
-    """A trainer of a fresh elastic model; `teacher="parent"` is its parent."""
+    """A trainer of `model`, or of the one saved in `begin`, or of a fresh one; `teacher="parent"` is its parent."""
     parent = parent_of(variant)
+    if begin is not None:
+        model = FlextronForCausalLM.from_pretrained(begin)
     return FlextronTrainer(
         model or elastic_of(variant, parent),
         arguments(output, **changes),

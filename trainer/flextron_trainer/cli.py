@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,8 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of a Flextron model
 Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda; by default a GPU when there is one.")]
 Budget = Annotated[
-    str | None, typer.Option(help="0.5, 350M, 6GiB, the name of a row, or the fields of a SubNetwork as JSON.")
+    str | None,
+    typer.Option(help="0.5, 350M, 6GiB, 25ms, auto:0.5, the name of a row, or the fields of a SubNetwork as JSON."),
 ]
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
 DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
@@ -208,9 +210,13 @@ def train(
 
     Example: `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --max_steps 1000 --bf16`
 
+    Example: `flextron train run ./text --stage router --router_budgets 0.75 0.5 --output_dir routed --max_steps 400`
+
     Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
     weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
-    `--loss_chunk_size`. The trained model, its card and its plot end up in `--output_dir`.
+    `--loss_chunk_size`. With `--stage router` or `--stage joint`: `--router_method` (surrogate, gumbel, token),
+    `--router_budgets`, `--router_cost` (parameters, latency), `--router_uniform`, `--router_learning_rate`,
+    `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
     """
     import torch
     from transformers import HfArgumentParser
@@ -228,7 +234,8 @@ def train(
         chosen = load_preset(preset)
         chosen.check(config)
         options = (text.partition("=")[0] for text in context.args if text.startswith("--"))
-        recipe = chosen.recipe("elastic", {option[2:].replace("-", "_") for option in options})
+        stage = next((b for a, b in pairwise(context.args) if a == "--stage"), "elastic")
+        recipe = chosen.recipe(stage, {option[2:].replace("-", "_") for option in options})
         if not torch.cuda.is_available():
             recipe.pop("bf16", None)
     sequence_length = fitting_length(sequence_length or recipe.pop("sequence_length", None), config)
@@ -266,31 +273,42 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
     write: Annotated[bool, typer.Option(help="Write the losses into the frontier of the model's config.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw loss against parameters into this PNG.")] = None,
+    routing_report: Annotated[
+        Path | None, typer.Option(help="Draw which tokens get more compute into this PNG; see --budget auto:0.5.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Measure loss, perplexity and next-token accuracy of every size.
 
     Example: `flextron evaluate elastic ./held-out --write --plot frontier.png`
+
+    Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
     """
     from modeling_flextron import FlextronForCausalLM, count_parameters
     from modeling_flextron.checkpoint import write_file_beside
     from modeling_flextron.errors import invalid
 
     from .data import load_text, load_tokenizer, pack
-    from .evaluation import evaluate_frontier, evaluate_model
-    from .plots import plot_frontier
+    from .evaluation import evaluate_frontier, evaluate_model, routed_widths
+    from .plots import plot_frontier, plot_routing
 
     if write and budget:
         raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
     if write and not Path(model).is_dir():
         rule = "There is no such folder, and `--write` writes into one."
         raise invalid("model", model, rule, "Check the path, or download the model first.")
-    if plot is not None and not plot.parent.is_dir():
-        raise invalid("plot", str(plot), "Its folder does not exist.", "Make the folder first.")
+    for name, path in (("plot", plot), ("routing_report", routing_report)):
+        if path is not None and not path.parent.is_dir():
+            raise invalid(name, str(path), "Its folder does not exist.", "Make the folder first.")
     loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
     tokenizer = load_tokenizer(model)
     rows = pack(load_text(dataset), tokenizer, fitting_length(sequence_length, loaded.config))
     rows = rows.select(range(min(max_samples, len(rows))))
+    if routing_report is not None:
+        auto = next((text for text in budget or () if text.startswith("auto")), "auto")
+        widths = routed_widths(loaded, rows[0], auto)
+        tokens = [tokenizer.decode([token]) for token in rows[0]["input_ids"]]
+        plot_routing(tokens, widths, routing_report, f"{model} at {auto}")
     if budget:
         results = {text: evaluate_model(loaded, rows, batch_size, budget_value(text)) for text in budget}
     else:
@@ -299,8 +317,9 @@ def evaluate(
         with write_file_beside(Path(model) / "config.json") as path:
             loaded.config.to_json_file(path)
     if plot is not None:
-        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(budget_value(name))) for name in results}
-        plot_frontier({model: [(sizes[name], result["loss"]) for name, result in results.items()]}, plot)
+        static = {name: result for name, result in results.items() if not name.startswith("auto")}
+        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(budget_value(name))) for name in static}
+        plot_frontier({model: [(sizes[name], result["loss"]) for name, result in static.items()]}, plot)
     finish(model=model, dataset=dataset, results=results)
 
 

@@ -78,10 +78,10 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
 def evaluate_frontier(
     model: FlextronForCausalLM, rows: Sequence[dict[str, Any]], batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """`NextToken` for every row of the frontier, written into it as well.
+    """`NextToken` for every row of the frontier and every target of token routing, written into the config as well.
 
     Returns:
-        Name of the row -> `loss`, `perplexity`, `accuracy`, `tokens`.
+        Name of the row, or `"auto:0.5"`, -> `loss`, `perplexity`, `accuracy`, `tokens`.
     """
     results = {}
     for row in model.config.frontier:
@@ -89,4 +89,25 @@ def evaluate_frontier(
             results[row["name"]] = result = evaluate_model(model, rows, batch_size, row["subnetwork"])
             row["loss"] = result["loss"]
             row["metrics"] |= {"accuracy": result["accuracy"]}
+    for entry in (model.config.token_routing or {"targets": []})["targets"]:
+        budget = f"auto:{entry['target']:g}"
+        results[budget] = evaluate_model(model, rows, batch_size, budget)
+        entry["loss"] = results[budget]["loss"]
     return results
+
+
+@torch.no_grad()
+def routed_widths(model: FlextronForCausalLM, row: dict[str, Any], budget: str) -> dict[str, list[list[float]]]:
+    """What the tokens of a text choose: `mlp` and `heads` -> layers of fractions of the full width.
+
+    Raises:
+        ValueError: the model has no token routers.
+    """
+    ids = torch.as_tensor(row["input_ids"])[None].to(model.device)
+    model(ids, flextron_budget=budget)
+    routing: Any = model.last_routing
+    full: Any = model.config.token_routing
+    return {
+        axis: [(sizes[0] / full[axis][0]).tolist() for _, sizes in sorted(getattr(routing, axis).items())]
+        for axis in ("mlp", "heads")
+    }

@@ -60,13 +60,13 @@ class RelaxedSizes:
 
     def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
         """The attention of a layer with gates on its heads."""
-        gate = self.heads[module.layer_idx][: module.q_proj.weight.shape[0] // self.head_dim]
+        gate = self.heads[module.layer_idx][: module.q_proj.out_features // self.head_dim]
         gate = gate.repeat_interleave(self.head_dim).to(hidden_states.dtype)
         return module(hidden_states, heads=heads, gate=gate, **kwargs)[0] * self.keep[module.layer_idx]
 
     def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
         """The MLP of a layer with gates on its neurons."""
-        gate = self.mlp[module.layer_idx][: module.up_proj.weight.shape[0]].to(hidden_states.dtype)
+        gate = self.mlp[module.layer_idx][: module.up_proj.out_features].to(hidden_states.dtype)
         return module(hidden_states, mlp, hidden, gate=gate) * self.keep[module.layer_idx]
 
 
@@ -132,9 +132,11 @@ def bounds_for(config: FlextronConfig, subnetwork: SubNetwork, within: SubNetwor
         subnetwork: What a static choice gives for the target.
         within: The bounds of the next larger target, which must contain these.
     """
-    heads = subnetwork.heads
+    hidden, layers = subnetwork.hidden, subnetwork.layers
+    heads = dict(zip(layers, subnetwork.heads, strict=True))
     if within is not None:
-        limit = dict(zip(within.layers, within.heads, strict=True))
-        heads = tuple(min(size, limit[layer]) for layer, size in zip(subnetwork.layers, heads, strict=True))
-    hidden = min(subnetwork.hidden, within.hidden) if within else subnetwork.hidden
-    return {"hidden": hidden, "layers": len(subnetwork.layers), "heads": list(heads), "offset": 0.0, "cost": None}
+        limits = dict(zip(within.layers, within.heads, strict=True))
+        hidden, layers = min(hidden, within.hidden), config.kept_layers(min(len(layers), len(limits)))
+        heads = {layer: min(heads[layer], limits[layer]) for layer in layers}
+    bounds = {"hidden": hidden, "layers": len(layers), "heads": [heads[layer] for layer in layers]}
+    return bounds | {"offset": 0.0, "cost": None}

@@ -9,6 +9,7 @@ token routers get the offset at which their hard choices cost what was asked for
 import itertools
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.errors import invalid
-from modeling_flextron.modeling_flextron import real_tokens, token_router
+from modeling_flextron.modeling_flextron import real_tokens
 from modeling_flextron.subnetwork import cost_of, parse_budget
-from modeling_flextron.token_routing import TokenRouting, bounds_of
+from modeling_flextron.token_routing import TokenRouter, bounds_of
 
 from .arguments import FlextronTrainingArguments
 from .relaxed import RelaxedSizes, RelaxedTokens, bounds_for
@@ -31,6 +32,7 @@ FILE = "router.safetensors"
 TOKEN_SIZES = 8  # widths that tokens choose from, at most
 TEMPERATURE = (0.1, 0.02)  # of token gates, first and last, in fractions of the full width
 CALIBRATION_SAMPLES = 64
+LATENCY_WEIGHT = 0.5  # nats for |cost - budget| = 1, where routers learn through the model
 
 
 class RouterStage:
@@ -52,6 +54,7 @@ class RouterStage:
         self.whole = float(self.cost(config.built))
         self.budgets = self._budgets()
         self.learner: SurrogateLearner | None = None
+        self._begun: int | None = None
         if args.router_method == "token":
             add_token_routers(model, self.budgets)
             return
@@ -76,7 +79,9 @@ class RouterStage:
             named = [parse_budget(row["name"]) for row in config.frontier]
             budgets = [b.value for b in named if b.kind == "fraction" and smallest <= b.value < 1]
             if not budgets:
-                rule = "The frontier has no row that is called by a fraction between the smallest size and the full one."
+                rule = (
+                    "The frontier has no row that is called by a fraction between the smallest size and the full one."
+                )
                 raise invalid("router_budgets", None, rule, "Pass for instance [0.5].")
         if min(budgets) < smallest:
             rule = f"The smallest sub-network costs {smallest:.4g} of the full one."
@@ -91,9 +96,20 @@ class RouterStage:
             return list(self.learner.scores.parameters())
         return [p for name, p in self.model.named_parameters() if ".router." in name]
 
+    def begin(self, step: int) -> None:
+        """Forget the gradients of the step before: scores are no part of the model, whose the Trainer forgets."""
+        if self.learner is not None and step != self._begun:
+            self.learner.scores.zero_grad()
+            self._begun = step
+
+    @property
+    def alone(self) -> bool:
+        """Whether only scores learn, which are no part of the model."""
+        return self.args.stage == "router" and self.learner is not None
+
     def freeze(self) -> list[torch.nn.Parameter]:
-        """Stop the gradients of everything that this stage does not train; return it."""
-        if self.args.stage == "joint":
+        """Stop the gradients of the weights while token routers, which are among them, learn; return what stopped."""
+        if self.args.stage == "joint" or self.learner is not None:
             return []
         ours = {id(parameter) for parameter in self.parameters()}
         frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
@@ -118,7 +134,7 @@ class RouterStage:
                 choice = places.straight_through(scores(torch.tensor([budget]), noise * self._left(step)))
                 gap = (self.learner.expected(choice) - budget).abs()[0]
                 choice = choice.to(self.model.device)
-                result.append(Draw("gumbel", config.built, RelaxedSizes(places, choice[0]), lambda gap=gap: gap))
+                result.append(Draw("gumbel", config.built, RelaxedSizes(places, choice[0]), partial(torch.clone, gap)))
             else:
                 target = generator.choice(self.budgets)
                 result.append(self._token_draw(target, self._left(step), name, inputs))
@@ -130,7 +146,7 @@ class RouterStage:
 
     def _token_draw(self, target: float, left: float, seed: str, inputs: dict[str, Any]) -> Draw:
         config = self.model.config
-        bounds = config.resolve(f"auto:{target}")
+        bounds = config.routed(f"auto:{target}", target)
         first, last = TEMPERATURE
         ids = inputs["input_ids"]
         tokens = real_tokens(inputs.get("attention_mask"), ids.shape[1])
@@ -155,13 +171,26 @@ class RouterStage:
                 rows[row["name"]] = row
         config.frontier = sorted(rows.values(), key=lambda row: row["non_embedding_parameters"], reverse=True)
 
+    def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
+        """Make what was learned final.
+
+        Args:
+            batches: Gives the inputs on which token routers are calibrated.
+        """
+        if self.learner is None:
+            self.calibrate(batches())
+        elif self.args.router_method == "surrogate":
+            self.learner.finish()
+        self.write()
+
     @torch.no_grad()
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Give every target of the token routers the offset at which hard choices cost at most that on average."""
         config, batches = self.model.config, list(batches)
         training = self.model.training
         self.model.eval()
-        for entry in tqdm(config.token_routing["targets"], desc="Calibrating token routers", unit="target"):
+        entries: Any = config.token_routing
+        for entry in tqdm(entries["targets"], desc="Calibrating token routers", unit="target"):
             low, high = -1.0, 1.0
             entry["offset"] = low
             least = self._average_cost(entry, batches)
@@ -180,7 +209,7 @@ class RouterStage:
         costs, weights = [], []
         for batch in batches:
             self.model.base_model(**batch, use_cache=False, flextron_budget=bounds)
-            routing: TokenRouting = self.model.last_routing
+            routing: Any = self.model.last_routing
             costs.append(routing.cost().item())
             weights.append(batch["input_ids"].numel() if routing.tokens is None else int(routing.tokens.sum()))
         return sum(cost * weight for cost, weight in zip(costs, weights, strict=True)) / sum(weights)
@@ -220,7 +249,8 @@ def add_token_routers(model: FlextronForCausalLM, budgets: list[float]) -> None:
     if config.token_routing is not None and [e["target"] for e in config.token_routing["targets"]] == targets:
         return
     config.token_routing = None  # a budget below means a static choice
-    entries, static, outer = [], {}, None
+    entries: list[dict[str, Any]] = []
+    static, outer = {}, None
     sizes = {"mlp": spaced(config.choices("mlp"), TOKEN_SIZES), "heads": list(config.choices("heads"))}
     for target in reversed(targets):
         static[target] = subnetwork = config.resolve(target)
@@ -230,7 +260,7 @@ def add_token_routers(model: FlextronForCausalLM, budgets: list[float]) -> None:
     config.token_routing = {**sizes, "targets": entries}
     for i, layer in enumerate(model.base_model.layers):
         for axis, module in (("mlp", layer.mlp), ("heads", layer.self_attn)):
-            module.router = token_router(config).to(model.device, model.dtype)
+            module.router = TokenRouter(config.hidden_size, len(entries)).to(model.device, model.dtype)
             for number, entry in enumerate(entries):
                 subnetwork = static[entry["target"]]
                 if i in subnetwork.layers:

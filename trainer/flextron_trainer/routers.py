@@ -11,6 +11,7 @@ every layer; C sizes of all places together; c sizes that are scored, fewer than
 """
 
 import random
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from modeling_flextron.subnetwork import Cost, smallest_subnetwork
 
 from .search import fill, random_choices
 
-ERROR_THRESHOLD = 0.7  # error of the surrogate, in standard deviations of what it predicts, above which nothing learns
-UPDATES_PER_STEP = 8  # of the surrogate
+ERROR_THRESHOLD = 0.7  # error of the surrogate, as a fraction of that of a constant, above which nothing learns
+UPDATES_PER_STEP = 20  # of the surrogate
+FINAL_UPDATES = 500  # of the scores, when the surrogate does not change any more
+LATENCY_WEIGHT = 6.0  # of |cost - budget|, in standard deviations of the losses
 SHARPEST = 0.1  # last temperature of the soft choices through which scores learn; the first is 1
 
 
@@ -81,9 +84,12 @@ class ExpectedCost:
         self.rest = torch.tensor([cost.rest(h) for h in at]) / full  # [hidden]
         # A layer costs the sum of what its neurons and its heads do.
         self.mlp = torch.tensor([[float(cost.layer(h, m, heads[-1])) for m in mlp] for h in at]) / full
-        self.heads = torch.tensor(
-            [[float(cost.layer(h, mlp[-1], a) - cost.layer(h, mlp[-1], heads[-1])) for a in heads] for h in at]
-        ) / full
+        self.heads = (
+            torch.tensor(
+                [[float(cost.layer(h, mlp[-1], a) - cost.layer(h, mlp[-1], heads[-1])) for a in heads] for h in at]
+            )
+            / full
+        )
 
     def __call__(self, flat: torch.Tensor) -> torch.Tensor:
         """Expected cost `[N]`."""
@@ -151,7 +157,7 @@ class ScoreTable(nn.Module):
         """Take the scores of a router, at these budgets; of layers that are kept equal, the mean."""
         router = StaticRouter(self.places.config, stored)
         rows = [router.scores(budget) for budget in self.budgets]
-        flat = torch.tensor([[*r["hidden"], *r["depth"], *sum(r["mlp"], []), *sum(r["heads"], [])] for r in rows])
+        flat = torch.tensor([[*r["hidden"], *r["depth"], *chain(*r["mlp"], *r["heads"])] for r in rows])
         index = self.index.expand(len(rows), -1)
         self.table.zero_().scatter_reduce_(1, index, flat.to(self.table), "mean", include_self=False)
 
@@ -191,9 +197,20 @@ class Surrogate(nn.Module):
         counted = [part * keep[:, i % self.places.layers, None] for i, part in enumerate(at_least[2:])]
         return torch.cat([*at_least[:2], *counted], dim=-1)
 
-    def error(self, flat: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    def squared_errors(self, flat: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
         """Squared errors `[N]`; those of large losses count less, because good networks are what matters."""
-        return ((self(flat) - losses) / (losses.clamp(min=0) + self.scale / 2)).square()
+        return self._weights(losses) * (self(flat) - losses).square()
+
+    @torch.no_grad()
+    def error(self, flat: torch.Tensor, losses: torch.Tensor) -> float:
+        """The error on these networks, as a fraction of that of the best constant; 1 is to know nothing."""
+        weights = self._weights(losses)
+        constant = (weights * losses).sum() / weights.sum()
+        spread = (weights * (losses - constant).square()).mean()
+        return (self.squared_errors(flat, losses).mean() / spread.clamp(min=1e-12)).sqrt().item()
+
+    def _weights(self, losses: torch.Tensor) -> torch.Tensor:
+        return 1 / (losses.clamp(min=0) + self.scale / 2).square()
 
 
 class SurrogateLearner:
@@ -207,7 +224,7 @@ class SurrogateLearner:
         cost: What budgets limit.
         smallest: Smallest budget, a fraction of the full cost.
         steps: Steps that will be made.
-        latency_weight: Weight of |cost - budget| beside the predicted loss in nats.
+        latency_weight: Factor on the weight of |cost - budget| beside the predicted loss.
         uniform: Keep the layers equal.
         seed: Of everything random.
     """
@@ -264,22 +281,39 @@ class SurrogateLearner:
         for _ in range(UPDATES_PER_STEP):
             batch = torch.randint(len(values), (min(128, len(values)),), generator=generator)
             self.optimizer.zero_grad()
-            self.surrogate.error(seen[batch], values[batch]).mean().backward()
+            self.surrogate.squared_errors(seen[batch], values[batch]).mean().backward()
             self.optimizer.step()
         if held.sum() >= 8:
-            with torch.no_grad():
-                outside = (self.surrogate(self.asked[held]) - self.losses[held]).square().mean().sqrt()
-            self.error = (outside / self.losses[held].std().clamp(min=1e-9)).item()
+            self.error = self.surrogate.error(self.asked[held], self.losses[held])
 
-    def objective(self, step: int, count: int = 128) -> torch.Tensor | None:
-        """The loss of the scores at `count` budgets; None while the surrogate is not trusted."""
+    def objective(self, step: int) -> torch.Tensor | None:
+        """The loss of the scores at some budgets; None while the surrogate is not trusted."""
         if not self.trusted:
             return None
         generator = torch.Generator().manual_seed(_seed(self.seed, step, "objective"))
+        return self._loss(step / self.steps, generator)
+
+    def _loss(self, done: float, generator: torch.Generator, count: int = 128) -> torch.Tensor:
         budgets = self.smallest + (1 - self.smallest) * torch.rand(count, generator=generator)
-        temperature = SHARPEST ** min(1.0, step / self.steps)
+        temperature = SHARPEST ** min(1.0, done)
         choice = self.places.each(self.scores(budgets) / temperature, lambda part: part.softmax(dim=-1))
-        return (self.surrogate(choice) + self.latency_weight * (self.expected(choice) - budgets).abs()).mean()
+        weight = LATENCY_WEIGHT * self.latency_weight * self.surrogate.scale
+        return (self.surrogate(choice) + weight * (self.expected(choice) - budgets).abs()).mean()
+
+    def finish(self) -> None:
+        """Learn the scores once more from the surrogate as it is at the end: the first steps knew a worse one."""
+        if not self.trusted:
+            return
+        generator = torch.Generator().manual_seed(_seed(self.seed, "finish"))
+        self.scores.table.data.zero_()
+        optimizer = torch.optim.Adam(self.scores.parameters(), lr=0.1)
+        for step in range(FINAL_UPDATES):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * (1 - 0.9 * step / FINAL_UPDATES)
+            loss = self._loss(step / FINAL_UPDATES, generator)
+            optimizer.zero_grad()
+            loss.backward(inputs=list(self.scores.parameters()))
+            optimizer.step()
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
@@ -292,7 +326,8 @@ class SurrogateLearner:
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Go on where `state` was taken."""
-        surrogate, entries = {}, {}
+        surrogate: dict[str, torch.Tensor] = {}
+        entries: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in state.items():
             kind, _, rest = name.partition(".")
             if kind == "surrogate":

@@ -25,9 +25,9 @@ from modeling_flextron.families import FAMILIES
 
 from .arguments import FlextronTrainingArguments
 from .data import collator
-from .losses import HeadLoss, Teacher
+from .losses import IGNORED, HeadLoss, Teacher
 from .model_card import write_model_card
-from .router_stage import RouterStage, first_batches
+from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
 
 logger = logging.get_logger(__name__)
@@ -134,6 +134,8 @@ class FlextronTrainer(Trainer):
     ) -> torch.Tensor:
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
         inputs = self._prepare_inputs(inputs)
+        if self.routers is not None:
+            self.routers.begin(self.state.global_step)
         if self.args.stage == "router" and self.args.router_method == "surrogate":
             return self._surrogate_step(inputs)
         step = self.state.global_step
@@ -152,9 +154,11 @@ class FlextronTrainer(Trainer):
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
-            share = super().training_step(
-                model, {**inputs, "drawn": drawn, "head_loss": loss, "draws": len(draws)}, num_items_in_batch
-            )
+            marked = {**inputs, "drawn": drawn, "head_loss": loss, "draws": len(draws)}
+            if self.routers is not None and self.routers.alone:
+                share = self._router_step(marked, num_items_in_batch)
+            else:
+                share = super().training_step(model, marked, num_items_in_batch)
             self._check_finite(share, drawn)
             self._losses[drawn.name].append(share * len(draws))
             total += share
@@ -166,31 +170,40 @@ class FlextronTrainer(Trainer):
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return total
 
+    def _router_step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """Forward and backward for the scores alone, which are no part of the model; nothing else gets a gradient."""
+        assert self.routers is not None
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss, inputs=self.routers.parameters())
+        return loss.detach()
+
     def _surrogate_step(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Measure the networks that the learner proposes, and let it learn when the step has seen all its batches."""
         assert self.routers is not None and self.routers.learner is not None
         learner, step, config = self.routers.learner, self.state.global_step, self.model.config
         proposed = learner.propose(step, self.args.subnetworks_per_step)
-        losses = []
+        labels = inputs.pop("labels")
+        tokens, sums = (labels[:, 1:] != IGNORED).sum(), []
+        self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             for subnetwork in (config.built, *(choices.subnetwork(config) for choices in proposed)):
-                outputs = self.model(**inputs, use_cache=False, flextron_budget=subnetwork)
-                losses.append(outputs.loss.float())
+                loss = HeadLoss(labels, ce_weight=1.0, normalizer=1.0, chunk_size=self.args.loss_chunk_size)
+                outputs = self.model(**inputs, use_cache=False, flextron_budget=subnetwork, head_loss=loss)
                 self._check_finite(outputs.loss, Draw("proposed", subnetwork))
-        self._asked.append(torch.stack(losses))
+                sums.append(outputs.loss.float())
+        self._asked.append(torch.stack([*sums, tokens.float()]))
         if self.accelerator.sync_gradients:
-            mean = self.accelerator.reduce(torch.stack(self._asked).mean(dim=0), "mean")
+            *total, count = self.accelerator.reduce(torch.stack(self._asked).sum(dim=0), "sum")
             self._asked.clear()
+            mean = torch.stack(total) / count
             learner.learn(step, proposed, mean[1:] - mean[0])
             objective = learner.objective(step)
             if objective is not None:
                 self._losses["router"].append(objective.detach() / self.current_gradient_accumulation_steps)
                 objective.backward(inputs=self.routers.parameters())
-        return self._asked_mean(losses)
-
-    def _asked_mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
-        """The mean loss of the proposed networks, as the share of one batch in a step."""
-        return torch.stack(losses[1:]).mean() / self.current_gradient_accumulation_steps
+        return torch.stack(sums[1:]).mean() / tokens / self.current_gradient_accumulation_steps
 
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
@@ -256,7 +269,7 @@ class FlextronTrainer(Trainer):
         outputs = model(**inputs, use_cache=False, flextron_budget=drawn.subnetwork, head_loss=loss)
         value = outputs.loss * world / draws
         if drawn.gap is not None:  # not a sum over tokens: every batch of the step has an equal share
-            value = value + self.args.latency_weight * drawn.gap().to(value) / shares
+            value = value + LATENCY_WEIGHT * self.args.latency_weight * drawn.gap().to(value) / shares
         return (value, outputs) if return_outputs else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -314,10 +327,8 @@ class FlextronTrainer(Trainer):
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-        self.routers.write()
-        if self.routers.learner is None:
-            size = self.args.per_device_eval_batch_size
-            self.routers.calibrate(first_batches(self.train_dataset, self.data_collator, size, self.args.device))
+        size = self.args.per_device_eval_batch_size
+        self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
         return result
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -326,10 +337,9 @@ class FlextronTrainer(Trainer):
         if self.routers is not None:
             ours = self.routers.parameters()
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if not any(p is own for own in ours)]
-            optimizer.add_param_group(
-                {"params": ours, "lr": self.args.router_learning_rate, "weight_decay": 0.0}
-            )
+                others = [p for p in group["params"] if not any(p is own for own in ours)]
+                group["params"] = [] if self.routers.alone else others
+            optimizer.add_param_group({"params": ours, "lr": self.args.router_learning_rate, "weight_decay": 0.0})
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
