@@ -3,7 +3,7 @@
     python benchmarks/bench_tokens.py                   # CPU, one thread, a minute
     python benchmarks/bench_tokens.py --device cuda --dtypes bfloat16
 
-One MLP of hidden 768 and 2048 neurons, and one of 2048 and 5632. Each of the tokens of a prefill wants one of eight
+One MLP of hidden 768 and 2048 neurons, and one of 2048 and 5632. Each of the tokens of a prefill wants one of a few
 widths; needs are drawn so that the average width is near 0.6 ("even": all widths alike; "easy": most tokens narrow).
 Measured are
     dense    the dense MLP at the average width
@@ -34,13 +34,13 @@ def measured(shape: str, dtype: torch.dtype, kind: str, options: argparse.Namesp
     """Ratios of one shape, dtype and distribution of widths."""
     hidden, neurons, heads = SHAPES[shape]
     torch.manual_seed(0)
-    sizes = [neurons * part // 8 for part in range(8, 0, -1)]
+    sizes = [neurons * part // options.sizes for part in range(options.sizes, 0, -1)]
     config = FlextronConfig(
         vocab_size=64, hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=1, num_attention_heads=heads,
         elastic={"mlp": sizes}, tie_word_embeddings=True,
     )  # fmt: skip
     model = FlextronForCausalLM(config).to(options.device, dtype).eval()
-    add_token_routers(model, [0.9])
+    add_token_routers(model, [1.0])
     module = model.model.layers[0].mlp
     states = torch.randn(1, options.tokens, hidden, device=options.device, dtype=dtype)
     with torch.no_grad():
@@ -50,7 +50,7 @@ def measured(shape: str, dtype: torch.dtype, kind: str, options: argparse.Namesp
         with torch.no_grad():
             module.router.weight.normal_(0, 0.2)
             module.router.bias.fill_(0.3)
-    routing = TokenRouting(model.config, model.config.resolve("auto:0.9"))
+    routing = TokenRouting(model.config, model.config.resolve("auto"))
     with torch.no_grad():
         routing.feed(module, states, None, None)
     chosen = routing.mlp[0]
@@ -58,9 +58,9 @@ def measured(shape: str, dtype: torch.dtype, kind: str, options: argparse.Namesp
     counted = []
     block = module.up_proj.block
 
-    def counting(inputs, rows, columns):
+    def counting(inputs, rows, columns, total=None):
         counted.append(len(inputs) * (rows.stop - rows.start))
-        return block(inputs, rows, columns)
+        return block(inputs, rows, columns, total)
 
     module.up_proj.block = counting
     with torch.no_grad():
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--sizes", type=int, default=8, help="Widths that a token can choose from.")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=2, help="Calls that are timed as one.")
     parser.add_argument("--no-save", action="store_true")

@@ -19,7 +19,11 @@ class ElasticLinear(nn.Linear):
     """`nn.Linear` on the leading rows and columns of its weight."""
 
     def forward(
-        self, input: torch.Tensor, out_features: int | None = None, block: tuple[slice, slice] | None = None
+        self,
+        input: torch.Tensor,
+        out_features: int | None = None,
+        block: tuple[slice, slice] | None = None,
+        total: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Map `[..., i]` to `[..., out_features]` with `weight[:out_features, :i]`.
 
@@ -27,9 +31,10 @@ class ElasticLinear(nn.Linear):
             input: Shape `[..., i]` with `i <= in_features`; a narrower input uses the leading columns.
             out_features: Leading rows to use; None for all.
             block: Use these rows and columns instead of leading ones.
+            total: Add the product with a block to these rows `[n, out_features]`, in place, and return them.
         """
         if block is not None:
-            return self.block(input, *block)
+            return self.block(input, *block, total)
         if out_features is None and input.shape[-1] == self.in_features:
             return F.linear(input, self.weight, self.bias)
         weight, bias = self.leading(input.shape[-1], out_features)
@@ -44,10 +49,17 @@ class ElasticLinear(nn.Linear):
             weight = self.weight[:out_features, :in_features]
         return weight, bias if bias is None else bias[:out_features]
 
-    def block(self, input: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    def block(
+        self, input: torch.Tensor, rows: slice, columns: slice, total: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Map `[..., columns]` to `[..., rows]` with a block of the weight; the bias counts where columns begin."""
+        weight = self.weight[rows, columns]
+        if total is not None and columns.start:
+            # One pass over the rows instead of three. Autocast leaves a product in place alone.
+            return total.addmm_(input.to(total.dtype), weight.t().to(total.dtype))
         bias = self.bias if not columns.start else None
-        return F.linear(input, self.weight[rows, columns], bias if bias is None else bias[rows])
+        product = F.linear(input, weight, bias if bias is None else bias[rows])
+        return product if total is None else total.add_(product)
 
 
 class ElasticEmbedding(nn.Embedding):

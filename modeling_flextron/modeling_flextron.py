@@ -320,15 +320,22 @@ class FlextronMLP(nn.Module):
             observe("mlp", self.layer_idx, neurons)
         return project(self.down_proj, neurons, hidden)
 
-    def increment(self, hidden_states: torch.Tensor, lower: int, upper: int, hidden: int | None) -> torch.Tensor:
-        """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`."""
+    def increment(
+        self,
+        hidden_states: torch.Tensor,
+        lower: int,
+        upper: int,
+        hidden: int | None,
+        total: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`; added to `total`."""
         neurons, inputs = slice(lower, upper), slice(hidden_states.shape[-1])
         states = self.up_proj(hidden_states, block=(neurons, inputs))
         if self.gate_proj is None:
             states = self.act_fn(states)
         else:
             states = self.act_fn(self.gate_proj(hidden_states, block=(neurons, inputs))) * states
-        return self.down_proj(states, block=(slice(hidden), neurons))
+        return self.down_proj(states, block=(slice(hidden), neurons), total=total)
 
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):

@@ -194,14 +194,11 @@ class TokenRouting:
         output, lower = None, 0
         for size, count in reversed(list(zip(sizes, counts, strict=True))):
             if count:
-                part = module.increment(states[:count], lower, size, hidden)
-                if output is None:  # the smallest size: all tokens
-                    output = part
-                else:
-                    output[:count] += part
+                part = module.increment(states[:count], lower, size, hidden, None if output is None else output[:count])
+                output = part if output is None else output  # the smallest size: all tokens
             lower = size
         assert output is not None
-        return torch.empty_like(output).index_copy(0, order, output).view(*which.shape, -1)
+        return output[order.argsort()].view(*which.shape, -1)  # half of the time of writing them where they belong
 
     def _choose(self, module: Any, axis: str, hidden_states: torch.Tensor) -> tuple[list[int], torch.Tensor]:
         """The sizes of a part of a layer, largest first, and which of them `[B, S]` each token gets."""

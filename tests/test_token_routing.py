@@ -119,13 +119,13 @@ def test_saved_and_loaded_with_and_without_the_package(model, text, tmp_path):
     expected = model(text, flextron_budget=AUTO).logits
     model.save_pretrained(tmp_path / "model")
     whole = FlextronForCausalLM.from_pretrained(tmp_path / "model")
-    assert difference(whole(text, flextron_budget=AUTO).logits, expected) < 1e-6
+    assert difference(whole(text, flextron_budget=AUTO).logits, expected) < 1e-5
     small = FlextronForCausalLM.from_pretrained(tmp_path / "model", flextron_budget="auto:0.35")
     assert small.num_parameters() <= whole.num_parameters()
     assert difference(small(text).logits, model(text, flextron_budget="auto:0.35").logits) < 1e-5
     small.save_pretrained(tmp_path / "small")
     again = FlextronForCausalLM.from_pretrained(tmp_path / "small")
-    assert difference(again(text, flextron_budget="auto:0.35").logits, small(text).logits) < 1e-6
+    assert difference(again(text, flextron_budget="auto:0.35").logits, small(text).logits) < 1e-5
     torch.save({"ids": text, "logits": expected}, tmp_path / "expected.pt")
     run_python(
         "import torch, sys\n"
@@ -148,7 +148,7 @@ def test_only_what_was_chosen_is_computed(monkeypatch):
     for i, layer in enumerate(model.model.layers):
         block = layer.mlp.up_proj.block
 
-        def counted(states, rows, columns, block=block, i=i):
+        def counted(states, rows, columns, total=None, block=block, i=i):
             done[i] = done.get(i, 0) + len(states) * (rows.stop - rows.start)
             return block(states, rows, columns)
 
