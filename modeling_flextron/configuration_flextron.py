@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from .errors import invalid, require_int
 from .families import family_of
 from .latency import LatencyTable, copy_tables, table_of
+from .levels import check_levels, index_name, level_of
 from .routing import StaticRouter, check_static_router, narrowed_router
 from .subnetwork import (
     AXES,
@@ -87,6 +88,8 @@ class FlextronConfig(PreTrainedConfig):
         static_router: Scores from which a sub-network follows for any budget; see `routing.StaticRouter`.
         token_routing: Sizes, targets and their bounds, of a model whose tokens choose; see `token_routing.py`.
         latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
+        levels: Of a checkpoint that is stored in levels (`levels.py`): `checkpoint`, which its files share, and
+            `rows`, the row of the frontier that each level completes, smallest first.
 
     Raises:
         ValueError: a field has the wrong type or an impossible value; the message names it.
@@ -146,6 +149,7 @@ class FlextronConfig(PreTrainedConfig):
     static_router: dict | None = None
     token_routing: dict | None = None
     latency_tables: dict = None  # type: ignore[assignment]
+    levels: dict | None = None
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
@@ -230,6 +234,14 @@ class FlextronConfig(PreTrainedConfig):
     def latency_table(self) -> LatencyTable | None:
         """The measured table that latency budgets refer to here; see `latency.table_of`."""
         return table_of(self)
+
+    @property
+    def transformers_weights(self) -> str | None:
+        """The index that transformers loads: in levels that of the first one which has the budget, else its default."""
+        if self.levels is None or self.flextron_budget is None:
+            return None
+        level = level_of(self, resolve(self, self.flextron_budget))
+        return None if level is None else index_name(level)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`, with the latency tables that the config lists."""
@@ -319,6 +331,8 @@ class FlextronConfig(PreTrainedConfig):
             check_token_routing(self, self.token_routing)
         self.frontier = self._full_frontier()
         self._check_frontier(update)
+        if self.levels is not None:
+            check_levels(self, self.levels)
         self.flextron_budget = _plain(self.flextron_budget)
         parse_budget(self.flextron_budget)
         require_int("flextron_context", self.flextron_context, minimum=0)

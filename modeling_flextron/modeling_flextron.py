@@ -7,8 +7,8 @@ where it differs from what was built, so a model at its built size is an ordinar
 Shapes: B batch, S sequence, D hidden, F neurons, H query heads, G KV heads, R = H / G query heads for each KV head,
 E head_dim, V vocabulary. Query heads are stored rank-major, [R, G, E]: the r best of every group are leading rows.
 
-Loading at a budget builds the small shape at once and reads only the leading slices of the stored tensors
-(`checkpoint.py`).
+Loading at a budget builds the small shape at once and reads only the leading parts of the stored tensors
+(`levels.py`).
 """
 
 import copy
@@ -30,20 +30,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .batching import generate_each, is_list, per_row
-from .checkpoint import leading_slices, write_beside
+from .checkpoint import write_beside
 from .configuration_flextron import FlextronConfig
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from .errors import invalid
 from .extraction import extract
 from .latency import LatencyTable
+from .levels import stored_tensors, write_levels
 from .subnetwork import SubNetwork, resolve
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -500,24 +502,47 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As `PreTrainedModel.from_pretrained`; `flextron_budget` and `flextron_context` also beside a config object.
 
-        Only safetensors are read.
+        Only safetensors are read, and of a checkpoint in levels only those that the budget needs.
         """
-        ours = {key: kwargs.pop(key) for key in ("flextron_budget", "flextron_context") if key in kwargs}
         if isinstance(config, PreTrainedConfig):
             config = copy.deepcopy(config)
-            for key, value in ours.items():
-                setattr(config, key, value)
-            config.validate()
+            for key in ("flextron_budget", "flextron_context"):
+                if key in kwargs:
+                    setattr(config, key, kwargs.pop(key))
         else:
-            kwargs.update(ours)
+            config, kwargs = cls._read_config(config or pretrained_model_name_or_path, kwargs)
+        # Budgets of memory are in bytes of the dtype that is loaded, and must mean the same before and after.
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        config.dtype = config.dtype if dtype in (None, "auto") else dtype
+        config.validate()
         kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        except OSError as error:
+            if config.levels is None or os.path.isdir(pretrained_model_name_or_path):
+                raise
+            call = (
+                f"from_pretrained({str(pretrained_model_name_or_path)!r}, flextron_budget={config.flextron_budget!r})"
+            )
+            hint = f"If files of this budget are not in the cache, `{call}` fetches them where the Hub can be reached."
+            raise OSError(f"{error} {hint}") from error
+
+    @classmethod
+    def _read_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[FlextronConfig, dict[str, Any]]:
+        """The config of a repo with the keywords that are for it, and the keywords that are left for loading."""
+        loading = ("dtype", "torch_dtype", "quantization_config")
+        kept = {key: kwargs[key] for key in (*HUB_KEYWORDS, *loading) if key in kwargs}
+        ours = {key: value for key, value in kwargs.items() if key not in loading}
+        config, rest = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **ours)
+        return config, rest | kept
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # The one place where the model and its files are both known: hand on lazy slices instead of whole tensors.
-        if model.stored is not None and state_dict is None and checkpoint_files is not None:
-            state_dict, checkpoint_files = leading_slices(model, checkpoint_files), None
+        # The one place where the model and its files are both known: hand on lazy parts instead of whole tensors.
+        index = load_config.sharded_metadata
+        in_parts = model.stored is not None or (index is not None and "checkpoint" in index)
+        if in_parts and state_dict is None and checkpoint_files is not None:
+            state_dict, checkpoint_files = stored_tensors(model, checkpoint_files, index), None
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         offloaded = loaded[1] or {}
         for name, source in model.all_tied_weights_keys.items():  # the base class does this for whole files alone
@@ -540,10 +565,37 @@ class FlextronPreTrainedModel(PreTrainedModel):
         hub = both | {key: kwargs.pop(key) for key in only if key in kwargs}
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
-        with write_beside(save_directory, kwargs.get("variant")) as folder:
-            super().save_pretrained(folder, **kwargs)
+        levels, self.config.levels = self.config.levels, None  # those of the files that were read
+        try:
+            with write_beside(save_directory, kwargs.get("variant")) as folder:
+                super().save_pretrained(folder, **kwargs)
+        finally:
+            self.config.levels = levels
         if push:
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
+
+    def export(self, save_directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Write the model in levels: whoever loads it at a budget downloads and reads only what that needs.
+
+        As `save_pretrained` otherwise, which writes whole tensors; a Trainer resumes from those alone.
+
+        Args:
+            save_directory: Folder to write.
+            max_shard_size: Largest file of a level.
+
+        Raises:
+            ValueError: the model is quantized, has adapters, or shares its parameters with another.
+        """
+        if not self.switchable or getattr(self, "_hf_peft_config_loaded", False):
+            what = "quantized" if not self.switchable else "one with adapters"
+            rule = f"The levels of a {what} model cannot be told apart."
+            raise invalid("model", what, rule, "Save it with `save_pretrained`, or merge the adapters first.")
+        with write_beside(save_directory) as folder:
+            self.save_pretrained(folder, state_dict={})  # all but the weights
+            (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
+            config = copy.deepcopy(self.config)
+            config.levels = write_levels(self, folder, max_shard_size)
+            config.to_json_file(folder / CONFIG_NAME)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""

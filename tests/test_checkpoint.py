@@ -11,7 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, pipeline
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronModel
-from modeling_flextron.checkpoint import LeadingSlice, write_beside, write_file_beside
+from modeling_flextron.checkpoint import write_beside, write_file_beside
+from modeling_flextron.levels import Block, StoredTensor
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def test_a_slice_is_read_when_it_is_indexed(saved):
     name = "model.layers.0.mlp.up_proj.weight"
     with safe_open(file, framework="pt") as tensors:
         full = tensors.get_tensor(name)
-    part = LeadingSlice(file, name, (5, 7), "F32")
+    block = Block(file, name, tuple((0, size) for size in full.shape))
+    part = StoredTensor([block], (5, 7), "F32")
     assert part.get_shape() == [5, 7] and part.get_dtype() == "F32"
     assert torch.equal(part[...], full[:5, :7]) and part[...].is_contiguous()
     assert torch.equal(part[1:3, 2], full[1:3, 2])
