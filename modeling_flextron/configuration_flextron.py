@@ -174,7 +174,12 @@ class FlextronConfig(PreTrainedConfig):
         if "flextron_budget" in kwargs:
             kwargs["flextron_budget"] = _plain(kwargs["flextron_budget"])
         ours: dict[str, Any] = {key: kwargs[key] for key in ("flextron_budget", "flextron_context") if key in kwargs}
-        result = super().from_dict(config_dict | ours, **kwargs)
+        try:
+            result = super().from_dict(config_dict | ours, **kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+            # The base class reads its own fields without a look at their types.
+            rule = f"One of its fields has an impossible value ({type(error).__name__}: {error})."
+            raise invalid("config", config_dict.get("_name_or_path"), rule, "Download or write it again.") from error
         (result[0] if isinstance(result, tuple) else result).validate()  # with the other keywords, set by now
         return result
 

@@ -41,6 +41,7 @@ SHARD = re.compile(r"model(\.level\d+)?(-\d{5}-of-\d{5})?\.safetensors")
 DTYPES = {  # of torch -> of safetensors
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
 }  # fmt: skip
+AGAIN = "Download or export the checkpoint again; `flextron verify` looks at all of it."
 BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
@@ -147,7 +148,7 @@ def parse_block(key: str) -> tuple[str, Box | None]:
     """
     match = BLOCK.fullmatch(key)
     if match is None:
-        raise invalid("tensor", key, "It is no name of a tensor or of a block.", "Download or export it again.")
+        raise invalid("tensor", key, "It is no name of a tensor or of a block.", AGAIN)
     if match["box"] is None:
         return match["name"], None
     low_high = (side.split(":") for side in match["box"].split(","))
@@ -174,8 +175,8 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
         ValueError: the files are not those of the index or of this model, or do not hold all of a tensor.
         OSError: a file is missing, truncated or not in the safetensors format.
     """
-    in_levels = metadata is not None and "checkpoint" in metadata
-    wanted = _check_index(model.config, files, metadata) if in_levels else {}
+    index = metadata if metadata is not None and "checkpoint" in metadata else None
+    wanted = {} if index is None else _check_files(model.config, files, index)
     stored_layers = (model.stored or model.built).layers
     position = {stored: built for built, stored in enumerate(stored_layers)}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -185,12 +186,12 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
     total = 0
     for file in files:
         keys = wanted.get(Path(file).name)
-        for key, shape, dtype in _contents(file, metadata["checkpoint"] if in_levels else None, keys):
+        for key, shape, dtype in _contents(file, None if index is None else index["checkpoint"], keys):
             name, box = parse_block(key)
             if box is None:
                 box = tuple((0, size) for size in shape)
             elif tuple(high - low for low, high in box) != shape:
-                raise invalid("tensor", key, f"Its block has the shape {shape}.", "Download or export it again.")
+                raise invalid("tensor", key, f"Its block has the shape {shape}.", AGAIN)
             total += prod(shape) * BYTES.get(dtype, 0)
             if match := LAYER.search(name):
                 if int(match[2]) not in position:
@@ -198,9 +199,9 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
                 name = LAYER.sub(f"{match[1]}layers.{position[int(match[2])]}.", name)
             blocks.setdefault(name, []).append(Block(file, key, box))
             dtypes.setdefault(name, dtype)
-    if in_levels and total != metadata["total_size"]:
-        rule = f"Its blocks have {total:,} bytes, and it says {metadata['total_size']}."
-        raise invalid("index", metadata["checkpoint"], rule, "Download or export the checkpoint again.")
+    if index is not None and total != index["total_size"]:
+        rule = f"Its blocks have {total:,} bytes, and it says {index['total_size']}."
+        raise invalid("index", index["checkpoint"], rule, AGAIN)
     found = {}
     for name, parts in blocks.items():
         whole = tuple(max(part.box[dim][1] for part in parts) for dim in range(len(parts[0].box)))
@@ -208,35 +209,32 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
         ours = next((alias for alias in aliases if alias in shapes), None)
         # What does not fit stays as it is: transformers then says which tensor that is.
         fits = ours is not None and _is_leading(axes(ours), shapes[ours], whole)
-        if in_levels and ours is not None and not fits:
+        if index is not None and ours is not None and not fits:
             rule = f"The files hold {whole} of it, and this model needs {shapes[ours]}."
-            raise invalid("tensor", name, rule, "Download or export the checkpoint again.")
+            raise invalid("tensor", name, rule, AGAIN)
         found[name] = StoredTensor(parts, shapes[ours] if fits and ours is not None else whole, dtypes[name])
         _check_tiles(name, found[name])
+    if index is not None:
+        held = {name.removeprefix(prefix) for name in found}
+        decoder = [name for name in stored_state(model) if model.base_model is model or name.startswith(prefix)]
+        if lacking := [name for name in decoder if name.removeprefix(prefix) not in held]:
+            raise invalid("index", index["checkpoint"], f"It does not name the tensor {lacking[0]!r}.", AGAIN)
     return found
 
 
-def _check_index(config: Any, files: list[str], metadata: dict[str, Any]) -> dict[str, set[str]]:
+def _check_files(config: Any, files: list[str], index: dict[str, Any]) -> dict[str, set[str]]:
     """File -> the blocks that an index names in it, when the files are those that it describes."""
-    remedy = "Download or export the checkpoint again, and see `flextron verify`."
-    checkpoint, shards = metadata["checkpoint"], metadata.get("shards")
-    if config.levels is None or checkpoint != config.levels["checkpoint"]:
-        rule = f"`config.json` is of {config.levels and config.levels['checkpoint']!r}."
-        raise invalid("index", checkpoint, f"It is the index of another checkpoint: {rule}", remedy)
-    if not isinstance(shards, dict):
-        raise invalid("index['metadata']['shards']", shards, "It has the size of every shard.", remedy)
+    if config.levels is None or index["checkpoint"] != config.levels["checkpoint"]:
+        rule = f"It is of another checkpoint: `config.json` is of {config.levels and config.levels['checkpoint']!r}."
+        raise invalid("index", index["checkpoint"], rule, AGAIN)
     wanted: dict[str, set[str]] = {}
-    for key, name in metadata["weight_map"].items():
+    for key, name in index["weight_map"].items():
         wanted.setdefault(name, set()).add(key)
-    for file in files:
-        name = Path(file).name
-        if not SHARD.fullmatch(name) or name not in wanted or Path(file).parent != Path(files[0]).parent:
-            raise invalid("shard", file, "It is no file of a checkpoint beside its index.", remedy)
-        known, path = shards.get(name), Path(file)
-        size = known.get("size") if isinstance(known, dict) else None
-        if not path.is_file() or path.stat().st_size != size:
-            state = f"has {path.stat().st_size:,} bytes" if path.is_file() else "is missing"
-            raise OSError(f"{file} {state}, and its index says {size} bytes. {remedy}")
+    for file in map(Path, files):
+        size = index["shards"][file.name]["size"]
+        if not file.is_file() or file.stat().st_size != size:
+            state = f"has {file.stat().st_size:,} bytes" if file.is_file() else "is missing"
+            raise OSError(f"{file} {state}, and its index says {size:,} bytes. {AGAIN}")
     return wanted
 
 
@@ -251,10 +249,10 @@ def _contents(file: str, checkpoint: str | None, keys: set[str] | None) -> Itera
         raise OSError(f"{file} is not a complete safetensors file ({error}). Download or save it again.") from error
     if checkpoint is not None and owner != checkpoint:
         rule = f"It is of checkpoint {owner!r}, and its index is of {checkpoint!r}."
-        raise invalid("shard", file, rule, "Download or export the checkpoint again.")
+        raise invalid("shard", file, rule, AGAIN)
     if keys is not None and (lacking := sorted(keys - held)):
         rule = f"Its index says that it holds {lacking[0]!r}, and it does not."
-        raise invalid("shard", file, rule, "It may have been renamed; download or export the checkpoint again.")
+        raise invalid("shard", file, rule, AGAIN)
     yield from contents
 
 
@@ -264,7 +262,7 @@ def _check_tiles(name: str, tensor: StoredTensor) -> None:
     apart = not any(overlap(a, b) for a, b in combinations(boxes, 2))
     if not apart or sum(map(volume, boxes)) != volume(tensor.box):
         rule = f"Its blocks {'leave a part of it out' if apart else 'overlap'}."
-        raise invalid("tensor", name, rule, "Download or export the checkpoint again.")
+        raise invalid("tensor", name, rule, AGAIN)
 
 
 def _is_leading(dims: tuple[str, ...], part: tuple[int, ...], whole: tuple[int, ...]) -> bool:
@@ -286,33 +284,35 @@ def blocks_of(shape: tuple[int, ...], needs: list[tuple[int, ...] | None]) -> li
             level more.
 
     Returns:
-        Level and box of every block, as few as adjacent cells of a level make.
+        Level and box of every block, neighbours that the same rows need as one block.
     """
     needs = [*needs, shape]
     cuts = [sorted({0, *(need[dim] for need in needs if need is not None)}) for dim in range(len(shape))]
     sides = [list(pairwise(at)) for at in cuts]
 
-    def level(cell: Box) -> int:
-        return next(
-            i for i, need in enumerate(needs)
-            if need is not None and all(high <= size for (_, high), size in zip(cell, need, strict=True))
-        )  # fmt: skip
+    def users(cell: Box) -> tuple[int, ...]:
+        return tuple(i for i, need in enumerate(needs) if need is not None and inside(cell, need))
 
-    cells = [(level(cell), cell) for cell in product(*sides)]
+    cells = [(users(cell), cell) for cell in product(*sides)]
     for dim in reversed(range(len(shape))):  # merge neighbours along the last dimension first: they are contiguous
         cells.sort(key=lambda entry: (entry[0], entry[1][:dim], entry[1][dim + 1 :], entry[1][dim]))
-        merged: list[tuple[int, Box]] = []
-        for number, cell in cells:
+        merged: list[tuple[tuple[int, ...], Box]] = []
+        for who, cell in cells:
             if merged:
-                last, before = merged[-1]
-                joined = (*cell[:dim], (before[dim][0], cell[dim][1]), *cell[dim + 1 :])
-                same = last == number and before[dim][1] == cell[dim][0]
-                if same and before[:dim] == cell[:dim] and before[dim + 1 :] == cell[dim + 1 :]:
-                    merged[-1] = number, joined
+                same, before = merged[-1]
+                joined = (*before[:dim], (before[dim][0], cell[dim][1]), *before[dim + 1 :])
+                behind = (*before[:dim], (before[dim][1], cell[dim][1]), *before[dim + 1 :])
+                if same == who and behind == cell:
+                    merged[-1] = who, joined
                     continue
-            merged.append((number, cell))
+            merged.append((who, cell))
         cells = merged
-    return sorted(cells)
+    return sorted((who[0], cell) for who, cell in cells)
+
+
+def inside(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a box lies within the leading part of this shape."""
+    return all(high <= size for (_, high), size in zip(box, shape, strict=True))
 
 
 @dataclass
@@ -391,12 +391,7 @@ def write_levels(model: Any, folder: Path, max_shard_size: int | str) -> dict[st
                 where |= {piece.key: file for piece in group}
                 shards[file] = _write_shard(folder / file, group, model, state, checkpoint, bar)
     for level, need in enumerate(needs):
-        needed = [
-            piece
-            for piece in chain(*levels)
-            if piece.name in need
-            and all(high <= most for (_, high), most in zip(piece.box, need[piece.name], strict=True))
-        ]
+        needed = [piece for piece in chain(*levels) if piece.name in need and inside(piece.box, need[piece.name])]
         weight_map = {piece.key: where[piece.key] for piece in needed}
         used = {file: shards[file] for file in sorted(set(weight_map.values()))}
         total = sum(piece.size for piece in needed)
@@ -445,7 +440,7 @@ def _write_shard(
     digest = hashlib.sha256()
     with open(path, "wb") as file:
 
-        def write(data: bytes | memoryview) -> None:
+        def write(data: Any) -> None:
             digest.update(data)
             file.write(data)
 
@@ -453,7 +448,7 @@ def _write_shard(
         for piece in pieces:
             tensor = _tensor(model, piece.name, state[piece.name])
             block = tensor.detach()[tuple(slice(*side) for side in piece.box)].cpu().contiguous()
-            write(memoryview(block.view(-1).view(torch.uint8).numpy()))
+            write(_bytes(block))
             bar.update(piece.size)
         size = file.tell()
     return {"size": size, "sha256": digest.hexdigest()}
@@ -464,32 +459,52 @@ def _fingerprint(model: Any, state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        first = _tensor(model, name, tensor).detach().flatten(0, -2)[0] if tensor.ndim > 1 else tensor.detach()
-        digest.update(memoryview(first[:1024].cpu().contiguous().view(torch.uint8).numpy()))
+        whole = _tensor(model, name, tensor).detach()
+        first = whole.flatten(0, -2)[0] if whole.ndim > 1 else whole
+        digest.update(_bytes(first[:1024].cpu().contiguous()))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def row_bytes(folder: Path, config: Any) -> dict[str, int]:
     """Row of the frontier -> bytes of the shards that it needs, as the indexes in a folder say."""
 
     def size(level: int | None) -> int:
-        shards = read_index(folder / index_name(level))["metadata"]["shards"]
-        return sum(shard["size"] for shard in shards.values())
+        return sum(shard["size"] for shard in read_index(folder / index_name(level))["shards"].values())
 
     levels = {name: level for level, name in enumerate(config.levels["rows"])}
     return {row["name"]: size(levels.get(row["name"])) for row in config.frontier}
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """An index, as a file holds it.
+    """An index of a checkpoint in levels: its metadata, and the `weight_map` beside it.
 
     Raises:
+        ValueError: it describes no checkpoint in levels, or names a file that is not beside it.
         OSError: there is none, or it is not JSON.
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise OSError(f"{path} is not complete ({error}). Download or export the checkpoint again.") from error
-    if not isinstance(index, dict) or not isinstance(index.get("metadata"), dict):
-        raise OSError(f"{path} is no index of a checkpoint. Download or export the checkpoint again.")
-    return index
+        raise OSError(f"{path} is no complete JSON ({error}). {AGAIN}") from error
+    index = index if isinstance(index, dict) else {}
+    weight_map, found = index.get("weight_map"), index.get("metadata")
+    metadata: dict[str, Any] = found if isinstance(found, dict) else {}
+    shards = metadata.get("shards")
+    if not isinstance(weight_map, dict) or not isinstance(shards, dict) or type(metadata.get("total_size")) is not int:
+        rule = "It has a weight_map, and metadata with checkpoint, total_size and shards."
+        raise invalid("index", path.name, rule, AGAIN)
+    for name in [*shards, *weight_map.values()]:
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
+            raise invalid("shard", name, f"{path.name} may only name files like model.level0.safetensors.", AGAIN)
+    for name in weight_map.values():
+        shard = shards.get(name)
+        if not isinstance(shard, dict) or type(shard.get("size")) is not int:
+            raise invalid("shard", name, f"{path.name} does not say how large it is.", AGAIN)
+    for key in weight_map:
+        parse_block(key)
+    return {**metadata, "weight_map": weight_map}

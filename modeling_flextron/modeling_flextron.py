@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, TransformersKwargs, can_return_tuple
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TransformersKwargs,
+    cached_file,
+    can_return_tuple,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -41,7 +49,7 @@ from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticR
 from .errors import invalid
 from .extraction import extract
 from .latency import LatencyTable
-from .levels import stored_tensors, write_levels
+from .levels import read_index, stored_tensors, write_levels
 from .subnetwork import SubNetwork, resolve
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
@@ -517,6 +525,10 @@ class FlextronPreTrainedModel(PreTrainedModel):
         config.validate()
         kwargs["use_safetensors"] = True
         try:
+            if config.levels is not None and pretrained_model_name_or_path is not None:
+                hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
+                name = config.transformers_weights or SAFE_WEIGHTS_INDEX_NAME
+                read_index(Path(cached_file(pretrained_model_name_or_path, name, **hub)))  # before it is followed
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         except OSError as error:
             if config.levels is None or os.path.isdir(pretrained_model_name_or_path):

@@ -376,12 +376,15 @@ def export(
     budget: Budget = None,
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
     pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of a level.")] = "5GB",
 ) -> None:
-    """Write one size as a model of its own.
+    """Write a model in levels, so that whoever loads it at a budget reads only what that needs; or one size of it.
+
+    Example: `flextron export elastic to-upload`
 
     Example: `flextron export elastic small --dense --budget 0.5`
 
-    With `--dense` the result is a stock checkpoint that needs no code of ours; without, a smaller Flextron model.
+    With `--budget` it holds nothing larger. With `--dense` the result is a stock checkpoint that needs no code of ours.
     Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up.
     """
     from modeling_flextron import FlextronConfig, FlextronForCausalLM
@@ -405,10 +408,28 @@ def export(
         with write_beside(output) as folder:
             stock.save_pretrained(folder)
     else:
-        loaded.save_pretrained(output)
+        loaded.export(output, max_shard_size)
         write_model_card(loaded, output)
     copy_tokenizer(model, output)
     finish(output=str(output), parameters=parameters, dense=dense)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model in levels.", show_default=False)],
+) -> None:
+    """Check every file of a model in levels: sizes, hashes, and that its blocks make up every tensor of every size.
+
+    Example: `flextron verify me/flextron-llama`
+    """
+    from huggingface_hub import snapshot_download
+
+    from .verify import verify as run
+
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+    finish(model=model, **run(folder))
 
 
 @app.command()
