@@ -32,10 +32,11 @@ def verify(folder: Path) -> dict[str, Any]:
         raise invalid("folder", str(folder), rule, "Write it with `flextron export`.")
     kind = getattr(modeling_flextron, (config.architectures or ["FlextronForCausalLM"])[0])
     shards: dict[str, dict[str, Any]] = {}
-    rows = [*enumerate(config.levels["rows"]), (None, None)]
-    for level, name in rows:
+    sizes = {row["name"]: row["subnetwork"] for row in config.frontier}
+    rows = [(level, sizes[name]) for level, name in enumerate(config.levels["rows"])]
+    for level, row in [*rows, (None, None)]:
         index = read_index(folder / index_name(level))
-        small = FlextronConfig.from_pretrained(folder, flextron_budget=name)
+        small = FlextronConfig.from_pretrained(folder, flextron_budget=row)
         with torch.device("meta"):
             model = kind(small)
         files = sorted(set(index["weight_map"].values()))
