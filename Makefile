@@ -8,13 +8,19 @@ BIN := $(VENV)/bin
 ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test test-newest check clean
 
 demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# What the Hub's users may have: the newest transformers that pyproject.toml allows, beside the tested one.
+test-newest: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target build/newest 'transformers<6'
+	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_remote_code.py tests/test_levels.py \
+		tests/test_checkpoint.py tests/test_invariants.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

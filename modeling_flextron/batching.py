@@ -43,7 +43,14 @@ def per_row(forward: Callable) -> Callable:
         given = inspect.signature(forward).bind(self, *args).arguments | kwargs
         given.pop("self")
         _refuse(
-            given, "labels", "head_loss", "past_key_values", "use_cache", "output_hidden_states", "output_attentions"
+            given,
+            "labels",
+            "head_loss",
+            "past_key_values",
+            "cache",
+            "use_cache",
+            "output_hidden_states",
+            "output_attentions",
         )
         batch = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         logits: torch.Tensor | None = None
@@ -67,7 +74,7 @@ def generate_each(model, budgets: list, args: tuple, kwargs: dict[str, Any]) -> 
     """
     if args:
         kwargs = {"inputs": args[0], **dict(zip(("generation_config",), args[1:], strict=False)), **kwargs}
-    _refuse(kwargs, "past_key_values", "return_dict_in_generate", "streamer")
+    _refuse(kwargs, "past_key_values", "cache", "return_dict_in_generate", "streamer")
     batch = next((kwargs[key] for key in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
     if batch is None:
         raise invalid("inputs", None, "A list of budgets needs the sequences that they are for.", "Pass `input_ids`.")

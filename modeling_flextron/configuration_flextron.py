@@ -96,7 +96,7 @@ class FlextronConfig(PreTrainedConfig):
     """
 
     model_type = "flextron"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     # Query heads of a GQA parent are stored rank-major, across KV heads: attention cannot be split by rows.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.mlp.gate_proj": "colwise",

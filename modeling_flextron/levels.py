@@ -119,7 +119,9 @@ class StoredTensor:
     def __getitem__(self, index: EllipsisType | slice | int | tuple) -> torch.Tensor:
         if len(self.parts) == 1:
             ((block, part),) = self.parts
-            return block.read(part)[index].clone(memory_format=torch.contiguous_format)
+            tensor = block.read(part)[index]
+            # A block as it is stays mapped, as transformers does it; of a part the rest of its pages would stay, too.
+            return tensor if part == block.box else tensor.clone(memory_format=torch.contiguous_format)
         whole: torch.Tensor | None = None
         for block, part in self.parts:
             tensor = block.read(part)

@@ -402,7 +402,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlextronDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -660,6 +660,7 @@ class FlextronModel(FlextronPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         flextron_budget: Any = None,
         routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -670,8 +671,10 @@ class FlextronModel(FlextronPreTrainedModel):
             input_ids: Token ids `[B, S]`; or pass `inputs_embeds` `[B, S, D]`, of which a narrower hidden size
                 uses the leading channels.
             attention_mask: `[B, S]` with zeros at padding, or a prepared 4-D mask.
+            cache: What transformers calls `past_key_values` from version 5.24 on.
             routing: Runs the parts of every layer while sizes are being learned.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         subnetwork, built = self.resolve_budget(flextron_budget), self.built
         hidden = None if subnetwork.hidden == built.hidden else subnetwork.hidden
         if input_ids is not None and inputs_embeds is None:
@@ -699,13 +702,7 @@ class FlextronModel(FlextronPreTrainedModel):
             attention_mask
             if isinstance(attention_mask, dict)
             else {  # a dict is what `generate` prepares
-                kind: MASKS[kind](
-                    config=self.config,
-                    inputs_embeds=hidden_states,
-                    attention_mask=attention_mask,
-                    past_key_values=past_key_values,
-                    position_ids=position_ids,
-                )
+                kind: MASKS[kind](self.config, hidden_states, attention_mask, past_key_values, position_ids)
                 for kind in dict.fromkeys(kinds)
             }
         )
@@ -767,6 +764,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         flextron_budget: Any = None,
         head_loss: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -783,7 +781,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             flextron_budget=self.resolve_budget(flextron_budget),

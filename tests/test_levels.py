@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from flextron_trainer.verify import verify
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronForSequenceClassification
-from modeling_flextron.levels import blocks_of, index_name, overlap, parse_block, plan_levels, row_bytes, volume
+from modeling_flextron.levels import Block, blocks_of, index_name, overlap, parse_block, plan_levels, row_bytes, volume
 
 BUDGET = "0.35"
 
@@ -112,6 +112,23 @@ def test_rows_that_do_not_nest(model, ids, tmp_path):
         assert difference(loaded(ids).logits, other(ids, flextron_budget=row["subnetwork"]).logits) < 1e-5
         assert needed_bytes(tmp_path / "levels", row["subnetwork"]) == 4 * row["parameters"]
     assert verify(tmp_path / "levels")["rows"][-1] == "everything"
+
+
+@pytest.mark.parametrize("budget", ["0.15", BUDGET, "0.6", None])
+def test_what_is_read(model, exported, monkeypatch, budget):
+    """The blocks of a row and nothing else."""
+    read = []
+
+    class Counting(Block):
+        def read(self, part):
+            tensor = super().read(part)
+            read.append(tensor.nbytes)
+            return tensor
+
+    monkeypatch.setattr("modeling_flextron.levels.Block", Counting)
+    assert sum(read) == 0
+    loaded = load(exported, budget)
+    assert 4 * loaded.num_parameters() == sum(read)
 
 
 @torch.no_grad()

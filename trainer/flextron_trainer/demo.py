@@ -172,7 +172,7 @@ def run(
 
     console.rule("5/6 evaluation")
     after = evaluate_frontier(elastic, eval_blocks, 32)
-    elastic.save_pretrained(repo)
+    elastic.export(repo)
     tokenizer.save_pretrained(repo)
     write_model_card(elastic, repo, arguments)
     _plot(elastic, parent_loss, before, after, output / "frontier.png")
