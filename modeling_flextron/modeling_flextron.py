@@ -13,12 +13,14 @@ Loading at a budget builds the small shape at once and reads only the leading sl
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, create_repo
 from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -40,7 +42,9 @@ from .configuration_flextron import FlextronConfig
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from .errors import invalid
 from .extraction import extract
+from .hub import commit_files, files_of
 from .latency import LatencyTable
+from .model_card import write_model_card
 from .subnetwork import SubNetwork, resolve
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
@@ -544,6 +548,42 @@ class FlextronPreTrainedModel(PreTrainedModel):
             super().save_pretrained(folder, **kwargs)
         if push:
             self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        tags: list[str] | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs,
+    ) -> CommitInfo:
+        """Upload code, config, latency tables, weights, card and plot in one commit.
+
+        A push that fails changes nothing on the Hub and may be repeated.
+
+        Args:
+            repo_id: Repo to write, created when it is not there; its card is written anew.
+            tokenizer: Uploaded as well.
+            private: Create the repo as private; one that exists stays as it is.
+            token: Of a user who may write; by default the one of `hf auth login`.
+            tags: More tags for the card.
+            max_shard_size: Of a file of weights.
+            kwargs: `commit_message`, `commit_description`, `revision` and `create_pr`; see `hub.commit_files`.
+
+        Raises:
+            ValueError: the model shares its parameters with another (`share`).
+            OSError, httpx.HTTPError: as `hub.commit_files`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            write_model_card(self, folder, repo_id, tags)
+            return commit_files(files_of(folder), repo_id, token=token, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""
