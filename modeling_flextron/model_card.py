@@ -235,9 +235,7 @@ def _notes(model, plotted: bool) -> str:
     for entry in (model.config.token_routing or {"targets": []})["targets"]:
         loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f}"
         notes.append(f"`auto:{entry['target']:g}`, where every token chooses its sizes, has loss {loss}.")
-    if plotted:
-        notes.append(f"\n\n![loss against parameters]({PLOT})")
-    return " ".join(notes)
+    return " ".join(notes) + (f"\n\n![loss against parameters]({PLOT})" if plotted else "")
 
 
 def _training(config) -> str:

@@ -11,8 +11,6 @@ import base64
 import hashlib
 import json
 import re
-import socket
-import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -145,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
         ("GET", r"/api/models/([^/]+/[^/]+)/refs", "list_refs"),
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
@@ -167,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests.append((self.command, unquote(path), self.headers.get("Range")))
         for method, pattern, name in self.ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
-                return getattr(self, name)(*map(unquote, match.groups()))
+                return getattr(self, name)(*(part and unquote(part) for part in match.groups()))
         self.server.unknown.append((self.command, path))
         return self.answer(404, {"error": "no such route"})
 
@@ -233,14 +231,18 @@ class Handler(BaseHTTPRequestHandler):
             content = {"id": repo, "sha": at[1], "private": at[0].private, "tags": []}
             self.answer(200, content | {"siblings": [{"rfilename": path} for path in files]})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, folder: str | None) -> None:
         if at := self.revision(repo, revision):
-            entries = []
-            for path, content in at[0].commits[at[1]].files.items():
+            entries, prefix = [], f"{folder}/" if folder else ""
+            files = {path: b for path, b in at[0].commits[at[1]].files.items() if path.startswith(prefix)}
+            if not files:
+                return self.answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+            for path, content in files.items():
                 oid = oid_of(path, content)
                 lfs = {"lfs": {"oid": oid, "size": len(content), "pointerSize": 1}} if path.endswith(LFS) else {}
                 entries.append({"type": "file", "path": path, "size": len(content), "oid": oid, **lfs})
-            self.answer(200, entries)
+            return self.answer(200, entries)
+        return None
 
     def list_refs(self, repo: str) -> None:
         if found := self.found(repo):
@@ -270,16 +272,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(status, content, headers)
 
     def hang_up(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        """Promise all of `content`, send half of it, and reset the connection."""
+        """Promise all of `content`, send half of it (of a part of a file: nothing), and close the connection."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
-        self.wfile.flush()
+        self.wfile.write(content[: len(content) // 2 if status == 200 else 0])
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
 
     # ------------------------------------------------------------------------------------------- writing
 

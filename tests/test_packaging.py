@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_flextron.configuration_flextron import VERSION
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -67,3 +69,7 @@ print("DONE")
 @pytest.mark.parametrize("folder", ["trainer", "tests", "docs", "benchmarks", "examples"])
 def test_source_roots_are_not_packages(folder):
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_code_in_a_repo_has_the_version_of_the_package():
+    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text()

@@ -1,7 +1,7 @@
 """`FlextronTrainingArguments`: the ordinary `TrainingArguments` and what elastic training adds to them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -134,8 +134,9 @@ class FlextronTrainingArguments(TrainingArguments):
     def _given(self) -> Iterator[tuple[str, Any]]:
         # Before `TrainingArguments` fills in the rest, and without building a second one: that resets accelerate.
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name not in LOCAL and isinstance(value, (str, int, float, list)) and value != entry.default:
+            value, factory = getattr(self, entry.name), entry.default_factory
+            default = entry.default if factory is MISSING else factory()
+            if entry.name not in LOCAL and isinstance(value, (str, int, float, list)) and value != default:
                 yield entry.name, getattr(value, "value", value)  # of an enumeration
 
 

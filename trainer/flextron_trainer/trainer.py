@@ -32,11 +32,14 @@ from modeling_flextron.model_card import write_model_card
 from .arguments import FlextronTrainingArguments
 from .data import collator
 from .losses import IGNORED, HeadLoss, Teacher
+from .router_stage import FILE as ROUTERS
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
 
 logger = logging.get_logger(__name__)
-PICKLES = shutil.ignore_patterns("*.pt", "*.pth", "*.bin")  # optimizer, schedule and random state stay local
+TRAINER_STATE = "trainer_state.json"
+# What stays on this machine: the pickles of optimizer, schedule and random state, and arguments with local paths.
+LOCAL = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.json")
 
 
 class FlextronTrainer(Trainer):
@@ -59,6 +62,8 @@ class FlextronTrainer(Trainer):
 
     model: Any
     args: FlextronTrainingArguments
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
     loss_is_scaled_for_ga = True  # our losses are sums divided by the tokens of the whole accumulated batch
 
     def __init__(
@@ -364,7 +369,7 @@ class FlextronTrainer(Trainer):
                 found[int(match[1])] = folder
         for step in sorted(found, reverse=True):
             try:
-                state = TrainerState.load_from_json(str(found[step] / "trainer_state.json"))
+                state = TrainerState.load_from_json(str(found[step] / TRAINER_STATE))
             except (OSError, ValueError, TypeError):
                 logger.warning(f"{found[step]} was not written to its end and is skipped.")
                 continue
@@ -377,7 +382,7 @@ class FlextronTrainer(Trainer):
         # The state is what `_last_complete_checkpoint` looks for: in a folder that is written again it goes first.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
-            (folder / "trainer_state.json").unlink(missing_ok=True)
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -402,9 +407,9 @@ class FlextronTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # A copy, because the folder may be rotated away before it has arrived.
         staged = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
-        shutil.copytree(checkpoint_folder, staged.name, ignore=PICKLES, dirs_exist_ok=True)
+        shutil.copytree(checkpoint_folder, staged.name, ignore=LOCAL, dirs_exist_ok=True)
         write_model_card(self.model, staged.name, self.hub_model_id)
-        files = files_of(staged.name)
+        files = {name: path for name, path in files_of(staged.name).items() if name not in (TRAINER_STATE, ROUTERS)}
         if strategy == HubStrategy.CHECKPOINT:
             files |= files_of(staged.name, "last-checkpoint/")
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
