@@ -15,7 +15,7 @@ from huggingface_hub import (
 
 from .errors import invalid
 
-WEIGHTS = re.compile(r"(pytorch_)?model[^/]*\.(safetensors|bin|json)")
+WEIGHTS = re.compile(r"(pytorch_)?model[-.][^/]*(safetensors|bin)(\.index[^/]*\.json)?")  # shards and indices, too
 
 
 def files_of(folder: str | os.PathLike, prefix: str = "") -> dict[str, Path]:

@@ -22,6 +22,8 @@ def test_from_a_folder_as_from_a_model(parent, ids, tmp_path):
     from_folder = convert(tmp_path / "parent", DATA, **CHOICES)
     for (name, a), (_, b) in zip(from_model.named_parameters(), from_folder.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    assert from_folder.config.parent_name == "parent" and from_model.config.parent_name is None
+    from_folder.config.parent_name = None
     assert from_model.config.to_dict() == from_folder.config.to_dict()
 
 

@@ -1,6 +1,7 @@
 """Loss, perplexity and accuracy; the plot; the card."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from training import arguments, rows
 
 from flextron_trainer.data import collator
 from flextron_trainer.evaluation import NextToken, evaluate_frontier, evaluate_model
-from modeling_flextron import LatencyTable
-from modeling_flextron.model_card import frontier_table, plot_frontier, write_model_card
+from modeling_flextron import FlextronForCausalLM, FlextronForSequenceClassification, FlextronModel, LatencyTable
+from modeling_flextron.model_card import TASKS, frontier_table, plot_frontier, write_model_card
 
 
 def test_metric_by_hand():
@@ -84,6 +85,19 @@ def test_card_of_what_was_not_measured(tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.eval_results is None and "not measured" in card.text and "Not trained" in card.text
     assert not (tmp_path / "frontier.png").exists()
+
+
+@pytest.mark.parametrize("head", [FlextronForCausalLM, FlextronForSequenceClassification, FlextronModel])
+def test_snippets_run_for_every_head_without_a_tokenizer(tmp_path, monkeypatch, head):
+    model = head(elastic_of("mha").config)
+    model.save_pretrained(tmp_path / "saved")
+    write_model_card(model, tmp_path / "saved")
+    card, space = ModelCard.load(tmp_path / "saved" / "README.md"), {}
+    monkeypatch.chdir(tmp_path)
+    for code in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        exec(code, space)
+    assert type(space["model"]) is head and card.data.pipeline_tag == TASKS[head._auto_class]
+    assert (tmp_path / "saved-0.15").is_dir() == (head is FlextronForCausalLM)
 
 
 def test_speed_in_the_card(tmp_path):

@@ -56,7 +56,7 @@ done["command"] = flextron("push", "saved", "me/private", "--private", "--commit
 push("fourth")
 
 run = trainer(
-    "run", model=elastic, teacher=None, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=1,
+    "run", model=elastic, teacher=None, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1,
     push_to_hub=True, hub_model_id="me/trained", hub_strategy="checkpoint", hub_always_push=True,
 )
 run.processing_class = tokenizer
@@ -139,6 +139,7 @@ def pushed(hub, tmp_path_factory):
     """What the process that pushes saw."""
     home = tmp_path_factory.mktemp("push")
     hub.refuse_commits("me/elastic", "third", 1)
+    hub.refuse_commits("me/trained", "Training in progress, step 2", 1)
     return last_line(run_python(PUSH, env=hub.environment(home / "cache"), folder=home))
 
 
@@ -199,12 +200,14 @@ class TestPush:
         assert 'from_pretrained("me/elastic", trust_remote_code=True' in card.text
 
     def test_trainer(self, hub, pushed):
+        """A push in the background that is refused stops nothing."""
         step = "Training in progress, step"
-        assert hub.titles("me/trained") == ["End of training", f"{step} 4", f"{step} 2", "initial commit"]
+        assert hub.titles("me/trained") == ["End of training", f"{step} 3", f"{step} 1", "initial commit"]
         files, card = hub.files("me/trained"), card_of(hub, "me/trained")
-        assert "last-checkpoint/trainer_state.json" in files and "last-checkpoint/model.safetensors" in files
-        assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
-        assert "tokenizer.json" in files and "- `max_steps`: `4`" in card.text and "trained" in card.data.tags
+        assert "trainer_state.json" not in files and "last-checkpoint/trainer_state.json" in files
+        assert "last-checkpoint/model.safetensors" in files
+        assert not [path for path in files if path.endswith((".bin", ".pt", ".pth", "arguments.json"))]
+        assert "tokenizer.json" in files and "- `max_steps`: `3`" in card.text and "trained" in card.data.tags
 
 
 class TestLoad:
