@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .errors import invalid, require_int
 from .families import family_of
@@ -32,6 +33,8 @@ from .subnetwork import (
 )
 from .token_routing import RoutedSubNetwork, check_token_routing, narrowed_routing, resolve_auto
 
+logger = logging.get_logger(__name__)
+VERSION = "0.1.0"  # of this code, wherever it runs from; the package has the same
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
     "AutoModel": "modeling_flextron.FlextronModel",
@@ -41,12 +44,21 @@ AUTO_MAP = {
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
 TABLE_FIELDS = ("device", "kind", "dtype", "batch", "context")
+LICENSE_FIELDS = ("license", "license_name", "license_link")
 NORMS = ("rms", "layer")
 KINDS = ("full_attention", "sliding_attention")
 
 
 def _size(row: dict[str, Any]) -> int:
     return row["non_embedding_parameters"]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def _plain(budget: Any) -> Any:
@@ -90,6 +102,10 @@ class FlextronConfig(PreTrainedConfig):
         latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
         levels: Of a checkpoint that is stored in levels (`levels.py`): `checkpoint`, which its files share, and
             `rows`, the row of the frontier that each level completes, smallest first.
+        parent_name: Hub id of the parent, or the name of its folder.
+        parent_license: `license`, and `license_name` and `license_link` where there are any, of the parent's card.
+        training_runs: The training arguments that differ from their defaults, of every run since the conversion.
+        flextron_version: Version of the code that wrote the file, and that lies beside it.
 
     Raises:
         ValueError: a field has the wrong type or an impossible value; the message names it.
@@ -150,6 +166,10 @@ class FlextronConfig(PreTrainedConfig):
     token_routing: dict | None = None
     latency_tables: dict = None  # type: ignore[assignment]
     levels: dict | None = None
+    parent_name: str | None = None
+    parent_license: dict | None = None
+    training_runs: list[dict] | None = None
+    flextron_version: str | None = None
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
@@ -180,7 +200,9 @@ class FlextronConfig(PreTrainedConfig):
             # The base class reads its own fields without a look at their types.
             rule = f"One of its fields has an impossible value ({type(error).__name__}: {error})."
             raise invalid("config", config_dict.get("_name_or_path"), rule, "Download or write it again.") from error
-        (result[0] if isinstance(result, tuple) else result).validate()  # with the other keywords, set by now
+        config = result[0] if isinstance(result, tuple) else result
+        config.validate()  # with the other keywords, set by now
+        config._say_which_code_runs()
         return result
 
     # ------------------------------------------------------------------------------------------- reading
@@ -251,7 +273,19 @@ class FlextronConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`, with the latency tables that the config lists."""
         copy_tables(self, save_directory)
+        self.flextron_version = VERSION  # this code is what a model saves
         super().save_pretrained(save_directory, **kwargs)
+
+    def _say_which_code_runs(self) -> None:
+        """One line in the log when the repo's own code is another version than this one, which runs."""
+        if self.flextron_version in (None, VERSION):
+            return
+        newer = _parts(self.flextron_version) > _parts(VERSION)
+        logger.warning_once(
+            f"The code beside {self.name_or_path or 'this config'} is Flextron {self.flextron_version}; what runs is"
+            f" {'the older' if newer else 'the newer'} {VERSION} in {os.path.dirname(__file__)}."
+            + (" Upgrade it if something is missing: `pip install -U flextron`." if newer else "")
+        )
 
     # ------------------------------------------------------------------------------------------- changing
 
@@ -343,6 +377,24 @@ class FlextronConfig(PreTrainedConfig):
         require_int("flextron_context", self.flextron_context, minimum=0)
         if self.parent_non_embedding_parameters is not None:
             require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
+        self._check_origin()
+
+    def _check_origin(self) -> None:
+        """Check what a card says about where the model comes from."""
+        if not isinstance(self.parent_name, str | None):
+            raise invalid("parent_name", self.parent_name, "It is a text.", "Pass the Hub id of the parent, or None.")
+        terms = self.parent_license
+        if terms is not None and not (
+            isinstance(terms, dict) and set(terms) <= set(LICENSE_FIELDS) and all(map(_is_text, terms.values()))
+        ):
+            rule = f"It holds texts under {', '.join(LICENSE_FIELDS)}."
+            raise invalid("parent_license", terms, rule, "Pass for instance {'license': 'apache-2.0'}, or None.")
+        runs = self.training_runs
+        if runs is not None and not (isinstance(runs, list) and all(isinstance(run, dict) for run in runs)):
+            raise invalid("training_runs", runs, "It lists the arguments of every run.", "Pass a list of dicts.")
+        version = self.flextron_version
+        if version is not None and not (_is_text(version) and re.fullmatch(r"\d+(\.\d+)*", version)):
+            raise invalid("flextron_version", version, "It is numbers with dots between.", "Leave it out.")
 
     def _check_dimensions(self) -> None:
         family_of(self.base_model_type, "base_model_type")

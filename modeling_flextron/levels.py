@@ -473,11 +473,19 @@ def _bytes(tensor: torch.Tensor) -> Any:
 
 
 def row_bytes(folder: Path, config: Any) -> dict[str, int]:
-    """Row of the frontier -> bytes of the shards that it needs, as the indexes in a folder say."""
+    """Row of the frontier -> bytes of the weight files that loading it fetches from a copy of a folder.
+
+    Args:
+        folder: Of a saved model.
+        config: The config that lies there.
+    """
 
     def size(level: int | None) -> int:
         return sum(shard["size"] for shard in read_index(folder / index_name(level))["shards"].values())
 
+    if config.levels is None:
+        everything = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return {row["name"]: everything for row in config.frontier}
     levels = {name: level for level, name in enumerate(config.levels["rows"])}
     return {row["name"]: size(levels.get(row["name"])) for row in config.frontier}
 

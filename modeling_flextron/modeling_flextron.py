@@ -13,6 +13,7 @@ Loading at a budget builds the small shape at once and reads only the leading pa
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, create_repo
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -48,8 +51,10 @@ from .configuration_flextron import FlextronConfig
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
 from .errors import invalid
 from .extraction import extract
+from .hub import commit_files, files_of
 from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
+from .model_card import write_model_card
 from .subnetwork import SubNetwork, resolve
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
@@ -530,7 +535,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
                 name = config.transformers_weights or SAFE_WEIGHTS_INDEX_NAME
                 read_index(Path(cached_file(pretrained_model_name_or_path, name, **hub)))  # before it is followed
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        except OSError as error:
+        except HfHubHTTPError.__bases__ as error:  # also what its HTTP library raises where a connection breaks
             if config.levels is None or os.path.isdir(pretrained_model_name_or_path):
                 raise
             call = (
@@ -596,18 +601,53 @@ class FlextronPreTrainedModel(PreTrainedModel):
             max_shard_size: Largest file of a level.
 
         Raises:
-            ValueError: the model is quantized, has adapters, or shares its parameters with another.
+            ValueError: the model is quantized, or shares its parameters with another.
         """
-        if not self.switchable or getattr(self, "_hf_peft_config_loaded", False):
-            what = "quantized" if not self.switchable else "one with adapters"
-            rule = f"The levels of a {what} model cannot be told apart."
-            raise invalid("model", what, rule, "Save it with `save_pretrained`, or merge the adapters first.")
+        if not self.switchable:
+            rule = "The sizes of a quantized model cannot be told apart."
+            raise invalid("model", type(self).__name__, rule, "Save it with `save_pretrained`.")
         with write_beside(save_directory) as folder:
             self.save_pretrained(folder, state_dict={})  # all but the weights
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
             config = copy.deepcopy(self.config)
             config.levels = write_levels(self, folder, max_shard_size)
             config.to_json_file(folder / CONFIG_NAME)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        tags: list[str] | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs,
+    ) -> CommitInfo:
+        """Upload code, config, latency tables, weights, card and plot in one commit.
+
+        A push that fails changes nothing on the Hub and may be repeated.
+
+        Args:
+            repo_id: Repo to write, created when it is not there; its card is written anew.
+            tokenizer: Uploaded as well.
+            private: Create the repo as private; one that exists stays as it is.
+            token: Of a user who may write; by default the one of `hf auth login`.
+            tags: More tags for the card.
+            max_shard_size: Of a file of weights.
+            kwargs: `commit_message`, `commit_description`, `revision` and `create_pr`; see `hub.commit_files`.
+
+        Raises:
+            ValueError: the model shares its parameters with another (`share`).
+            OSError, HTTPError: as `hub.commit_files`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            (self.export if self.switchable else self.save_pretrained)(folder, max_shard_size=max_shard_size)
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            write_model_card(self, folder, repo_id, tags)
+            return commit_files(files_of(folder), repo_id, token=token, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""

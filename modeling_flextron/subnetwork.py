@@ -147,7 +147,7 @@ def parameters_of(config, embeddings: bool = True) -> Cost:
 
 def memory_of(config) -> Cost:
     """Bytes of the weights in the dtype of the config, and of the KV cache that memory budgets reserve."""
-    weights, size, context = parameters_of(config), bytes_per_value(config.dtype), _context(config)
+    weights, size, context = parameters_of(config), bytes_per_value(config.dtype), memory_context(config)
 
     def layer(hidden: int, mlp: int, heads: int) -> float:
         return size * (weights.layer(hidden, mlp, heads) + 2 * config.kv_heads(heads) * config.head_dim * context)
@@ -325,10 +325,10 @@ def row_cost(config, row: dict, kind: str) -> int:
         return row["non_embedding_parameters"]
     if kind == "parameters":
         return row["parameters"]
-    return (row["parameters"] + row["kv_values_per_token"] * _context(config)) * bytes_per_value(config.dtype)
+    return (row["parameters"] + row["kv_values_per_token"] * memory_context(config)) * bytes_per_value(config.dtype)
 
 
-def _context(config) -> int:
+def memory_context(config) -> int:
     """Tokens of KV cache that memory budgets reserve: no more than a table of positions allows."""
     return min(config.flextron_context, config.max_position_embeddings if config.learned_positions else math.inf)
 
@@ -371,7 +371,7 @@ def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
     unit = {
         "fraction": f"non-embedding parameters, a fraction of {least / config.parent_size():.4g}",
         "parameters": "parameters",
-        "memory": f"bytes with a KV cache of {_context(config)} tokens (`flextron_context`)",
+        "memory": f"bytes with a KV cache of {memory_context(config)} tokens (`flextron_context`)",
     }[parsed.kind]
     sizes = {"layers" if axis == "depth" else axis: config.choices(axis)[-1] for axis in AXES}
     raise invalid(

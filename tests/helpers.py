@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import subprocess
 import sys
@@ -153,14 +154,21 @@ sys.meta_path.insert(0, Refuse)
 
 
 def run_python(
-    code: str, *arguments: object, timeout: float = 240, check: bool = True, package: bool = True
+    code: str,
+    *arguments: object,
+    timeout: float = 240,
+    check: bool = True,
+    package: bool = True,
+    env: dict[str, str] | None = None,
+    folder: Path | None = None,
 ) -> subprocess.CompletedProcess:
     """Run Python code in a process of its own: with this checkout on its path, or where our packages cannot be
-    imported."""
+    imported; `env` is added to the environment, `folder` is where it works."""
     root = Path(__file__).parent.parent
     path = [str(root), str(root / "trainer"), str(root / "tests")]
     prelude = f"import sys; sys.path[:0] = {path!r}\n" if package else WITHOUT_PACKAGE
     command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
-    done = subprocess.run(command, text=True, capture_output=True, timeout=timeout)
+    variables = {**os.environ, **(env or {})}
+    done = subprocess.run(command, text=True, capture_output=True, timeout=timeout, env=variables, cwd=folder)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done

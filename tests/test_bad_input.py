@@ -87,6 +87,12 @@ CONFIG = {
     "row with metrics as list": (frontier(metrics=[]), "frontier[0]['metrics']"),
     "row with sizes as text": (frontier(subnetwork="full"), "frontier[0]['subnetwork']"),
     "row with impossible sizes": (frontier(subnetwork={"mlp": 33}), "flextron_budget"),
+    "parent as number": (config(parent_name=7), "parent_name"),
+    "licence as text": (config(parent_license="mit"), "parent_license"),
+    "licence with an unknown field": (config(parent_license={"licence": "mit"}), "parent_license"),
+    "runs as dict": (config(training_runs={"max_steps": 1}), "training_runs"),
+    "version as number": (config(flextron_version=1.0), "flextron_version"),
+    "version as words": (config(flextron_version="newest"), "flextron_version"),
     "parent size as text": (config(parent_non_embedding_parameters="1B"), "parent_non_embedding_parameters"),
 }
 

@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import pytest
 from helpers import all_sizes
+from transformers import AutoConfig
 
 from modeling_flextron import FlextronConfig, count_parameters
+from modeling_flextron.configuration_flextron import VERSION
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -72,3 +74,17 @@ def test_a_heterogeneous_config_is_written_as_per_layer_config(tmp_path):
 def test_depth_keeps_what_the_ranking_does_not_drop():
     config = FlextronConfig(**SMALL)
     assert config.kept_layers(3) == (0, 1, 2) and config.kept_layers(2) == (0, 2)
+
+
+@pytest.mark.parametrize(("version", "word"), [("99.1", "the older"), ("0.0.9", "the newer"), (VERSION, None)])
+def test_says_which_code_runs(tmp_path, caplog, version, word):
+    FlextronConfig(**SMALL).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    assert f'"flextron_version": "{VERSION}"' in path.read_text()
+    path.write_text(path.read_text().replace(f'"flextron_version": "{VERSION}"', f'"flextron_version": "{version}"'))
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(config) is FlextronConfig and config.flextron_version == version
+    lines = [record.message for record in caplog.records if "what runs is" in record.message]
+    assert len(lines) == (word is not None)
+    if word:
+        assert f"is Flextron {version}; what runs is {word} {VERSION} in " in lines[0] and str(tmp_path) in lines[0]

@@ -8,7 +8,7 @@ import torch
 from helpers import CHOICES, difference, elastic_of, parent_of, run_python
 
 from flextron_trainer import convert
-from flextron_trainer.convert import _elastic_config, _ranked_heads, _take
+from flextron_trainer.convert import _elastic_config, _ranked_heads, _take, origin_of
 from flextron_trainer.importance import Importance, fingerprint, measure
 from modeling_flextron import count_parameters
 
@@ -22,6 +22,8 @@ def test_from_a_folder_as_from_a_model(parent, ids, tmp_path):
     from_folder = convert(tmp_path / "parent", DATA, **CHOICES)
     for (name, a), (_, b) in zip(from_model.named_parameters(), from_folder.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    assert from_folder.config.parent_name == "parent" and from_model.config.parent_name is None
+    from_folder.config.parent_name = None
     assert from_model.config.to_dict() == from_folder.config.to_dict()
 
 
@@ -263,3 +265,17 @@ def test_importance_reordered_is_deterministic():
     assert torch.equal(scores.reordered("random", 1).mlp, scores.reordered("random", 1).mlp)
     assert not torch.equal(scores.reordered("random", 1).mlp, scores.reordered("random", 2).mlp)
     assert torch.equal(scores.reordered("reverse", 1).hidden, -scores.hidden)
+
+
+def test_the_parent_and_its_licence_are_remembered(tmp_path):
+    folder = tmp_path / "parent"
+    parent_of("mha").save_pretrained(folder)
+    assert origin_of(str(folder)) == ("parent", None)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: ours\ntags: [a]\n---\n# Parent\n")
+    expected = ("parent", {"license": "other", "license_name": "ours"})
+    config = elastic_of("mha", folder).config
+    assert (config.parent_name, config.parent_license) == expected
+    (folder / "README.md").write_text("---\nlicense: [\n---\n")
+    assert origin_of(str(folder)) == ("parent", None)
+    assert origin_of("them/unreachable") == ("them/unreachable", None)
+    assert elastic_of("mha").config.parent_name is None

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_flextron.configuration_flextron import VERSION
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -49,14 +51,14 @@ import flextron_trainer, modeling_flextron
 for package in (flextron_trainer, modeling_flextron):
     assert package.__file__.startswith({str(tmp_path)!r})
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from flextron_trainer.model_card import write_model_card
+from modeling_flextron.model_card import write_model_card
 parent = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                       num_attention_heads=4))
 elastic = convert(parent, torch.randint(0, 50, (8, 16)))
 arguments = FlextronTrainingArguments("run", max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
 FlextronTrainer(elastic, arguments, teacher=parent, train_dataset=[{{"input_ids": list(range(9))}}] * 8).train()
 elastic.save_pretrained("saved")
-write_model_card(elastic, "saved", arguments)
+write_model_card(elastic, "saved")
 print("DONE")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -67,3 +69,7 @@ print("DONE")
 @pytest.mark.parametrize("folder", ["trainer", "tests", "docs", "benchmarks", "examples"])
 def test_source_roots_are_not_packages(folder):
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_code_in_a_repo_has_the_version_of_the_package():
+    assert f'version = "{VERSION}"' in (ROOT / "pyproject.toml").read_text()

@@ -1,6 +1,8 @@
 """`FlextronTrainingArguments`: the ordinary `TrainingArguments` and what elastic training adds to them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -11,6 +13,11 @@ from .sampling import SAMPLERS
 STAGES = ("elastic", "router", "joint")
 METHODS = ("surrogate", "gumbel", "token")
 COSTS = ("parameters", "latency")
+# Matters of a machine or an account, not of what was trained.
+LOCAL = {
+    "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "resume_from_checkpoint",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+}  # fmt: skip
 
 
 @dataclass
@@ -80,6 +87,7 @@ class FlextronTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._changed = dict(self._given())
         for name, allowed in (
             ("stage", STAGES), ("sampler", SAMPLERS), ("router_method", METHODS), ("router_cost", COSTS)
         ):  # fmt: skip
@@ -118,6 +126,18 @@ class FlextronTrainingArguments(TrainingArguments):
             rule = "The losses of elastic training have no label smoothing."
             raise invalid("label_smoothing_factor", self.label_smoothing_factor, rule, "Leave it at 0.")
         super().__post_init__()
+
+    def changed(self) -> dict[str, Any]:
+        """The arguments that were given and differ from their defaults, without paths, tokens, logging and the like."""
+        return dict(self._changed)
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        # Before `TrainingArguments` fills in the rest, and without building a second one: that resets accelerate.
+        for entry in fields(self):
+            value, factory = getattr(self, entry.name), entry.default_factory
+            default = entry.default if factory is MISSING else factory()
+            if entry.name not in LOCAL and isinstance(value, (str, int, float, list)) and value != default:
+                yield entry.name, getattr(value, "value", value)  # of an enumeration
 
 
 def _number(value: object) -> bool:

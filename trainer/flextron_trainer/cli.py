@@ -154,9 +154,10 @@ def convert(
     """
     from transformers import AutoConfig
 
+    from modeling_flextron.model_card import write_model_card
+
     from .convert import convert as run
     from .data import load_text, load_tokenizer
-    from .model_card import write_model_card
     from .presets import load_preset
 
     different_folders(parent, output)
@@ -188,8 +189,8 @@ def convert(
         **options,
     )
     elastic.save_pretrained(output)
-    write_model_card(elastic, output)
     copy_tokenizer(parent, output)
+    write_model_card(elastic, output)
     finish(output=str(output), frontier=elastic.frontier)
 
 
@@ -254,10 +255,11 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume or arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
-    trainer.save_model()
-    trainer.create_model_card()
     if arguments.push_to_hub:
         trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
     finish(output=arguments.output_dir, **metrics)
 
 
@@ -271,7 +273,9 @@ def evaluate(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
     max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
-    write: Annotated[bool, typer.Option(help="Write the losses into the frontier of the model's config.")] = False,
+    write: Annotated[
+        bool, typer.Option(help="Write the losses into the frontier of the model's config, and its card.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw loss against parameters into this PNG.")] = None,
     routing_report: Annotated[
         Path | None, typer.Option(help="Draw which tokens get more compute into this PNG; see --budget auto:0.5.")
@@ -287,10 +291,11 @@ def evaluate(
     from modeling_flextron import FlextronForCausalLM, count_parameters
     from modeling_flextron.checkpoint import write_file_beside
     from modeling_flextron.errors import invalid
+    from modeling_flextron.model_card import plot_frontier, write_model_card
 
     from .data import load_text, load_tokenizer, pack
     from .evaluation import evaluate_frontier, evaluate_model, routed_widths
-    from .plots import plot_frontier, plot_routing
+    from .plots import plot_routing
 
     if write and budget:
         raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
@@ -316,6 +321,7 @@ def evaluate(
     if write:
         with write_file_beside(Path(model) / "config.json") as path:
             loaded.config.to_json_file(path)
+        write_model_card(loaded, model)
     if plot is not None:
         static = {name: result for name, result in results.items() if not name.startswith("auto")}
         sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(budget_value(name))) for name in static}
@@ -391,8 +397,7 @@ def export(
     from modeling_flextron.checkpoint import write_beside
     from modeling_flextron.errors import invalid
     from modeling_flextron.extraction import stock_sizes
-
-    from .model_card import write_model_card
+    from modeling_flextron.model_card import write_model_card
 
     different_folders(model, output)
     if pad and not dense:
@@ -409,8 +414,9 @@ def export(
             stock.save_pretrained(folder)
     else:
         loaded.export(output, max_shard_size)
-        write_model_card(loaded, output)
     copy_tokenizer(model, output)
+    if not dense:
+        write_model_card(loaded, output)
     finish(output=str(output), parameters=parameters, dense=dense)
 
 
@@ -436,20 +442,34 @@ def verify(
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.", show_default=False)],
     repo_id: Annotated[str, typer.Argument(help="Repo on the Hub, user/name.", show_default=False)],
-    private: Annotated[bool, typer.Option(help="Create the repo as private.")] = False,
+    private: Annotated[bool | None, typer.Option(help="Create the repo as private.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created when it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option(help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Tag for the card; repeatable.")] = None,
+    token: Annotated[str | None, typer.Option(help="By default the one of `hf auth login`.", envvar="HF_TOKEN")] = None,
 ) -> None:
-    """Upload a saved model to the Hub in one commit.
+    """Upload a saved model with its tokenizer to the Hub, in one commit; its card is written anew.
 
     Example: `flextron push elastic me/flextron-llama --private`
     """
-    from huggingface_hub import HfApi
+    import modeling_flextron
+
+    from .data import load_tokenizer
 
     must_be_a_model(folder)
-    api = HfApi()
-    repo = api.create_repo(repo_id, private=private, exist_ok=True)
-    ignored = ["checkpoint-*", "runs/*", "training_args.json", "latency/.rounds.json"]
-    commit = api.upload_folder(folder_path=folder, repo_id=repo.repo_id, ignore_patterns=ignored)
-    finish(repo=repo.repo_id, commit=commit.oid)
+    config = modeling_flextron.FlextronConfig.from_pretrained(folder)
+    model = getattr(modeling_flextron, config.architectures[0]).from_pretrained(folder)
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except ValueError as error:
+        tokenizer = None
+        print(f"No tokenizer is pushed: {error}", file=sys.stderr)
+    commit = model.push_to_hub(
+        repo_id, tokenizer=tokenizer, private=private, revision=revision, create_pr=create_pr, token=token, tags=tag,
+        commit_message=commit_message,
+    )  # fmt: skip
+    finish(repo=commit.repo_url.repo_id, commit=commit.oid, pull_request=commit.pr_url)
 
 
 @app.command()

@@ -10,14 +10,19 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from huggingface_hub import metadata_load
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron.configuration_flextron import LICENSE_FIELDS
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import (
     axes,
@@ -106,7 +111,7 @@ def convert(
     elif load_kwargs:
         raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
     config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
-    named = named_budgets(budgets)
+    named, origin = named_budgets(budgets), origin_of(parent.name_or_path)
 
     batches: list[torch.Tensor] = []
     if calibration is not None:
@@ -135,6 +140,7 @@ def convert(
     few = batches[: -(-64 // batch_size)]
     loss = partial(mean_loss, elastic, batches=few) if few else None
     elastic.config.frontier = choose_rows(elastic.config, named, loss)
+    elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic
 
@@ -164,6 +170,25 @@ def elastic_config(
     config.frontier = choose_rows(config, named_budgets(budgets), None)
     config.validate()
     return config
+
+
+def origin_of(source: str) -> tuple[str | None, dict[str, str] | None]:
+    """Name and licence of a model, the licence as the metadata of its card has it; None for what is not known.
+
+    Args:
+        source: Its Hub id or folder; of a folder only the name is told.
+    """
+    if not source:
+        return None, None
+    quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
+    card = cached_file(source, "README.md", **{f"_raise_exceptions_for_{name}": value for name, value in quiet.items()})
+    try:
+        metadata = (card and metadata_load(card)) or {}
+    except (ValueError, yaml.YAMLError):
+        metadata = {}
+    terms = {name: metadata[name] for name in LICENSE_FIELDS if isinstance(metadata.get(name), str)}
+    name = Path(source).resolve().name if Path(source).is_dir() else source
+    return name, terms or None
 
 
 def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -27,14 +27,13 @@ from transformers import (
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.errors import invalid
+from modeling_flextron.model_card import plot_frontier, write_model_card
 
 from . import standalone
 from .arguments import FlextronTrainingArguments
 from .convert import convert
 from .data import collator, load_text, pack
 from .evaluation import evaluate_frontier, evaluate_model
-from .model_card import write_model_card
-from .plots import plot_frontier
 from .trainer import FlextronTrainer
 
 BUDGETS = (1, 0.75, 0.5, 0.25)
@@ -174,7 +173,7 @@ def run(
     after = evaluate_frontier(elastic, eval_blocks, 32)
     elastic.export(repo)
     tokenizer.save_pretrained(repo)
-    write_model_card(elastic, repo, arguments)
+    write_model_card(elastic, repo)
     _plot(elastic, parent_loss, before, after, output / "frontier.png")
 
     console.rule("6/6 loading without this package")

@@ -10,27 +10,36 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections import defaultdict
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import run_as_future
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
+from modeling_flextron.hub import commit_files, files_of
+from modeling_flextron.model_card import write_model_card
 
 from .arguments import FlextronTrainingArguments
 from .data import collator
 from .losses import IGNORED, HeadLoss, Teacher
-from .model_card import write_model_card
+from .router_stage import FILE as ROUTERS
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
 
 logger = logging.get_logger(__name__)
+TRAINER_STATE = "trainer_state.json"
+# What stays on this machine: the pickles of optimizer, schedule and random state, and arguments with local paths.
+LOCAL = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.json")
 
 
 class FlextronTrainer(Trainer):
@@ -53,6 +62,8 @@ class FlextronTrainer(Trainer):
 
     model: Any
     args: FlextronTrainingArguments
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
     loss_is_scaled_for_ga = True  # our losses are sums divided by the tokens of the whole accumulated batch
 
     def __init__(
@@ -319,6 +330,9 @@ class FlextronTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
+        runs, run = self.model.config.training_runs or [], self.args.changed()
+        if runs[-1:] != [run]:  # a run that is resumed is the same run
+            self.model.config.training_runs = [*runs, run]
         if self.routers is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         frozen = self.routers.freeze()
@@ -355,7 +369,7 @@ class FlextronTrainer(Trainer):
                 found[int(match[1])] = folder
         for step in sorted(found, reverse=True):
             try:
-                state = TrainerState.load_from_json(str(found[step] / "trainer_state.json"))
+                state = TrainerState.load_from_json(str(found[step] / TRAINER_STATE))
             except (OSError, ValueError, TypeError):
                 logger.warning(f"{found[step]} was not written to its end and is skipped.")
                 continue
@@ -368,7 +382,7 @@ class FlextronTrainer(Trainer):
         # The state is what `_last_complete_checkpoint` looks for: in a folder that is written again it goes first.
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
-            (folder / "trainer_state.json").unlink(missing_ok=True)
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -384,13 +398,78 @@ class FlextronTrainer(Trainer):
             (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The base class pushes the weights and the config of the checkpoint, without the code that the config names.
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            for path in Path(checkpoint_folder).glob("*.py"):
-                shutil.copy(path, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
+        """Push a checkpoint with its card in the background: one commit, and no pickles."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # A copy, because the folder may be rotated away before it has arrived.
+        staged = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
+        shutil.copytree(checkpoint_folder, staged.name, ignore=LOCAL, dirs_exist_ok=True)
+        write_model_card(self.model, staged.name, self.hub_model_id)
+        files = {name: path for name, path in files_of(staged.name).items() if name not in (TRAINER_STATE, ROUTERS)}
+        if strategy == HubStrategy.CHECKPOINT:
+            files |= files_of(staged.name, "last-checkpoint/")
+        elif strategy == HubStrategy.ALL_CHECKPOINTS:
+            files |= files_of(staged.name, f"{Path(checkpoint_folder).name}/")
+        job = run_as_future(
+            commit_files,
+            files,
+            self.hub_model_id,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+        )
+        job.add_done_callback(lambda done: _pushed(done, staged))
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress([job])
+        else:
+            self.push_in_progress.jobs.append(job)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> Any:
+        """Save the model and its card, and push them with the tokenizer: `FlextronForCausalLM.push_to_hub`.
+
+        Args:
+            commit_message, token, revision, private: as in `Trainer.push_to_hub`.
+            blocking: False returns a `Future`.
+            kwargs: `tags`, `create_pr`, `commit_description` and `max_shard_size`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)  # on all processes
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        self._finish_current_push()
+        kwargs |= {
+            "tokenizer": self.processing_class,
+            "commit_message": commit_message,
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "private": self.args.hub_private_repo if private is None else private,
+        }
+        push = self.model.push_to_hub
+        return push(self.hub_model_id, **kwargs) if blocking else run_as_future(push, self.hub_model_id, **kwargs)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
         if self.is_world_process_zero():
-            write_model_card(self.model, self.args.output_dir, arguments=self.args)
+            write_model_card(self.model, self.args.output_dir, self.hub_model_id)
+
+
+def _pushed(job: Future, staged: tempfile.TemporaryDirectory) -> None:
+    """After a push in the background: remove what was staged, and say so when it failed."""
+    staged.cleanup()
+    if error := job.exception():
+        logger.warning(f"A checkpoint was not pushed, and the next push tries again: {error}")

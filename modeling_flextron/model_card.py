@@ -1,0 +1,329 @@
+"""The README of a repo, written from what was measured, with a plot of the frontier beside it.
+
+It is a part of the model package, so that a model whose code came from the Hub pushes with its card too. All that it
+says is in the config, in the saved folder, or follows from the sizes.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCardData
+
+from .checkpoint import write_file_beside
+from .configuration_flextron import VERSION, FlextronConfig
+from .extraction import stock_sizes
+from .latency import LatencyTable
+from .levels import row_bytes
+from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
+
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModel": "feature-extraction",
+}
+PLOT = "frontier.png"
+PAPER = "https://arxiv.org/abs/2406.10260"
+
+TEMPLATE = """\
+# {title}
+
+One checkpoint, every smaller size: {parent} made elastic with [Flextron]({paper}). Every row below is a prefix of the
+same weights; `flextron_budget` says which one is loaded.
+
+{frontier}
+
+{notes}
+
+| budget | layers | hidden | MLP | heads |
+|---|---:|---:|---:|---:|
+{shapes}
+
+## Use it
+
+The code comes with the repo. Each block goes on where the one before it ended.
+
+Load a size. `flextron_budget` is the name of a row, a fraction of the parent's non-embedding parameters (`0.5`), a
+number of parameters (`"350M"`), memory for weights and KV cache (`"6GiB"`), and more:
+
+{load}
+
+Load the whole family and switch without reloading:
+
+{switch}
+{causal}
+## Training
+
+{training}
+
+Versions: {versions}.
+
+## Citation
+
+```bibtex
+@inproceedings{{cai2024flextron,
+  title = {{Flextron: Many-in-One Flexible Large Language Model}},
+  author = {{Cai, Ruisi and Muralidharan, Saurav and Heinrich, Greg and Yin, Hongxu and Wang, Zhangyang and Kautz, Jan
+            and Molchanov, Pavlo}},
+  booktitle = {{Proceedings of the 41st International Conference on Machine Learning}},
+  year = {{2024}},
+  url = {{{paper}}}
+}}
+```
+"""
+CAUSAL = """
+Let a small size draft for the large one; the text is that of the large one:
+
+{draft}
+
+Write one size as a stock model for other engines:
+
+{export}
+"""
+
+
+def write_model_card(
+    model, folder: str | os.PathLike, repo: str | None = None, tags: Sequence[str] | None = None
+) -> None:
+    """Write `README.md` and, where losses were measured and matplotlib is installed, `frontier.png`.
+
+    Args:
+        model: The elastic model.
+        folder: Where it and its tokenizer, if it has one, are saved.
+        repo: What the snippets load; by default the name of the folder.
+        tags: More tags for the metadata.
+    """
+    folder = Path(folder)
+    title = (repo or folder.resolve().name).rpartition("/")[2]
+    measured = [row for row in model.frontier if row["loss"] is not None]
+    saved, plotted = FlextronConfig.from_pretrained(folder), False
+    if measured:
+        with write_file_beside(folder / PLOT) as path:
+            plotted = plot_frontier({title: [(row["parameters"], row["loss"]) for row in measured]}, path)
+    else:
+        (folder / PLOT).unlink(missing_ok=True)
+    text = TEMPLATE.format(
+        title=title,
+        parent=_parent(model.config),
+        paper=PAPER,
+        frontier=frontier_table(model, row_bytes(folder, saved), _tables(model.config, folder)),
+        notes=_notes(model, plotted),
+        shapes="\n".join(map(_shape, *zip(*_rows(model), strict=True))),
+        training=_training(model.config),
+        versions=_versions(),
+        **_uses(model, repo or folder.resolve().name, (folder / "tokenizer_config.json").is_file()),
+    )
+    metadata = _metadata(model, title, measured, tags or ())
+    with write_file_beside(folder / "README.md") as path:
+        path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[LatencyTable] = ()) -> str:
+    """The frontier of a model as a Markdown table.
+
+    Args:
+        model: The elastic model.
+        downloads: Row -> bytes that loading it fetches.
+        tables: Latency tables, each of which gets a column of speed.
+    """
+    context = memory_context(model.config)
+    heads = ["budget", "parameters", "download", "weights", f"KV cache, {context} tokens", "loss", "perplexity"]
+    heads += [f"tokens/s, {table.device}, {table.conditions['dtype']}" for table in tables]
+    lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
+    for row, subnetwork in _rows(model):
+        loss = row["loss"]
+        cells = [
+            f"`{row['name']}`",
+            f"{count_parameters(model.config, subnetwork):,}",
+            _size(downloads[row["name"]]),
+            _size(weight_bytes(model.config, subnetwork, model.dtype)),
+            _size(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
+            *(["not measured", ""] if loss is None else [f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}"]),
+            *(f"{table.conditions['batch'] / table.predict(subnetwork):,.1f}" for table in tables),
+        ]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def plot_frontier(
+    curves: Mapping[str, Sequence[tuple[int, float]]], path: str | os.PathLike, title: str = "Frontier"
+) -> bool:
+    """Draw loss against parameters; False where matplotlib is not installed, and nothing is drawn.
+
+    Args:
+        curves: Label -> points `(parameters, loss in nats per token)`; a single point is drawn as a star.
+        path: PNG file to write.
+        title: Above the plot.
+    """
+    try:  # here, because who only loads a model should not wait for it
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, points in curves.items():
+        sizes, losses = zip(*sorted(points), strict=True)
+        single = len(points) == 1
+        axes.plot(
+            [size / 1e6 for size in sizes], losses, "*" if single else "o-", markersize=14 if single else 6, label=label
+        )
+    axes.set_xlabel("parameters (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _rows(model) -> list[tuple[dict[str, Any], SubNetwork]]:
+    return [(row, model.config.resolve(row["subnetwork"])) for row in model.frontier]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def _range(sizes: tuple[int, ...]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"
+
+
+def _shape(row: dict[str, Any], subnetwork: SubNetwork) -> str:
+    sizes = (len(subnetwork.layers), subnetwork.hidden, _range(subnetwork.mlp), _range(subnetwork.heads))
+    return _line([f"`{row['name']}`", *map(str, sizes)])
+
+
+def _parent(config) -> str:
+    if config.parent_name is None:
+        return f"a {config.base_model_type} model"
+    if _is_repo(config.parent_name):
+        name = f"[{config.parent_name}](https://huggingface.co/{config.parent_name})"
+    else:
+        name = config.parent_name
+    terms = config.parent_license or {}
+    licence = terms.get("license_name") or terms.get("license")
+    return f"{name} (licence: {licence})" if licence else name
+
+
+def _is_repo(name: str) -> bool:
+    return name.count("/") == 1
+
+
+def _tables(config, folder: Path) -> list[LatencyTable]:
+    return [LatencyTable.load(folder / file, config) for file in config.latency_tables if (folder / file).is_file()]
+
+
+def _notes(model, plotted: bool) -> str:
+    notes = [f"Bytes are for {str(model.dtype).removeprefix('torch.')}; loss is in nats per token on held-out text."]
+    if model.config.latency_tables:
+        notes.append("Tokens per second are those of decoding, from the measured latency tables in `latency/`.")
+    for entry in (model.config.token_routing or {"targets": []})["targets"]:
+        loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        notes.append(f"`auto:{entry['target']:g}`, where every token chooses its sizes, has loss {loss}.")
+    return " ".join(notes) + (f"\n\n![loss against parameters]({PLOT})" if plotted else "")
+
+
+def _training(config) -> str:
+    if not config.training_runs:
+        return "Not trained after conversion: the smaller sizes are plain slices of the parent."
+    parts = []
+    for run in config.training_runs:
+        changed = "\n".join(f"- `{key}`: `{value}`" for key, value in run.items())
+        parts.append(f"`FlextronTrainer`, with these arguments that differ from their defaults:\n\n{changed}")
+    return "\n\nThen ".join(parts)
+
+
+def _versions() -> str:
+    versions = {"flextron": VERSION, "transformers": transformers.__version__, "torch": torch.__version__}
+    versions["huggingface_hub"] = importlib.metadata.version("huggingface_hub")
+    return ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def _metadata(model, title: str, measured: list[dict[str, Any]], tags: Sequence[str]) -> ModelCardData:
+    config, task = model.config, TASKS[model._auto_class]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="text",
+            dataset_name="held-out text",
+            metric_type="perplexity",
+            metric_name=f"perplexity at flextron_budget={row['name']}",
+            metric_value=round(math.exp(min(row["loss"], 700)), 4),
+        )
+        for row in measured
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=list(dict.fromkeys(["flextron", "elastic", *([tags] if isinstance(tags, str) else tags)])),
+        base_model=config.parent_name if _is_repo(config.parent_name or "") else None,
+        model_name=title,
+        eval_results=results or None,
+        **(config.parent_license or {}),
+    )
+
+
+def _uses(model, repo: str, tokenizer: bool) -> dict[str, str]:
+    """The snippets of the card, by their places in the template."""
+    names = [json.dumps(row["name"]) for row, _ in _rows(model)]
+    small, auto, where = names[-1], model._auto_class, f"{json.dumps(repo)}, trust_remote_code=True"
+    causal = auto == "AutoModelForCausalLM"
+    run = "generate(**inputs, max_new_tokens=20" if causal else "model(**inputs"
+    if tokenizer:
+        load = f"""from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({where})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+"""
+    else:
+        load = f"import torch\nfrom transformers import {auto}\n\ninputs = {{'input_ids': torch.tensor([[1, 2, 3]])}}\n"
+        load = load.replace("'", '"')
+    call = f"model.{run}" if causal else run
+    load += f"model = {auto}.from_pretrained({where}, flextron_budget={small})\noutputs = {call})"
+    if tokenizer and causal:
+        load += "\nprint(tokenizer.decode(outputs[0]))"
+    switch = f"""model = {auto}.from_pretrained({where})
+outputs = {call}, flextron_budget={small})  # for one call
+with model.at_budget({small}):
+    print(model.subnetwork)
+model.set_budget({small})  # from now on
+model.set_budget(None)  # everything again"""
+    draft = f"outputs = model.generate(**inputs, max_new_tokens=20, assistant_model=model.share({small}))"
+    causal_part = CAUSAL.format(draft=_code(draft), export=_code(_export(model, repo))) if causal else ""
+    return {"load": _code(load), "switch": _code(switch), "causal": causal_part}
+
+
+def _export(model, repo: str) -> str:
+    """The smallest row that the stock class holds; the smallest one of all, filled up with zeros, where none fits."""
+    rows = _rows(model)
+    name, pad = rows[-1][0]["name"], ", pad=True"
+    for row, subnetwork in reversed(rows):
+        try:
+            stock_sizes(model.config, subnetwork, False)
+        except ValueError:
+            continue
+        name, pad = row["name"], ""
+        break
+    target = json.dumps(f"{repo.rpartition('/')[2]}-{name}")
+    return f"model.extract({json.dumps(name)}{pad}).save_pretrained({target})"
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
