@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -34,10 +35,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .checkpoint import leading_slices, write_beside
 from .configuration_flextron import FlextronConfig
-from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
+from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
 from .latency import LatencyTable
@@ -330,12 +332,12 @@ class FlextronMLP(nn.Module):
     ) -> torch.Tensor:
         """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`; added to `total`."""
         neurons, inputs = slice(lower, upper), slice(hidden_states.shape[-1])
-        states = self.up_proj(hidden_states, block=(neurons, inputs))
+        states = project_block(self.up_proj, hidden_states, neurons, inputs)
         if self.gate_proj is None:
             states = self.act_fn(states)
         else:
-            states = self.act_fn(self.gate_proj(hidden_states, block=(neurons, inputs))) * states
-        return self.down_proj(states, block=(slice(hidden), neurons), total=total)
+            states = self.act_fn(project_block(self.gate_proj, hidden_states, neurons, inputs)) * states
+        return project_block(self.down_proj, states, slice(hidden), neurons, total)
 
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):
@@ -405,6 +407,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         stored = resolve(config, config.flextron_budget)
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
+        self.stored_depth = config.num_hidden_layers
         self.built = resolve(self.config, None)
         # The layers of a quantized model exist only at the size they were built at.
         self.switchable = getattr(self.config, "quantization_config", None) is None
@@ -517,13 +520,23 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # The one place where the model and its files are both known: hand on lazy slices instead of whole tensors.
         if model.stored is not None and state_dict is None and checkpoint_files is not None:
-            state_dict, checkpoint_files = leading_slices(model, checkpoint_files), None
+            if expected_keys is None:
+                state_dict = leading_slices(model, checkpoint_files)
+            else:  # an adapter, by `load_adapter`
+                state_dict = {name: tensor for file in checkpoint_files for name, tensor in load_file(file).items()}
+                fit_adapter(model, state_dict)
+            checkpoint_files = None
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         offloaded = loaded[1] or {}
         for name, source in model.all_tied_weights_keys.items():  # the base class does this for whole files alone
             if source in offloaded:
                 offloaded.setdefault(name, offloaded[source])
         return loaded
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Before torch hands its parts to the layers. PEFT loads an adapter with `load_state_dict`.
+        fit_adapter(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
         """As `PreTrainedModel.save_pretrained`, written beside the target and moved into place when complete.
@@ -534,6 +547,9 @@ class FlextronPreTrainedModel(PreTrainedModel):
         if self._shared:
             rule = "A model made by `share` runs a part of the weights of another and has none of its own."
             raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
+        if not self._hf_peft_config_loaded:  # else the base class saves the adapter, as it does for any model
+            remedy = "Save the adapter with the PeftModel, or `merge_and_unload()` and save what that returns."
+            refuse_adapters(self, "save_directory", str(save_directory), remedy)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         both = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
         only = ("commit_message", "commit_description", "private", "create_pr", "revision", "tags")
@@ -729,7 +745,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         if head_loss is not None:
             loss = head_loss(hidden_states, self.lm_head)
         else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = project(self.lm_head, slice_logits_to_keep(hidden_states, logits_to_keep), None)
             loss = None
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -769,6 +785,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
+        refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
         return extract(self, self.resolve_budget(budget), pad)
 
 
