@@ -386,6 +386,14 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         return residual + self.dropout(routing.feed(self.mlp, mlp_input, mlp, hidden))
 
 
+def quantizer(config: FlextronConfig) -> str | None:
+    """The method by which a model is quantized when it is loaded."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    return settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+
+
 class FlextronPreTrainedModel(PreTrainedModel):
     """What the decoder and its heads share: budgets, loading at a budget, saving."""
 
@@ -409,8 +417,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
         self.stored_depth = config.num_hidden_layers
         self.built = resolve(self.config, None)
-        # The layers of a quantized model exist only at the size they were built at.
-        self.switchable = getattr(self.config, "quantization_config", None) is None
+        # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
+        self.switchable = quantizer(self.config) in (None, "torchao")
         self._subnetwork = self.built
         self._last_routing: TokenRouting | None = None
         self._shared = False
@@ -461,8 +469,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
         subnetwork = budget if held else resolve(self.config, budget)
         if not self.switchable and subnetwork != self.built:
-            rule = "The layers of a quantized model exist only at the size they were built at."
-            remedy = "Load it with `flextron_budget=` and the quantization together."
+            rule = "The layers of a model quantized by this method exist only at the size they were built at."
+            remedy = "Load it with `flextron_budget=` and the quantization together, or quantize with torchao."
             raise invalid("flextron_budget", budget, rule, remedy)
         return subnetwork
 
@@ -520,6 +528,10 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # The one place where the model and its files are both known: hand on lazy slices instead of whole tensors.
         if model.stored is not None and state_dict is None and checkpoint_files is not None:
+            if getattr(load_config.hf_quantizer, "pre_quantized", False):
+                rule = "The stored weights are quantized, and are not cut on disk."
+                remedy = "Load all of them and `set_budget`, or quantize an unquantized checkpoint while loading it."
+                raise invalid("flextron_budget", model.stored.to_dict(), rule, remedy)
             if expected_keys is None:
                 state_dict = leading_slices(model, checkpoint_files)
             else:  # an adapter, by `load_adapter`
