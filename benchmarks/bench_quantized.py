@@ -1,19 +1,18 @@
 """The loss of every budget in every number format, for quantize-then-slice: weights are quantized once, at full size.
 
-    python benchmarks/bench_quantized.py flextron-demo/elastic --dataset stdlib --save docs/results/quantized_cpu.json
+    python benchmarks/bench_quantized.py flextron-demo/elastic
 
-Prints a row for every format and saves all of them; needs torchao, and bitsandbytes where that is installed (which
+Prints a row for every format and saves all of them in docs/results/quantized_cpu.json; needs torchao, and bitsandbytes where that is installed (which
 cannot slice, so its rows are loaded at each budget).
 """
 
 import argparse
 import importlib.util
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe_machine
+from common import RESULTS, machine
 from transformers import AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from flextron_trainer.data import load_text, pack
@@ -54,7 +53,6 @@ def main() -> None:
     parser.add_argument("model", help="folder or Hub id of an elastic model")
     parser.add_argument("--dataset", default="stdlib", help="held-out text, as for `flextron evaluate`")
     parser.add_argument("--rows", type=int, default=64, help="blocks of 128 tokens")
-    parser.add_argument("--save", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
     texts = load_text(args.dataset).shuffle(seed=0).select(range(60))
@@ -66,10 +64,8 @@ def main() -> None:
         table[label] = {name: loss_at(model, args.model, settings, name, rows) for name in names}
         cells = (f"{value:.4f}" if isinstance(value, float) else "refused" for value in table[label].values())
         print(f"{label:26}", *(f"{name}: {cell}" for name, cell in zip(names, cells, strict=True)))
-    result = {"command": "bench_quantized.py", "model": args.model, "tokens": args.rows * 128, "loss": table}
-    result["machine"] = describe_machine()
-    if args.save:
-        args.save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"model": args.model, "tokens": args.rows * 128, "loss": table, "machine": machine("cpu")}
+    (RESULTS / "quantized_cpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

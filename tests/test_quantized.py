@@ -118,10 +118,11 @@ def test_one_graph_for_each_row_in_training():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_trainer_compiles_once_for_each_row(tmp_path):
     torch._dynamo.reset()
     curves, compiled = [], []
-    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
         counters = torch._dynamo.utils.counters
         counters.clear()
         run = trainer(tmp_path, sampler="uniform", subnetworks_per_step=4, max_steps=2, **settings)
@@ -130,5 +131,4 @@ def test_the_trainer_compiles_once_for_each_row(tmp_path):
         compiled.append(counters["stats"]["unique_graphs"])
     for plain, fast in zip(*curves, strict=True):
         assert fast == pytest.approx(plain, rel=1e-4)
-    print("graphs", compiled)
     assert compiled[0] == 0 < compiled[1] <= 8
