@@ -7,12 +7,18 @@ neurons, `MLP_d(X) = sigma(X (I_d W1)^T) (I_d W2)` (Flextron, arXiv 2406.10260; 
 Elastic, arXiv 2511.16664, equations 34-46).
 
 At its built size a layer is called as `layer(x)` alone (`project` does that), so that PEFT, torchao, vLLM and
-others may put their own layers in these places. Nothing outside a layer reads its `weight`.
+others may put their own layers in these places; LoRA layers of PEFT run at every size (`adapters.py`). Nothing
+outside a layer reads its `weight`.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .adapters import add_adapters, check_sliceable, is_narrowed
+from .errors import invalid
 
 
 class ElasticLinear(nn.Linear):
@@ -41,12 +47,22 @@ class ElasticLinear(nn.Linear):
         return F.linear(input, weight, bias)
 
     def leading(self, in_features: int, out_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Views of the weight and bias that a product of these sizes uses."""
+        """Views of the weight and bias that a product of these sizes uses.
+
+        Raises:
+            ValueError: the weight is quantized in groups that end elsewhere.
+        """
         bias = self.bias
-        if in_features == self.in_features:  # one index where one is enough: at batch 1 a view costs microseconds
-            weight = self.weight[:out_features]
-        else:
-            weight = self.weight[:out_features, :in_features]
+        try:
+            if in_features == self.in_features:  # one index where one is enough: at batch 1 a view costs microseconds
+                weight = self.weight[:out_features]
+            else:
+                weight = self.weight[:out_features, :in_features]
+        except (AssertionError, NotImplementedError) as error:  # what torchao raises
+            size = (out_features or self.out_features, in_features)
+            rule = f"This quantized weight of {tuple(self.weight.shape)} has no such leading part ({error})."
+            remedy = "Use int8 weights, or groups that divide every size, or load the model at this budget."
+            raise invalid("flextron_budget", size, rule, remedy) from error
         return weight, bias if bias is None else bias[:out_features]
 
     def block(
@@ -98,6 +114,27 @@ class ElasticLayerNorm(nn.LayerNorm):
         return F.layer_norm(input, (size,), self.weight[:size], self.bias[:size], self.eps)
 
 
-def project(layer: nn.Module, input: torch.Tensor, size: int | None) -> torch.Tensor:
-    """Call `layer` for `size` output features; None means its built size, and then any layer will do."""
-    return layer(input) if size is None else layer(input, size)
+def project(layer: Any, input: torch.Tensor, size: int | None) -> torch.Tensor:
+    """Call `layer` for `size` output features; None means its built size, and then any layer will do.
+
+    Raises:
+        ValueError: an adapter in the place of one of our layers does not run on fewer features.
+    """
+    if isinstance(layer, (ElasticLinear, ElasticEmbedding)) or not is_narrowed(layer, input, size):
+        return layer(input) if size is None else layer(input, size)
+    if hasattr(layer, "modules_to_save"):  # copies of ours, which PEFT trains as they are
+        return layer(input, size) if size is not None else layer(input)
+    check_sliceable(layer)
+    output = layer.base_layer(input) if size is None else layer.base_layer(input, size)
+    return add_adapters(layer, input, output, slice(size), slice(input.shape[-1]))
+
+
+def project_block(
+    layer: Any, input: torch.Tensor, rows: slice, columns: slice, total: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Call `layer` with a block of its weight; see `ElasticLinear.forward`. Errors as in `project`."""
+    if isinstance(layer, ElasticLinear):
+        return layer(input, block=(rows, columns), total=total)
+    check_sliceable(layer)
+    output = layer.base_layer(input, block=(rows, columns), total=total)
+    return add_adapters(layer, input, output, rows, columns, in_place=total is not None)

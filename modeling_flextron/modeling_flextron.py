@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -45,10 +46,11 @@ from transformers.utils import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .checkpoint import write_beside
 from .configuration_flextron import FlextronConfig
-from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project
+from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
 from .hub import commit_files, files_of
@@ -345,12 +347,12 @@ class FlextronMLP(nn.Module):
     ) -> torch.Tensor:
         """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`; added to `total`."""
         neurons, inputs = slice(lower, upper), slice(hidden_states.shape[-1])
-        states = self.up_proj(hidden_states, block=(neurons, inputs))
+        states = project_block(self.up_proj, hidden_states, neurons, inputs)
         if self.gate_proj is None:
             states = self.act_fn(states)
         else:
-            states = self.act_fn(self.gate_proj(hidden_states, block=(neurons, inputs))) * states
-        return self.down_proj(states, block=(slice(hidden), neurons), total=total)
+            states = self.act_fn(project_block(self.gate_proj, hidden_states, neurons, inputs)) * states
+        return project_block(self.down_proj, states, slice(hidden), neurons, total)
 
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):
@@ -399,6 +401,14 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         return residual + self.dropout(routing.feed(self.mlp, mlp_input, mlp, hidden))
 
 
+def quantizer(config: FlextronConfig) -> str | None:
+    """The method by which a model is quantized when it is loaded."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    return settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
+
+
 class FlextronPreTrainedModel(PreTrainedModel):
     """What the decoder and its heads share: budgets, loading at a budget, saving."""
 
@@ -420,9 +430,10 @@ class FlextronPreTrainedModel(PreTrainedModel):
         stored = resolve(config, config.flextron_budget)
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
+        self.stored_depth = config.num_hidden_layers
         self.built = resolve(self.config, None)
-        # The layers of a quantized model exist only at the size they were built at.
-        self.switchable = getattr(self.config, "quantization_config", None) is None
+        # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
+        self.switchable = quantizer(self.config) in (None, "torchao")
         self._subnetwork = self.built
         self._last_routing: TokenRouting | None = None
         self._shared = False
@@ -473,8 +484,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
         subnetwork = budget if held else resolve(self.config, budget)
         if not self.switchable and subnetwork != self.built:
-            rule = "The layers of a quantized model exist only at the size they were built at."
-            remedy = "Load it with `flextron_budget=` and the quantization together."
+            rule = "The layers of a model quantized by this method exist only at the size they were built at."
+            remedy = "Load it with `flextron_budget=` and the quantization together, or quantize with torchao."
             raise invalid("flextron_budget", budget, rule, remedy)
         return subnetwork
 
@@ -559,13 +570,27 @@ class FlextronPreTrainedModel(PreTrainedModel):
         index = load_config.sharded_metadata
         in_parts = model.stored is not None or (index is not None and "checkpoint" in index)
         if in_parts and state_dict is None and checkpoint_files is not None:
-            state_dict, checkpoint_files = stored_tensors(model, checkpoint_files, index), None
+            if getattr(load_config.hf_quantizer, "pre_quantized", False):
+                rule = "The stored weights are quantized, and are not cut on disk."
+                remedy = "Load all of them and `set_budget`, or quantize an unquantized checkpoint while loading it."
+                raise invalid("flextron_budget", (model.stored or model.built).to_dict(), rule, remedy)
+            if expected_keys is None:
+                state_dict = stored_tensors(model, checkpoint_files, index)
+            else:  # an adapter, by `load_adapter`
+                state_dict = {name: tensor for file in checkpoint_files for name, tensor in load_file(file).items()}
+                fit_adapter(model, state_dict)
+            checkpoint_files = None
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         offloaded = loaded[1] or {}
         for name, source in model.all_tied_weights_keys.items():  # the base class does this for whole files alone
             if source in offloaded:
                 offloaded.setdefault(name, offloaded[source])
         return loaded
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Before torch hands its parts to the layers. PEFT loads an adapter with `load_state_dict`.
+        fit_adapter(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
         """As `PreTrainedModel.save_pretrained`, written beside the target and moved into place when complete.
@@ -576,6 +601,9 @@ class FlextronPreTrainedModel(PreTrainedModel):
         if self._shared:
             rule = "A model made by `share` runs a part of the weights of another and has none of its own."
             raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
+        if not self._hf_peft_config_loaded:  # else the base class saves the adapter, as it does for any model
+            remedy = "Save the adapter with the PeftModel, or `merge_and_unload()` and save what that returns."
+            refuse_adapters(self, "save_directory", str(save_directory), remedy)
         push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         both = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
         only = ("commit_message", "commit_description", "private", "create_pr", "revision", "tags")
@@ -603,9 +631,10 @@ class FlextronPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the model is quantized, or shares its parameters with another.
         """
-        if not self.switchable:
-            rule = "The sizes of a quantized model cannot be told apart."
-            raise invalid("model", type(self).__name__, rule, "Save it with `save_pretrained`.")
+        if quantizer(self.config) is not None:
+            rule = "Quantized weights are not cut into levels."
+            raise invalid("save_directory", str(save_directory), rule, "Save the model with `save_pretrained`.")
+        refuse_adapters(self, "save_directory", str(save_directory), "Merge them first, with `merge_and_unload()`.")
         with write_beside(save_directory) as folder:
             self.save_pretrained(folder, state_dict={})  # all but the weights
             (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -642,7 +671,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
             OSError, HTTPError: as `hub.commit_files`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            (self.export if self.switchable else self.save_pretrained)(folder, max_shard_size=max_shard_size)
+            whole = quantizer(self.config) is not None or self._hf_peft_config_loaded
+            (self.save_pretrained if whole else self.export)(folder, max_shard_size=max_shard_size)
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -831,7 +861,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         if head_loss is not None:
             loss = head_loss(hidden_states, self.lm_head)
         else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+            logits = project(self.lm_head, slice_logits_to_keep(hidden_states, logits_to_keep), None)
             loss = None
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -871,6 +901,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
+        refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
         return extract(self, self.resolve_budget(budget), pad)
 
 

@@ -46,7 +46,8 @@ class FlextronTrainer(Trainer):
     """Trains an elastic model at many sizes at once.
 
     Args:
-        model: A `FlextronForCausalLM`, or the folder or Hub id of one.
+        model: A `FlextronForCausalLM`, or the folder or Hub id of one; or a `PeftModel` of one, of which the adapter
+            alone is trained and saved.
         args: `FlextronTrainingArguments`.
         teacher: Who is imitated: a model, its folder or Hub id (usually the parent), `"self"` (the full network of
             the same step, which then learns from the text; no second copy), or None to learn from the text alone.
@@ -81,9 +82,9 @@ class FlextronTrainer(Trainer):
         if getattr(model.config, "model_type", None) != "flextron":
             remedy = "Make it elastic first: `convert(model, calibration=...)`."
             raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
-        if hasattr(model, "peft_config"):
-            remedy = "Train the adapters with the plain Trainer, or merge them first."
-            raise invalid("model", type(model).__name__, "Adapters run at the built size alone.", remedy)
+        if hasattr(model, "peft_config") and args.stage != "elastic":
+            remedy = "Train the adapters with stage='elastic', or merge them first."
+            raise invalid("stage", args.stage, "Routers learn on weights without adapters.", remedy)
         if args.sampler == "weighted":
             check_weights(model.config, args.sampling_weights)
         if args.n_gpu > 1:
@@ -321,6 +322,8 @@ class FlextronTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        if hasattr(self.model, "peft_config"):
+            return  # a checkpoint of an adapter has no config of the model
         best = FlextronConfig.from_pretrained(self.state.best_model_checkpoint)
         self.model.config.frontier = best.frontier  # with the losses of these weights
 
@@ -464,7 +467,9 @@ class FlextronTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
-        if self.is_world_process_zero():
+        if hasattr(self.model, "peft_config"):
+            super().create_model_card(*args, **kwargs)  # of the adapter, which is all there is to push
+        elif self.is_world_process_zero():
             write_model_card(self.model, self.args.output_dir, self.hub_model_id)
 
 

@@ -1,0 +1,134 @@
+"""Quantized weights at every budget, and compiled models: one graph for each sub-network."""
+
+import copy
+
+import pytest
+import torch
+from helpers import difference, elastic_of
+from training import losses, trainer
+
+from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.elastic import ElasticLinear
+
+IDS = torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model, budget=None):
+    return model(IDS, flextron_budget=budget).logits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    elastic_of("gqa-wide-heads").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantize():
+    """`quantize(folder, bits, group, budget)`: a model loaded with weights of torchao."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    def load(folder, bits=8, group=8, budget=None):
+        groups = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+        config = TorchAoConfig(Int8WeightOnlyConfig() if bits == 8 else groups)
+        return FlextronForCausalLM.from_pretrained(folder, quantization_config=config, flextron_budget=budget)
+
+    return load
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_slice_of_quantized_weights_is_the_slice_of_what_they_mean(saved, quantize, bits):
+    model = quantize(saved, bits)
+    meant = FlextronForCausalLM.from_pretrained(saved)
+    for name, layer in meant.named_modules():
+        if isinstance(layer, ElasticLinear) and name != "lm_head":
+            layer.weight.data = model.get_submodule(name).weight.dequantize().float()
+    for row in model.frontier:
+        assert difference(logits(model, row["name"]), logits(meant, row["name"])) < 1e-4, row["name"]
+    small = quantize(saved, bits, budget="0.35")
+    plain = FlextronForCausalLM.from_pretrained(saved, flextron_budget="0.35")
+    assert difference(logits(small), logits(plain)) < {8: 0.2, 4: 2.0}[bits]
+    assert difference(logits(small, "0.15"), logits(meant, "0.15")) < {8: 0.2, 4: 2.0}[bits]
+
+
+def test_groups_that_do_not_divide_a_size(saved, quantize):
+    model = quantize(saved, 4, group=32)
+    assert torch.isfinite(logits(model)).all()
+    with pytest.raises(ValueError, match="groups that divide"):
+        logits(model, "0.15")
+
+
+def test_quantized_weights_on_disk(saved, quantize, tmp_path):
+    model = quantize(saved)
+    model.save_pretrained(tmp_path)
+    again = FlextronForCausalLM.from_pretrained(tmp_path)
+    assert difference(logits(again, "0.35"), logits(model, "0.35")) == 0
+    with pytest.raises(ValueError, match="quantized"):
+        FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="0.35")
+
+
+def test_adapters_on_quantized_weights_train_at_every_size(saved, quantize, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    run = trainer(tmp_path, model=peft.get_peft_model(quantize(saved), config), teacher="self")
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < before - 0.1
+
+
+class Graphs:
+    """A backend that counts what it compiles."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return graph.forward
+
+
+def test_one_graph_for_each_row_at_inference():
+    torch._dynamo.reset()
+    model, graphs = elastic_of("gqa-wide-heads"), Graphs()
+    expected = [logits(model, row["name"]) for row in model.frontier]
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for repeat in range(3):
+        for row, logit in zip(model.frontier, expected, strict=True):
+            with model.at_budget(row["name"]), torch.no_grad():
+                assert difference(compiled(IDS).logits, logit) < 1e-5
+        if repeat == 0:
+            first = graphs.count
+    assert graphs.count == first <= len(model.frontier)  # a graph may serve two rows, with their sizes as symbols
+
+
+def test_one_graph_for_each_row_in_training():
+    torch._dynamo.reset()
+    model, graphs = elastic_of("gqa-wide-heads"), Graphs()
+    eager, compiled = copy.deepcopy(model), torch.compile(model, backend=graphs)
+    for _ in range(2):
+        for row in model.frontier:
+            for either in (eager, compiled):
+                either(IDS, labels=IDS, flextron_budget=row["subnetwork"]).loss.backward()
+    assert graphs.count == len(model.frontier)
+    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_trainer_compiles_once_for_each_row(tmp_path):
+    torch._dynamo.reset()
+    curves, compiled = [], []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        run = trainer(tmp_path, sampler="uniform", subnetworks_per_step=4, max_steps=2, **settings)
+        run.train()
+        curves.append(losses(run))
+        compiled.append(counters["stats"]["unique_graphs"])
+    for plain, fast in zip(*curves, strict=True):
+        assert fast == pytest.approx(plain, rel=1e-4)
+    assert compiled[0] == 0 < compiled[1] <= 8
