@@ -239,7 +239,8 @@ class FlextronTrainer(Trainer):
         if states is None:
             return None
         weight, _ = self.model.get_output_embeddings().leading(states.shape[-1])
-        return Teacher(states, weight.detach())
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP shards it between passes
+        return Teacher(states, whole.detach())
 
     def _check_finite(self, loss: torch.Tensor, drawn: Draw) -> None:
         if not torch.isfinite(loss):
