@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test test-kill check clean
 
 demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-kill: $(INSTALLED)
+	PYTHONPATH=.:trainer:tests $(BIN)/python tests/kill.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

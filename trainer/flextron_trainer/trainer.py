@@ -27,6 +27,7 @@ from .arguments import FlextronTrainingArguments
 from .data import collator
 from .losses import IGNORED, HeadLoss, Teacher
 from .model_card import write_model_card
+from .plan import MemoryPlan, plan_memory
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
 
@@ -40,7 +41,8 @@ class FlextronTrainer(Trainer):
         model: A `FlextronForCausalLM`, or the folder or Hub id of one.
         args: `FlextronTrainingArguments`.
         teacher: Who is imitated: a model, its folder or Hub id (usually the parent), `"self"` (the full network of
-            the same step, which then learns from the text; no second copy), or None to learn from the text alone.
+            the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
+            model that is on a GPU already, or quantized, stays where it is.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`.
 
@@ -108,7 +110,9 @@ class FlextronTrainer(Trainer):
         if teacher is self.model:
             remedy = "Pass teacher='self' to learn from the full network of the same step."
             raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
-        return teacher.to(self.args.device).eval()
+        # On another GPU it was put on purpose, and some quantized models refuse to be moved.
+        placed = teacher.device.type != "cpu" or getattr(teacher, "hf_quantizer", None) is not None
+        return (teacher if placed else teacher.to(self.args.device)).eval()
 
     def _steps_of_epochs(self) -> int:
         """Optimizer steps of a run whose length is given in epochs."""
@@ -126,6 +130,21 @@ class FlextronTrainer(Trainer):
             )
         if rows < 2:
             logger.warning("The frontier has a single row: nothing smaller is trained or evaluated by name.")
+
+    def plan(self) -> MemoryPlan:
+        """The memory that training is expected to need, for rows as long as the first one."""
+        teacher, own = self.teacher, 0
+        if teacher is not None and teacher.device.type == self.args.device.type:
+            own = sum(p.numel() * p.element_size() for p in (*teacher.parameters(), *teacher.buffers()))
+        return plan_memory(
+            self.model.config,
+            self.args,
+            len(next(iter(self.train_dataset))["input_ids"]),
+            dtype=self.model.dtype,
+            teacher=None if teacher is None else teacher.config,
+            teacher_bytes=own,
+            sharded=self.is_fsdp_enabled or self.is_distributed_loading_by_transformers,
+        )
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -145,6 +164,7 @@ class FlextronTrainer(Trainer):
                 row["loss"], row["metrics"] = None, {}
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
         for drawn in draws:
+            self._show(drawn)
             loss = HeadLoss(
                 inputs["labels"],
                 teacher,
@@ -169,6 +189,13 @@ class FlextronTrainer(Trainer):
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return total
+
+    def _show(self, drawn: Draw) -> None:
+        """Name the current sub-network in the progress line."""
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.set_postfix_str(drawn.name, refresh=False)
 
     def _router_step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Forward and backward for the scores alone, which are no part of the model; nothing else gets a gradient."""
@@ -228,12 +255,14 @@ class FlextronTrainer(Trainer):
     def _teach(self, inputs: dict[str, Any]) -> Teacher | None:
         if self.teacher is None:
             return None
-        inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        kept, here = ("input_ids", "attention_mask", "position_ids"), self.args.device
+        inputs = {key: inputs[key].to(self.teacher.device) for key in kept if key in inputs}
         if self.teacher.config.model_type == "flextron":
             inputs["flextron_budget"] = self.teacher.subnetwork
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             states = self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
-        return Teacher(states, self.teacher.get_output_embeddings().weight[:, : states.shape[-1]])
+        weight = self.teacher.get_output_embeddings().weight[:, : states.shape[-1]]
+        return Teacher(states.to(here), weight.to(here))
 
     def _in_place_teacher(self, states: torch.Tensor | None) -> Teacher | None:
         if states is None:
@@ -320,6 +349,7 @@ class FlextronTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
+        logger.warning_once(str(self.plan()))
         if self.routers is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         frozen = self.routers.freeze()
