@@ -26,7 +26,7 @@ def test_the_real_run_in_small(tmp_path):
     small = {
         "PARENT": tmp_path / "parent", "TEXT": text, "OUT": tmp_path / "out", "STEPS": 3, "ROUTER_STEPS": 4,
         "LENGTH": 32, "BATCH": 2, "ACCUMULATION": 2, "SAMPLES": 8, "SAVE": 2, "MORE": "--use_cpu --report_to none",
-        "CONVERT": "--mlp 1,0.75,0.5 --heads 1,0.5 --budgets 1,0.75,0.5",
+        "CONVERT": "--mlp 1,0.75,0.5,0.25 --heads 1,0.5 --budgets 1,0.75,0.5",
         "FLEXTRON": f"{sys.executable} -m flextron_trainer",
     }  # fmt: skip
     variables = {**environment(), **{name: str(value) for name, value in small.items()}}

@@ -95,7 +95,7 @@ def test_6_two_processes_train_as_one(launched, tmp_path, name):
             assert metrics[key] == pytest.approx(first["metrics"][key], rel=1e-2 if noisy else 1e-3), key
         final = FlextronForCausalLM.from_pretrained(launched / case / "final")
         found = dict(final.named_parameters())
-        assert max(difference(p, found[n]) for n, p in run.model.named_parameters()) < (1e-3 if noisy else 1e-5)
+        assert max(difference(p, found[n]) for n, p in run.model.named_parameters()) < (1e-2 if noisy else 1e-5)
         assert {row["name"]: row["subnetwork"] for row in final.config.frontier} == {
             row["name"]: row["subnetwork"] for row in run.model.config.frontier
         }
