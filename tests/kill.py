@@ -93,7 +93,7 @@ def main(moments: int = 20, seed: int = 0) -> None:
             if stops:
                 found = finish(start(folder), folder)
                 for part in ("losses", "evals", "frontier", "weights"):
-                    assert found[part] == expected[part], (number, delay, part)
+                    assert found[part] == expected[part], (number, delay, part, found[part], expected[part])
             killed += stops
             print(f"{number + 1}/{moments}: killed after {delay:.2f} of {length:.2f} s, with {complete}", flush=True)
     print(json.dumps({"moments": moments, "killed": killed, "resumed_to_the_same_end": killed}))

@@ -31,3 +31,11 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_stays(tmp_path, monke
     assert run._last_complete_checkpoint().endswith("checkpoint-2")
     run.train(resume_from_checkpoint=True)
     assert losses(run) == losses(whole)
+
+
+def test_a_finished_run_makes_no_further_step(tmp_path):
+    whole = trainer(tmp_path, **SAVES, lr_scheduler_type="constant")
+    whole.train()
+    run = trainer(tmp_path, **SAVES, lr_scheduler_type="constant")
+    assert run.train(resume_from_checkpoint=True).global_step == 6 and losses(run) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), whole.model.parameters(), strict=True))

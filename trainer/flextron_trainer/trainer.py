@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
@@ -349,6 +349,8 @@ class FlextronTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
+        if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))) is not None:
+            return done
         logger.warning_once(str(self.plan()))
         if self.routers is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -361,6 +363,17 @@ class FlextronTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
         return result
+
+    def _finished(self, checkpoint: Path) -> TrainOutput | None:
+        """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
+        path = checkpoint / "trainer_state.json"
+        state = TrainerState.load_from_json(str(path)) if path.is_file() else self.state
+        if self.routers is not None or not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        self.model.config.frontier = FlextronConfig.from_pretrained(checkpoint).frontier
+        return TrainOutput(state.global_step, 0.0, {})
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the routers in a group of their own."""
