@@ -42,7 +42,7 @@ def parent(size: tuple[int, ...]) -> LlamaForCausalLM:
             num_key_value_heads=kv,
             head_dim=hidden // heads,
             pad_token_id=0,
-        )  # fmt: skip
+        )
     )
 
 

@@ -2,9 +2,9 @@
 
     python tests/kill.py [MOMENTS] [SEED]
 
-One run in a process of its own trains, evaluates every row, and saves. It is killed after a random time, whatever it was
-doing, and resumed with `resume_from_checkpoint=True` until it ends. The final weights, training losses and losses of the
-frontier must be those of the run that nobody stopped, and every checkpoint folder that says it is complete must load.
+One run in a process of its own trains, evaluates every row, and saves. It is killed after a random time, whatever it
+was doing, and resumed from its last complete checkpoint. The final weights, training losses and losses of the frontier
+must be those of the run that nobody stopped, and every checkpoint folder that says it is complete must load.
 """
 
 import json

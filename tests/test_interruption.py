@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is saved. Runs that are killed: `test_trainer.py` and, at random, `kill.py`."""
+"""A disk that fills up while a checkpoint is saved. Killed runs: `test_trainer.py`; at random: `kill.py`."""
 
 import errno
 

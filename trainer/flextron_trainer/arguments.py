@@ -18,7 +18,8 @@ class FlextronTrainingArguments(TrainingArguments):
     """Arguments of a `FlextronTrainer`.
 
     The learning rate, its schedule and `include_num_input_tokens_seen` have defaults of their own. Weight decay stays
-    0, as in `TrainingArguments`: the weights outside the sub-network of a step get no gradient and must not decay either.
+    0, as in `TrainingArguments`: the weights outside the sub-network of a step get no gradient and must not decay
+    either.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})

@@ -367,8 +367,10 @@ class FlextronTrainer(Trainer):
     def _finished(self, checkpoint: Path) -> TrainOutput | None:
         """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
         path = checkpoint / "trainer_state.json"
-        state = TrainerState.load_from_json(str(path)) if path.is_file() else self.state
-        if self.routers is not None or not 0 < self.args.max_steps <= state.global_step:
+        if self.routers is not None or not path.is_file():
+            return None
+        state = TrainerState.load_from_json(str(path))
+        if not 0 < self.args.max_steps <= state.global_step:
             return None
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
