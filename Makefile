@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-newest check clean
+.PHONY: demo test test-newest test-kill check clean
 
 demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
@@ -21,6 +21,10 @@ test-newest: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target build/newest 'transformers<6'
 	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_remote_code.py tests/test_levels.py \
 		tests/test_checkpoint.py tests/test_invariants.py $(ARGS)
+
+# SIGKILL at many moments of a run; every resume must give the uninterrupted one. Minutes.
+test-kill: $(INSTALLED)
+	PYTHONPATH=.:trainer:tests $(BIN)/python tests/kill.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -438,6 +438,13 @@ class FlextronPreTrainedModel(PreTrainedModel):
         self._last_routing: TokenRouting | None = None
         self._shared = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # `fully_shard` gives a model a class made on the spot; what is saved must name the one that has a file.
+        plain = cls.__bases__[-1]
+        if cls.__name__ == f"FSDP{plain.__name__}":
+            cls.__name__, cls.__module__ = plain.__name__, plain.__module__
+
     def post_init(self) -> None:
         """As the base class does; a model loaded for token routing then runs with it."""
         super().post_init()

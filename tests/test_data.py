@@ -4,6 +4,7 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from training import trainer
 from transformers import PreTrainedTokenizerFast
 
 from flextron_trainer.data import calibration_batches, collator, load_text, pack
@@ -20,6 +21,18 @@ def test_pack_joins_documents_and_drops_the_rest(tokenizer):
     rows = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6", "w7 w8 w9"]})
     blocks = pack(rows, tokenizer, 4)
     assert blocks["input_ids"][:] == [[2, 3, 4, 1], [5, 6, 1, 7]] and blocks["labels"][:] == blocks["input_ids"][:]
+
+
+def test_a_stream_is_packed_as_it_is_read(tokenizer, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6", "w7 w8 w9"]})
+    assert list(pack(rows.to_iterable_dataset(), tokenizer, 4)) == list(pack(rows, tokenizer, 4))
+    with pytest.raises(ValueError, match="ends before the first block of 64"):
+        pack(rows.to_iterable_dataset(), tokenizer, 64)
+    many = datasets.Dataset.from_dict({"text": ["w2 w3 w4 w5 w6 w7 w8"] * 20}).to_iterable_dataset()
+    run = trainer(tmp_path, max_steps=2, logging_steps=2)
+    run.train_dataset = pack(many, tokenizer, 8)
+    run.train()
+    assert run.state.num_input_tokens_seen == 2 * 4 * 8
 
 
 def test_another_column_is_found_when_it_is_the_only_one(tokenizer):

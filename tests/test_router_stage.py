@@ -2,15 +2,11 @@
 
 import copy
 import functools
-import json
-import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
 from helpers import difference, elastic_of
-from test_trainer import SCRIPT, environment
 from training import losses, trainer
 
 from flextron_trainer import FlextronTrainingArguments
@@ -183,28 +179,6 @@ def test_one_large_batch_is_several_small_ones(method, tmp_path):
     large.train(), small.train()
     tolerance = 2e-2 if method == "token" else 1e-3  # noise of tokens is drawn for each batch
     assert difference(values(large), values(small)) < tolerance
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "stage"), [("surrogate", "router"), ("gumbel", "joint")])
-def test_two_processes_choose_as_one(method, stage, tmp_path):
-    changes = {
-        "max_steps": 6, "optim": "sgd", "stage": stage, "router_method": method, "router_budgets": BUDGETS,
-        "teacher": None,
-    }  # fmt: skip
-    trained().save_pretrained(tmp_path / "begin")
-    changes["begin"] = str(tmp_path / "begin")
-    one = trainer(tmp_path / "one", per_device_train_batch_size=8, **changes)
-    one.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
-    two = [*command, tmp_path / "two", json.dumps({**changes, "per_device_train_batch_size": 4})]
-    done = subprocess.run(two, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    final = FlextronForCausalLM.from_pretrained(tmp_path / "two" / "final")
-    for budget in (0.6, 0.5, 0.35, 0.25):
-        assert final.config.resolve(budget) == one.model.config.resolve(budget)
-    scores = [torch.tensor(config.static_router["hidden"]) for config in (one.model.config, final.config)]
-    assert difference(*scores) < 1e-3
 
 
 def arguments(**changes):

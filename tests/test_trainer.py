@@ -186,13 +186,6 @@ def test_in_place_the_others_learn_from_the_full_network(tmp_path):
     assert log["loss_0.15"] == pytest.approx(kl.item(), rel=1e-3)
 
 
-def test_adapters_are_refused(tmp_path):
-    model = elastic_of("gqa-wide-heads")
-    model.peft_config = {}
-    with pytest.raises(ValueError, match="Adapters run at the built size"):
-        trainer(tmp_path, model=model)
-
-
 class TestLogs:
     def test_losses_in_the_frontier_are_those_of_the_weights(self, tmp_path):
         run = trainer(tmp_path, max_steps=2)
@@ -368,28 +361,6 @@ def environment():
     root = Path(__file__).parent.parent
     path = ":".join(map(str, (root, root / "trainer", root / "tests")))
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [{"sampler": "sandwich"}, {"sampler": "random", "teacher": "self", "variant": "gpt2"}]
-)
-def test_6_two_processes_train_as_one(tmp_path, changes):
-    """The same sub-networks on both ranks, and the loss curve and weights of one process with the global batch."""
-    changes = {**changes, "max_steps": 4, "optim": "sgd", "ce_weight": 0.2}
-    one = trainer(tmp_path / "one", per_device_train_batch_size=8, **changes)
-    one.train()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
-    two = [*command, tmp_path / "two", json.dumps({**changes, "per_device_train_batch_size": 4})]
-    done = subprocess.run(two, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    history = json.loads((tmp_path / "two" / "history.json").read_text())
-    assert history["processes"] == 2
-    for a, b in zip(losses(one), history["losses"], strict=True):
-        assert a.keys() == b.keys()
-        assert all(a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5) for key in a if key != "grad_norm")
-    final = FlextronForCausalLM.from_pretrained(tmp_path / "two" / "final")
-    assert difference(weights(one), torch.cat([p.detach().flatten() for p in final.parameters()])) < 1e-5
 
 
 def test_ordinary_trainer_on_a_model_at_a_budget(tmp_path):

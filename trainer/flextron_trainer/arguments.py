@@ -24,12 +24,16 @@ LOCAL = {
 class FlextronTrainingArguments(TrainingArguments):
     """Arguments of a `FlextronTrainer`.
 
-    The learning rate and its schedule have defaults of their own. Weight decay stays 0, as in `TrainingArguments`:
-    the weights outside the sub-network of a step get no gradient and must not decay either.
+    The learning rate, its schedule and `include_num_input_tokens_seen` have defaults of their own. Weight decay stays
+    0, as in `TrainingArguments`: the weights outside the sub-network of a step get no gradient and must not decay
+    either.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    include_num_input_tokens_seen: bool = field(
+        default=True, metadata={"help": "Count the tokens of all processes, padding included, in logs and state."}
+    )
     stage: str = field(
         default="elastic",
         metadata={

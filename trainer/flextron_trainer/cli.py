@@ -206,12 +206,15 @@ def train(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
+    plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
 ) -> None:
     """Train an elastic model at many sizes at once.
 
     Example: `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --max_steps 1000 --bf16`
 
     Example: `flextron train run ./text --stage router --router_budgets 0.75 0.5 --output_dir routed --max_steps 400`
+
+    Does it fit? `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --plan`
 
     Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
     weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
@@ -220,12 +223,14 @@ def train(
     `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
     """
     import torch
-    from transformers import HfArgumentParser
+    from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
     from modeling_flextron import FlextronConfig
+    from modeling_flextron.subnetwork import bytes_per_value
 
     from .arguments import FlextronTrainingArguments
     from .data import load_text, load_tokenizer, pack
+    from .plan import plan_memory
     from .presets import load_preset
     from .trainer import FlextronTrainer
 
@@ -243,6 +248,18 @@ def train(
     recipe.pop("sequence_length", None)
     defaults = [text for name, value in recipe.items() for text in (f"--{name}", *words(value))]
     (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
+    if plan:
+        teacher_config, size = None, 0
+        if teacher not in (None, "self"):
+            teacher_config = AutoConfig.from_pretrained(teacher)
+            with torch.device("meta"):
+                parameters = AutoModelForCausalLM.from_config(teacher_config).num_parameters()
+            size = parameters * bytes_per_value(config.dtype)
+        expected = plan_memory(
+            config, arguments, sequence_length, teacher=teacher_config, teacher_bytes=size, sharded=bool(arguments.fsdp)
+        )
+        print(expected, file=sys.stderr)
+        return finish(gib=expected.gib())
     tokenizer = load_tokenizer(model)
     rows = pack(load_text(dataset), tokenizer, sequence_length)
     if eval_dataset is None:

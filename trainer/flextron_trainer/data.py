@@ -90,24 +90,26 @@ def text_column(dataset) -> str:
     return strings[0]
 
 
-def pack(dataset: datasets.Dataset, tokenizer, sequence_length: int, num_proc: int | None = None) -> datasets.Dataset:
+def pack(dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = None) -> Any:
     """Tokenize a text dataset and cut it into blocks of equal length, documents joined by the end-of-text token.
 
+    A block may hold the end of one document and the beginning of the next, and attention does not stop between them.
+
     Args:
-        dataset: Rows of text, see `text_column`.
+        dataset: Rows of text, see `text_column`; of a streamed dataset blocks are made as they are read.
         tokenizer: A Hugging Face tokenizer.
         sequence_length: Tokens in a block; what is left at the end is dropped.
         num_proc: Processes to tokenize with.
 
     Returns:
-        A dataset of `input_ids` and equal `labels`, as a causal language model takes them.
+        A dataset, streamed if the text is, of `input_ids` and equal `labels`, as a causal language model takes them.
 
     Raises:
         ValueError: the text is shorter than one block.
     """
     require_int("sequence_length", sequence_length, minimum=2)
-    if not isinstance(dataset, datasets.Dataset):
-        rule = "It is a `datasets.Dataset` with a column of text."
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        rule = "It is a `datasets.Dataset`, streamed or not, with a column of text."
         raise invalid("dataset", dataset, rule, "Read a folder, a file or a Hub id with `load_text`.")
     if not callable(tokenizer):
         remedy = "Load it with `AutoTokenizer.from_pretrained`."
@@ -124,6 +126,14 @@ def pack(dataset: datasets.Dataset, tokenizer, sequence_length: int, num_proc: i
         blocks = [ids[stop - sequence_length : stop] for stop in stops]
         return {"input_ids": blocks, "labels": blocks}
 
+    if isinstance(dataset, datasets.IterableDataset):
+        tokens = dataset.map(tokenize, batched=True, remove_columns=list(dataset.column_names or next(iter(dataset))))
+        blocks = tokens.map(cut, batched=True)
+        if next(iter(blocks), None) is None:
+            rule = f"It ends before the first block of {sequence_length} tokens."
+            remedy = "Pass more text or a smaller `sequence_length`."
+            raise invalid("dataset", "a stream of text", rule, remedy)
+        return blocks
     tokens = dataset.map(
         tokenize, batched=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing"
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub import run_as_future
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
@@ -32,6 +32,7 @@ from modeling_flextron.model_card import write_model_card
 from .arguments import FlextronTrainingArguments
 from .data import collator
 from .losses import IGNORED, HeadLoss, Teacher
+from .plan import MemoryPlan, plan_memory
 from .router_stage import FILE as ROUTERS
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
@@ -50,7 +51,8 @@ class FlextronTrainer(Trainer):
             alone is trained and saved.
         args: `FlextronTrainingArguments`.
         teacher: Who is imitated: a model, its folder or Hub id (usually the parent), `"self"` (the full network of
-            the same step, which then learns from the text; no second copy), or None to learn from the text alone.
+            the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
+            model that is on a GPU already, or quantized, stays where it is.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`.
 
@@ -120,7 +122,9 @@ class FlextronTrainer(Trainer):
         if teacher is self.model:
             remedy = "Pass teacher='self' to learn from the full network of the same step."
             raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
-        return teacher.to(self.args.device).eval()
+        # On another GPU it was put on purpose, and some quantized models refuse to be moved.
+        placed = teacher.device.type != "cpu" or getattr(teacher, "hf_quantizer", None) is not None
+        return (teacher if placed else teacher.to(self.args.device)).eval()
 
     def _steps_of_epochs(self) -> int:
         """Optimizer steps of a run whose length is given in epochs."""
@@ -138,6 +142,21 @@ class FlextronTrainer(Trainer):
             )
         if rows < 2:
             logger.warning("The frontier has a single row: nothing smaller is trained or evaluated by name.")
+
+    def plan(self) -> MemoryPlan:
+        """The memory that training is expected to need, for rows as long as the first one."""
+        teacher, own = self.teacher, 0
+        if teacher is not None and teacher.device.type == self.args.device.type:
+            own = sum(p.numel() * p.element_size() for p in (*teacher.parameters(), *teacher.buffers()))
+        return plan_memory(
+            self.model.config,
+            self.args,
+            len(next(iter(self.train_dataset))["input_ids"]),
+            dtype=self.model.dtype,
+            teacher=None if teacher is None else teacher.config,
+            teacher_bytes=own,
+            sharded=self.is_fsdp_enabled or self.is_distributed_loading_by_transformers,
+        )
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -157,6 +176,7 @@ class FlextronTrainer(Trainer):
                 row["loss"], row["metrics"] = None, {}
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
         for drawn in draws:
+            self._show(drawn)
             loss = HeadLoss(
                 inputs["labels"],
                 teacher,
@@ -181,6 +201,13 @@ class FlextronTrainer(Trainer):
                 if parameter.grad is not None:
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return total
+
+    def _show(self, drawn: Draw) -> None:
+        """Name the current sub-network in the progress line."""
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.set_postfix_str(drawn.name, refresh=False)
 
     def _router_step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
         """Forward and backward for the scores alone, which are no part of the model; nothing else gets a gradient."""
@@ -240,18 +267,21 @@ class FlextronTrainer(Trainer):
     def _teach(self, inputs: dict[str, Any]) -> Teacher | None:
         if self.teacher is None:
             return None
-        inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+        kept, here = ("input_ids", "attention_mask", "position_ids"), self.args.device
+        inputs = {key: inputs[key].to(self.teacher.device) for key in kept if key in inputs}
         if self.teacher.config.model_type == "flextron":
             inputs["flextron_budget"] = self.teacher.subnetwork
         with self.compute_loss_context_manager(), self.accelerator.autocast():
             states = self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
-        return Teacher(states, self.teacher.get_output_embeddings().weight[:, : states.shape[-1]])
+        weight = self.teacher.get_output_embeddings().weight[:, : states.shape[-1]]
+        return Teacher(states.to(here), weight.to(here))
 
     def _in_place_teacher(self, states: torch.Tensor | None) -> Teacher | None:
         if states is None:
             return None
         weight, _ = self.model.get_output_embeddings().leading(states.shape[-1])
-        return Teacher(states, weight.detach())
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP shards it between passes
+        return Teacher(states, whole.detach())
 
     def _check_finite(self, loss: torch.Tensor, drawn: Draw) -> None:
         if not torch.isfinite(loss):
@@ -333,9 +363,12 @@ class FlextronTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
+        if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))) is not None:
+            return done
         runs, run = self.model.config.training_runs or [], self.args.changed()
         if runs[-1:] != [run]:  # a run that is resumed is the same run
             self.model.config.training_runs = [*runs, run]
+        logger.warning_once(str(self.plan()))
         if self.routers is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         frozen = self.routers.freeze()
@@ -347,6 +380,19 @@ class FlextronTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
         return result
+
+    def _finished(self, checkpoint: Path) -> TrainOutput | None:
+        """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
+        path = checkpoint / "trainer_state.json"
+        if self.routers is not None or not path.is_file():
+            return None
+        state = TrainerState.load_from_json(str(path))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        self.model.config.frontier = FlextronConfig.from_pretrained(checkpoint).frontier
+        return TrainOutput(state.global_step, 0.0, {})
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the routers in a group of their own."""

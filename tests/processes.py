@@ -1,0 +1,38 @@
+"""Several tiny runs in the processes of one launch: `torchrun ... processes.py FOLDER`, cases in FOLDER/cases.json."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from training import losses, trainer
+from transformers.distributed import DistributedConfig
+
+from modeling_flextron import FlextronForCausalLM
+
+
+def run_case(folder: Path, name: str, changes: dict) -> None:
+    """Run one case on all processes; what every rank drew and what the first one logged lands in `folder/name`."""
+    changes = dict(changes)
+    resume, sharded = changes.pop("resume", None), changes.pop("sharded", False)
+    begin = changes.pop("begin")
+    how = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharded else {}
+    model = FlextronForCausalLM.from_pretrained(begin, **how)
+    run = trainer(folder / name, model=model, **changes)
+    assert run.accelerator.num_processes == 2
+    assert any(isinstance(p, DTensor) for p in run.model.parameters()) == sharded
+    run.train(resume_from_checkpoint=resume)
+    drawn = [[str(draw) for draw in run.draws(step)] for step in range(6)]
+    result = {"losses": losses(run), "draws": drawn, "metrics": run.evaluate()}
+    (folder / f"{name}-{run.args.process_index}.json").write_text(json.dumps(result))
+    run.save_model(folder / name / "final")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    for case, options in json.loads((root / "cases.json").read_text()).items():
+        print(case, flush=True)
+        run_case(root, case, options)
+    torch.distributed.destroy_process_group()

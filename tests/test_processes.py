@@ -1,0 +1,134 @@
+"""Several processes train what one does: every sampler, stage and router, sharded (FSDP2) or not, and across a resume.
+
+All cases run in one launch of two processes on gloo (`processes.py`), each against one process with the global batch.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import difference, elastic_of
+from test_trainer import environment
+from training import VARIANT, losses, trainer
+
+from modeling_flextron import FlextronForCausalLM
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+STEPS = 3
+ROUTERS = {"teacher": None, "router_budgets": [0.6, 0.35], "per_device_eval_batch_size": 64}
+RUNS = {
+    "sandwich": {"ce_weight": 0.2},
+    "uniform": {"sampler": "uniform", "teacher": None},
+    "weighted": {"sampler": "weighted", "sampling_weights": [1, 2, 0, 1], "activation_checkpointing": True},
+    "random": {"sampler": "random"},
+    "self": {"sampler": "random", "teacher": "self"},
+    "accumulated": {"sampler": "uniform", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "surrogate": {"stage": "router", **ROUTERS},
+    "gumbel": {"stage": "router", "router_method": "gumbel", **ROUTERS},
+    "token": {"stage": "router", "router_method": "token", **ROUTERS},
+    "joint-gumbel": {"stage": "joint", "router_method": "gumbel", **ROUTERS},
+    "joint-token": {"stage": "joint", "router_method": "token", **ROUTERS},
+}
+SHARDED = ("random", "self", "accumulated", "surrogate", "joint-token")
+SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "sampler": "random"}
+
+
+def options(begin, **changes):
+    return {"begin": str(begin), "max_steps": STEPS, "optim": "sgd", "per_device_train_batch_size": 4, **changes}
+
+
+def alone(folder, changes):
+    """The same run in one process: twice the batch."""
+    return trainer(folder, **{**changes, "per_device_train_batch_size": 2 * changes["per_device_train_batch_size"]})
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder in which two processes ran every case."""
+    folder = tmp_path_factory.mktemp("processes")
+    begin = folder / "begin"
+    elastic_of(VARIANT).save_pretrained(begin)
+    cases = {name: options(begin, **changes) for name, changes in RUNS.items()}
+    cases |= {f"sharded-{name}": {**cases[name], "sharded": True} for name in SHARDED}
+    alone(folder / "one", options(begin, **SAVES)).train()
+    cases["saves"] = options(begin, **SAVES)
+    cases["resumes"] = options(begin, **SAVES, resume=str(folder / "one" / "checkpoint-2"))
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(__file__).parent / "processes.py"
+    done = subprocess.run([*command, script, folder], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-5000:]
+    return folder
+
+
+def history(folder, name, rank=0):
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+def same_curve(expected, found, tolerance=1e-3):
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - ({"grad_norm"} if tolerance > 1e-2 else set()):
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=2e-5), key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_6_two_processes_train_as_one(launched, tmp_path, name):
+    """Loss of every size, gradient norms, weights and losses of the frontier, within rounding.
+
+    Token routers alone come only near: every process has its own noise for its own tokens, and its own average cost.
+    """
+    noisy = RUNS[name].get("router_method") == "token"
+    run = alone(tmp_path, options(launched / "begin", **RUNS[name]))
+    run.train()
+    metrics = run.evaluate()
+    for case in (name, f"sharded-{name}") if name in SHARDED else (name,):
+        first, second = history(launched, case), history(launched, case, 1)
+        assert first["draws"] == second["draws"] == [[str(draw) for draw in run.draws(step)] for step in range(6)]
+        same_curve(losses(run), first["losses"], 3e-2 if noisy else 1e-3)
+        assert {key for key in metrics if "loss" in key} <= set(first["metrics"])
+        for key in (key for key in metrics if "loss" in key):
+            assert metrics[key] == pytest.approx(first["metrics"][key], rel=1e-2 if noisy else 1e-3), key
+        final = FlextronForCausalLM.from_pretrained(launched / case / "final")
+        found = dict(final.named_parameters())
+        assert max(difference(p, found[n]) for n, p in run.model.named_parameters()) < (1e-2 if noisy else 1e-5)
+        assert {row["name"]: row["subnetwork"] for row in final.config.frontier} == {
+            row["name"]: row["subnetwork"] for row in run.model.config.frontier
+        }
+
+
+def test_what_sharded_training_saves_is_remote_code_of_ours(launched):
+    """`fully_shard` changes the class of a model, which must not reach the saved config or its code."""
+    files = {case: {path.name for path in (launched / case / "final").glob("*.py")} for case in ("random", "begin")}
+    files["begin"] = {path.name for path in (launched / "begin").glob("*.py")}
+    assert {path.name for path in (launched / "sharded-random" / "final").glob("*.py")} == files["begin"]
+    maps = [
+        json.loads((folder / "config.json").read_text())["auto_map"]
+        for folder in (launched / "begin", launched / "sharded-random" / "final")
+    ]
+    assert maps[0] == maps[1]
+
+
+class TestResume:
+    @pytest.fixture(scope="class")
+    def whole(self, launched):
+        return json.loads((launched / "one" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+
+    def curve(self, whole):
+        timed = ("epoch", "train_runtime", "train_tokens_per_second", "num_input_tokens_seen")
+        return [{key: log[key] for key in log if key not in timed} for log in whole if "loss" in log]
+
+    def test_from_one_process_to_two(self, launched, whole):
+        same_curve(self.curve(whole), history(launched, "resumes")["losses"])
+
+    def test_from_two_processes_to_one(self, launched, whole, tmp_path):
+        run = alone(tmp_path, options(launched / "begin", **SAVES))
+        run.train(resume_from_checkpoint=str(launched / "saves" / "checkpoint-2"))
+        same_curve(self.curve(whole), losses(run))
+        final = FlextronForCausalLM.from_pretrained(launched / "one" / "checkpoint-4")
+        assert difference(torch.nn.utils.parameters_to_vector(final.parameters()),
+                          torch.nn.utils.parameters_to_vector(run.model.parameters())) < 1e-5  # fmt: skip

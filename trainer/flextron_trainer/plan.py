@@ -1,0 +1,167 @@
+"""What a training run keeps in memory on each device, by arithmetic alone: `flextron train --plan`.
+
+Elastic training runs one sub-network after the other, the largest first, so the peak is the larger of two moments:
+the end of the forward pass of the largest network, when there are no gradients yet (with gradient accumulation there
+are, from the batch before), and that of the next one, when there are. The terms were checked against measured peaks
+(`benchmarks/bench_memory.py`). Not counted: the CUDA context (about 0.5 GiB), fragmentation, and what an optimizer
+other than Adam keeps.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from modeling_flextron import FlextronConfig, SubNetwork
+from modeling_flextron.subnetwork import bytes_per_value, count_parameters, smallest_subnetwork
+
+from .arguments import FlextronTrainingArguments
+
+GIB = 2**30
+LOGIT_ARRAYS = 4  # [chunk, vocabulary] in float32 at the same time: probabilities of both, slope, a product
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Args:
+        parameters: Weights, with their copies in bfloat16 under autocast.
+        gradients: Of all weights, with the buckets of DDP.
+        optimizer: Two moments of Adam in the dtype of the weights.
+        activations: What the forward pass of the largest network keeps for its backward pass.
+        teacher: Weights of the teacher and its hidden states; 0 for `"self"`, whose states count as activations.
+        logits: Chunks of logits, and the gradient of the output layer, which exists before the backward pass.
+        overlap: What of the sum is never there at the same time as the rest.
+        available: What the device has; None when that is not known.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    teacher: int
+    logits: int
+    overlap: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """The expected peak."""
+        parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.teacher, self.logits)
+        return sum(parts) - self.overlap
+
+    def gib(self) -> dict[str, float | None]:
+        """Every part and the total in GiB."""
+        parts = {**asdict(self), "total": self.total}
+        return {name: None if value is None else round(value / GIB, 3) for name, value in parts.items()}
+
+    def __str__(self) -> str:
+        names = ("parameters", "gradients", "optimizer", "activations", "teacher", "logits")
+        parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
+        text = f"Expected peak memory {self.total / GIB:.2f} GiB on each device ({parts}; {self.overlap / GIB:.2f}"
+        text += " of that never at the same time)"
+        if self.available is None:
+            return text + "."
+        if self.total <= self.available:
+            return f"{text}; the device has {self.available / GIB:.2f} GiB."
+        return (
+            f"{text}; the device has only {self.available / GIB:.2f} GiB. What helps, in this order: a smaller"
+            " --per_device_train_batch_size with more --gradient_accumulation_steps, --activation_checkpointing,"
+            " teacher='self', FSDP over several devices."
+        )
+
+
+def plan_memory(
+    config: FlextronConfig,
+    args: FlextronTrainingArguments,
+    sequence_length: int,
+    *,
+    dtype: torch.dtype | str | None = None,
+    teacher: Any = None,
+    teacher_bytes: int = 0,
+    sharded: bool = False,
+) -> MemoryPlan:
+    """The memory of a training run.
+
+    Args:
+        config: Of the elastic model.
+        args: Of the run.
+        sequence_length: Tokens in a row.
+        dtype: Of the weights; None for that of the config.
+        teacher: The config of a separate teacher; None without one.
+        teacher_bytes: Bytes of its weights on the training device.
+        sharded: Whether FSDP divides weights, gradients and optimizer among the processes.
+    """
+    size, built = bytes_per_value(dtype or config.dtype), config.built
+    tokens = args.per_device_train_batch_size * sequence_length
+    half = args.bf16 or args.fp16
+    count = count_parameters(config, built)
+    head = config.vocab_size * built.hidden
+    share = args.world_size if sharded else 1
+    learns = args.stage != "router"  # routers are small
+    wide = learns or args.router_method != "surrogate"  # else no backward pass, and one layer's activations
+    weights = size * count
+    gradients = weights if learns else 0
+    buckets = gradients if args.world_size > 1 and not sharded else 0
+    copies = 2 * count if half and size == 4 else 0  # autocast keeps the copies that it made
+    first = _activations(config, built, tokens, size, half, args.activation_checkpointing, wide)
+    logits = LOGIT_ARRAYS * 4 * min(args.loss_chunk_size, tokens) * config.vocab_size
+    logits += 4 * head + size * tokens * built.hidden if learns else 0
+    states = 0
+    if teacher is not None:
+        states = (2 if half else size) * tokens * teacher.hidden_size
+        logits += 2 * config.vocab_size * teacher.hidden_size if half and size == 4 else 0
+    overlap = 0
+    if learns and args.gradient_accumulation_steps == 1:
+        following = _activations(config, _second(config, args), tokens, size, half, args.activation_checkpointing, wide)
+        overlap = min(gradients // share, first - following)
+    return MemoryPlan(
+        parameters=weights // share + copies,
+        gradients=gradients // share + buckets,
+        optimizer=2 * gradients // share,
+        activations=first,
+        teacher=teacher_bytes + states,
+        logits=logits,
+        overlap=max(0, overlap),
+        available=_available(args.device),
+    )
+
+
+def _second(config: FlextronConfig, args: FlextronTrainingArguments) -> SubNetwork:
+    """The largest network that may run while there are gradients, without accumulation."""
+    rows = [config.resolve(row["subnetwork"]) for row in config.frontier if row["subnetwork"]]
+    if args.stage == "elastic" and args.sampler == "sandwich" and len(rows) > 1:
+        return rows[1] if args.subnetworks_per_step > 2 and len(rows) > 2 else rows[-1]
+    return config.built if args.subnetworks_per_step > 1 else smallest_subnetwork(config)
+
+
+def _activations(
+    config: FlextronConfig, subnetwork: SubNetwork, tokens: int, size: int, half: bool, checkpointed: bool, wide: bool
+) -> int:
+    """Bytes that the forward pass of a sub-network keeps for its backward pass."""
+    product = 2 if half else size  # what matrix products read and write
+    hidden, width = subnetwork.hidden, config.head_dim
+    layers = []
+    for mlp, heads in zip(subnetwork.mlp, subnetwork.heads, strict=True):
+        query, kv = heads * width, config.kv_heads(heads) * width
+        attention = 3 * query + 2 * kv  # q, k, v, and the output before and after its heads are brought together
+        neurons = (4 if config.gated_mlp else 2) * mlp
+        # A norm keeps its input in float32, the normalised one, and its result, of which autocast makes a copy.
+        norms = 2 * hidden * (4 + 2 * size + (2 if half and size == 4 else 0))
+        layers.append(tokens * (product * (attention + neurons) + norms))
+    if not wide:
+        return max(layers)
+    if checkpointed:
+        return tokens * size * hidden * len(layers) + max(layers)
+    return sum(layers)
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
