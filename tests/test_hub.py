@@ -54,6 +54,7 @@ elastic.save_pretrained("saved")
 tokenizer.save_pretrained("saved")
 done["command"] = flextron("push", "saved", "me/private", "--private", "--commit-message", "by command", "--tag", "cli")
 push("fourth")
+done["verified"] = flextron("verify", "me/elastic")
 
 run = trainer(
     "run", model=elastic, teacher=None, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1,
@@ -194,6 +195,10 @@ class TestPush:
         assert pushed["command"]["repo"] == "me/private" and hub.repos["me/private"].private
         assert set(hub.files("me/private")) == set(hub.files("me/elastic"))
         assert "cli" in card_of(hub, "me/private").data.tags
+
+    def test_what_arrived_is_whole(self, hub, pushed):
+        shards = [content for path, content in hub.files("me/elastic").items() if path.endswith(".safetensors")]
+        assert pushed["verified"]["bytes"] == sum(map(len, shards)) and len(pushed["verified"]["rows"]) == 4
 
     def test_card(self, hub, pushed):
         card = card_of(hub, "me/elastic")

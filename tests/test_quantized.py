@@ -21,7 +21,7 @@ def logits(model, budget=None):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
-    elastic_of("gqa-wide-heads").save_pretrained(folder)
+    elastic_of("gqa-wide-heads").export(folder)
     return folder
 
 
