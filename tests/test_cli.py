@@ -204,7 +204,7 @@ def test_demo_in_small(work):
         "demo", "--output", "demo", "--dataset", "text", "--parent-steps", 3, "--elastic-steps", 2, "--device", "cpu"
     )
     assert Path(result["plot"]).stat().st_size > 1000
-    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= {
+    assert {"config.json", "model.level0.safetensors", "README.md", "tokenizer.json"} <= {
         path.name for path in Path(result["repo"]).iterdir()
     }
     assert len(result["rows"]) >= 3
