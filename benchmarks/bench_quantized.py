@@ -2,8 +2,8 @@
 
     python benchmarks/bench_quantized.py flextron-demo/elastic
 
-Prints a row for every format and saves all of them in docs/results/quantized_cpu.json; needs torchao, and bitsandbytes where that is installed (which
-cannot slice, so its rows are loaded at each budget).
+Prints a row for every format and saves all of them in docs/results/quantized_cpu.json; needs torchao, and
+bitsandbytes where that is installed (which cannot slice, so its rows are loaded at each budget).
 """
 
 import argparse

@@ -57,5 +57,5 @@ def test_at_its_built_size_a_layer_is_called_with_its_input_alone():
             return input
 
     assert project(Foreign(), torch.ones(3), None).shape == (3,)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="Foreign"):
         project(Foreign(), torch.ones(3), 2)
