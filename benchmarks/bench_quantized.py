@@ -51,7 +51,7 @@ def loss_at(model: Any, folder: str, settings: dict[str, Any], name: str, rows: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or Hub id of an elastic model")
-    parser.add_argument("--dataset", default="stdlib", help="held-out text, as for `flextron evaluate`")
+    parser.add_argument("--dataset", default="stdlib", help="text, as for `flextron evaluate`")
     parser.add_argument("--rows", type=int, default=64, help="blocks of 128 tokens")
     args = parser.parse_args()
 
