@@ -186,13 +186,6 @@ def test_in_place_the_others_learn_from_the_full_network(tmp_path):
     assert log["loss_0.15"] == pytest.approx(kl.item(), rel=1e-3)
 
 
-def test_adapters_are_refused(tmp_path):
-    model = elastic_of("gqa-wide-heads")
-    model.peft_config = {}
-    with pytest.raises(ValueError, match="Adapters run at the built size"):
-        trainer(tmp_path, model=model)
-
-
 class TestLogs:
     def test_losses_in_the_frontier_are_those_of_the_weights(self, tmp_path):
         run = trainer(tmp_path, max_steps=2)
