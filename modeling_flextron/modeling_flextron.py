@@ -758,18 +758,19 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
                 return super().generate(*args, **kwargs)
         return super().generate(*args, flextron_budget=self.resolve_budget(flextron_budget), **kwargs)
 
-    def extract(self, budget: Any = None, pad: bool = False) -> PreTrainedModel:
+    def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
 
         Args:
             budget: What to copy; None for the current default.
             pad: Where the stock class cannot hold these sizes, fill them up with zeros to the next ones that it
                 can: the same function, with more parameters.
+            snap: Where it cannot, copy the largest sub-network that it can hold and that costs no more, and say so.
 
         Raises:
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
-        return extract(self, self.resolve_budget(budget), pad)
+        return extract(self, self.resolve_budget(budget), pad, snap)
 
 
 class FlextronForSequenceClassification(GenericForSequenceClassification, FlextronPreTrainedModel):

@@ -64,7 +64,6 @@ def write_model_card(
     if arguments is not None:
         changed = "\n".join(f"- `{key}`: `{value}`" for key, value in non_default_arguments(arguments).items())
         training = f"Trained with `FlextronTrainer`; arguments that differ from their defaults:\n\n{changed}"
-    packages = ("flextron", "transformers", "torch")
     card = (files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8")
     card = card.format(
         title=name,
@@ -73,10 +72,15 @@ def write_model_card(
         repo=repo or name,
         small=model.frontier[-1]["name"],
         training=training,
-        versions=", ".join(f"{package} {_version(package)}" for package in packages),
+        versions=package_versions(),
     )
     with write_file_beside(Path(folder) / "README.md") as path:
         path.write_text(card, encoding="utf-8")
+
+
+def package_versions() -> str:
+    """The versions that made a model, for a card."""
+    return ", ".join(f"{package} {_version(package)}" for package in ("flextron", "transformers", "torch"))
 
 
 def _version(package: str) -> str:
