@@ -63,8 +63,8 @@ def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False, snap: bool = 
         ValueError: the stock class cannot hold it, or what is to take its place.
     """
     if pad and snap:
-        rule = "One fills sizes up, the other takes smaller ones."
-        raise invalid("pad, snap", (pad, snap), rule, "Pass one of them.")
+        both = "One fills sizes up, the other takes smaller ones."
+        raise invalid("pad, snap", (pad, snap), both, "Pass one of them.")
     rule = misfit(config, subnetwork)
     if rule is None:
         return subnetwork

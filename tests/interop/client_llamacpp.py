@@ -3,7 +3,6 @@
 The converter is in the source archive of llama-cpp-python; without that only our files are run.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -32,23 +31,23 @@ def run(path: Path, name: str, how: str) -> None:
     params.model.path, params.n_ctx, params.warmup, params.n_parallel = str(path), 256, False, 1
     params.cpuparams.n_threads = 1
     server = xllamacpp.Server(params)
-    vocabulary, difference, same = reference.logprobs.shape[-1], 0.0, True
+    vocabulary, difference, same, compared = reference.logprobs.shape[-1], 0.0, True, 0
     for row, prompt in enumerate(reference.prompts):
         answer = server.handle_completions(
-            {"prompt": prompt, "n_predict": NEW, "temperature": 0.0, "n_probs": vocabulary, "ignore_eos": False,
-             "return_tokens": True, "cache_prompt": False, "logit_bias": []}
-        )  # fmt: skip
-        if not isinstance(answer, dict):
-            answer = json.loads(answer)
-        tokens = answer["tokens"]
-        same &= tokens == reference.greedy[row][: len(tokens)] and len(tokens) > 0
-        for i, step in enumerate(answer["completion_probabilities"][: len(tokens)]):
-            theirs = numpy.full(vocabulary, numpy.nan)
+            {"prompt": prompt, "max_tokens": NEW, "temperature": 0.0, "n_probs": vocabulary, "logprobs": vocabulary}
+        )
+        steps = answer["choices"][0]["logprobs"]["content"]
+        tokens = [step["id"] for step in steps]
+        same &= tokens == reference.greedy[row][: len(tokens)]  # it stops at the end of a text, the reference does not
+        compared += len(tokens)
+        for i, step in enumerate(steps):
+            theirs = numpy.full(vocabulary, numpy.inf)
             for entry in step["top_logprobs"]:
                 theirs[entry["id"]] = entry["logprob"]
             ours = reference.logprobs[row, len(prompt) + i - 1]
-            likely = ours > -20
+            likely = ours > -20  # llama.cpp writes what is less likely as the smallest float
             difference = max(difference, float(abs(theirs - ours)[likely].max()))
+    assert compared > NEW, f"only {compared} tokens were written"
     record(name, how, 2e-3, difference, bool(same))
 
 

@@ -5,8 +5,8 @@ import sys
 
 import numpy
 import onnxruntime_genai
+import torch
 from checks import NEW, WORK, Reference, failed, finish, record
-from scipy.special import log_softmax
 
 for folder in sorted(WORK.glob("llama-dense-*")):
     try:
@@ -25,7 +25,7 @@ for folder in sorted(WORK.glob("llama-dense-*")):
             generator = onnxruntime_genai.Generator(model, params)
             generator.append_tokens(numpy.array([prompt], dtype=numpy.int32))
             for i in range(NEW):
-                theirs = log_softmax(numpy.array(generator.get_logits()).reshape(-1), axis=-1)
+                theirs = torch.tensor(generator.get_logits()).flatten().log_softmax(-1).numpy()
                 difference = max(difference, abs(theirs - reference.logprobs[row, len(prompt) + i - 1]).max())
                 token = reference.greedy[row][i]
                 same &= bool(theirs.argmax() == token)

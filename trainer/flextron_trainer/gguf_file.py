@@ -6,7 +6,6 @@ layer. Other families, and tokenizers other than these, go through `--dense` and
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
