@@ -196,23 +196,6 @@ class FlextronAttention(nn.Module):
         self.k_norm = ElasticRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.router = token_router(config)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        heads: int | None = None,
-        hidden: int | None = None,
-        observe: Observer | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend with the leading `heads` query heads and write `hidden` channels; None means all of them."""
-        key, value = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads)
-        return self.mix(
-            hidden_states, key, value, position_embeddings, attention_mask, heads, hidden, observe=observe, **kwargs
-        )
-
     def kv_heads_of(self, heads: int | None) -> int:
         """KV heads that so many query heads read; None means all of them."""
         return self.kv_heads if heads is None else self.kv_heads_at(heads)
@@ -239,20 +222,29 @@ class FlextronAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         return key, value
 
-    def mix(
+    def forward(
         self,
         hidden_states: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None,
-        heads: int | None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        heads: int | None = None,
         hidden: int | None = None,
+        keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         gate: torch.Tensor | None = None,
         observe: Observer | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the leading `heads` query heads read from keys and values, multiplied by `gate` `[..., H E]`."""
+        """Attend with the leading `heads` query heads and write `hidden` channels; None means all of them.
+
+        Args:
+            keys_and_values: What to read instead of the keys and values of `hidden_states`.
+            gate: Factors `[..., H E]` of what the heads read.
+        """
+        # vLLM looks for the call of the attention interface in the source of this very method.
+        if keys_and_values is None:
+            keys_and_values = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads)
+        key, value = keys_and_values
         batch, length, _ = hidden_states.shape
         kv_heads = self.kv_heads_of(heads)
         ranks = self.num_key_value_groups if heads is None else heads // kv_heads

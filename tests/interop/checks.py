@@ -28,10 +28,12 @@ class Reference:
         return self.text[:, PROMPT:].tolist()
 
 
-def record(model: str, how: str, tolerance: float, difference: float, tokens_equal: bool) -> None:
-    """Add a line to what this client found."""
+def record(model: str, how: str, tolerance: float, difference: float, tokens_equal: bool | None = None) -> None:
+    """Add a line to what this client found; `tokens_equal` where it wrote tokens."""
     line = {"model": model, "how": how, "largest_difference": float(difference), "tolerance": tolerance}
-    results.append(line | {"greedy_tokens_equal": tokens_equal, "ok": bool(tokens_equal and difference <= tolerance)})
+    results.append(
+        line | {"greedy_tokens_equal": tokens_equal, "ok": tokens_equal is not False and difference <= tolerance}
+    )
     print(json.dumps(results[-1]), flush=True)
 
 

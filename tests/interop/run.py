@@ -59,7 +59,8 @@ def run(engine: str, work: Path) -> dict:
     if engine == "llamacpp":
         offline["LLAMA_CPP"] = str(next((work / "venvs" / engine / "source").glob("*/vendor/llama.cpp")))
     script = [str(python), str(HERE / f"client_{engine}.py"), str(work / "models"), str(output)]
-    done = subprocess.run(script, env={**os.environ, **offline}, capture_output=True, text=True)
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # nothing of ours in there
+    done = subprocess.run(script, env=clean | offline, capture_output=True, text=True)
     (work / f"{engine}.log").write_text(done.stdout + done.stderr)
     if not output.exists():
         return {"versions": {}, "results": [], "failed": done.stderr.strip()[-300:]}
