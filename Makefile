@@ -6,9 +6,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+INTEROP ?= interop-work
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-newest test-kill check clean
+.PHONY: demo test test-newest test-kill check interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
@@ -31,6 +32,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Other engines on what we export, each in an environment of its own below $(INTEROP): a few GB, 15 minutes.
+interop: $(INSTALLED)
+	$(BIN)/python tests/interop/run.py $(INTEROP) $(ARGS)
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
@@ -38,4 +43,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist flextron-demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist flextron-demo interop-work .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,14 +5,18 @@ the function stays the same.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .errors import invalid
 from .families import axes, by_stock_name, family_of, head_rows, layer_of, stock_name, stored_heads, to_stock
 from .subnetwork import SubNetwork, count_parameters, uniform_subnetworks
+
+logger = logging.get_logger(__name__)
 
 
 def misfit(config, subnetwork: SubNetwork) -> str | None:
@@ -41,27 +45,56 @@ def padded(config, subnetwork: SubNetwork) -> SubNetwork | None:
     return None
 
 
-def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False) -> SubNetwork:
-    """The sizes of the stock model that computes what a sub-network computes.
+def fitting(config) -> list[SubNetwork]:
+    """The uniform sub-networks in memory that the stock class can hold as they are."""
+    return [s for s in uniform_subnetworks(config) if config.built.contains(s) and misfit(config, s) is None]
+
+
+def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False, snap: bool = False) -> SubNetwork:
+    """The sizes of the stock model that takes the place of a sub-network: its own, where the class can hold them.
+
+    Args:
+        config: The `FlextronConfig` of the model that contains it.
+        subnetwork: What is asked for.
+        pad: Else larger ones, for the same function beside zeros.
+        snap: Else the largest ones of a sub-network that has no more parameters.
 
     Raises:
-        ValueError: the stock class cannot hold it, or, with `pad`, not even beside zeros.
+        ValueError: the stock class cannot hold it, or what is to take its place.
     """
+    if pad and snap:
+        both = "One fills sizes up, the other takes smaller ones."
+        raise invalid("pad, snap", (pad, snap), both, "Pass one of them.")
     rule = misfit(config, subnetwork)
     if rule is None:
         return subnetwork
+    size, legal = count_parameters(config, subnetwork), fitting(config)
     larger = padded(config, subnetwork)
+    smaller = max(
+        (s for s in legal if count_parameters(config, s) <= size),
+        key=lambda s: count_parameters(config, s),
+        default=None,
+    )
     if pad and larger is not None:
         return larger
-    size = count_parameters(config, subnetwork)
-    legal = [s for s in uniform_subnetworks(config) if misfit(config, s) is None]
+    if snap and smaller is not None:
+        return smaller
     nearest = min(legal, key=lambda s: abs(count_parameters(config, s) - size), default=None)
     nearest_fit = nearest and f"The nearest sub-network that fits is {nearest.to_dict()}."
     remedies = [nearest_fit or "Load more of the checkpoint."]
     if larger is not None:
         number = f"{count_parameters(config, larger):,}"
         remedies.append(f"With `pad=True` (`--pad`) zeros fill these sizes up to {number} parameters.")
+    if smaller is not None:
+        number = f"{count_parameters(config, smaller):,}"
+        remedies.append(f"`snap=True` (`--snap`) takes the largest that fits and costs no more, {number} parameters.")
     raise invalid("budget", subnetwork.to_dict(), rule, " ".join(remedies))
+
+
+def changes(asked: SubNetwork, given: SubNetwork) -> str:
+    """What differs between two sub-networks: `heads 6 -> 4, mlp [96, 48] -> 48`; empty when nothing does."""
+    before, after = asked.to_dict(), given.to_dict()
+    return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
 
 
 def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
@@ -86,13 +119,14 @@ def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
 
 
 @torch.no_grad()
-def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel:
+def extract(model, subnetwork: SubNetwork, pad: bool = False, snap: bool = False) -> PreTrainedModel:
     """Copy a sub-network into a stock model of the parent's family.
 
     Args:
         model: A `FlextronForCausalLM`.
         subnetwork: What to copy; the stock class must be able to hold it.
-        pad: Fill it up with zeros to sizes that the class can hold.
+        pad: Else fill it up with zeros to sizes that the class can hold.
+        snap: Else copy the largest sub-network that the class can hold and that has no more parameters, and say so.
 
     Returns:
         The stock model in the dtype and on the device of `model`, in evaluation mode.
@@ -100,23 +134,44 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
     if hasattr(subnetwork, "target"):
         rule = "Stock classes have one size for all tokens."
         raise invalid("budget", f"auto:{subnetwork.target}", rule, "Name a static budget, such as 0.5.")
-    config, family = model.config, family_of(model.config.base_model_type)
-    target = stock_sizes(config, subnetwork, pad)
+    target = stock_sizes(model.config, subnetwork, pad, snap)
+    if snap and target != subnetwork:
+        logger.warning(f"Snapped to what the stock class can hold: {changes(subnetwork, target)}.")
+        subnetwork = target
     with no_init_weights():
-        stock = AutoModelForCausalLM.from_config(stock_config(config, target), dtype=model.dtype)
+        stock = AutoModelForCausalLM.from_config(stock_config(model.config, target), dtype=model.dtype)
+    tensors = dict(stock_tensors(model, subnetwork, target))
+    missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
+    stock.tie_weights()
+    assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
+    if model.can_generate():
+        stock.generation_config = copy.deepcopy(model.generation_config)
+    return stock.to(_device(model)).eval()
+
+
+@torch.no_grad()
+def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a sub-network as the stock family names and arranges them, copied one by one.
+
+    Args:
+        model: A `FlextronForCausalLM`.
+        subnetwork: What to copy.
+        target: Sizes to fill up with zeros; the layers may differ.
+
+    Yields:
+        Name and tensor; a tied output head is left out.
+    """
+    config, family = model.config, family_of(model.config.base_model_type)
     position: dict[int | None, int] = {layer: i for i, layer in enumerate(subnetwork.layers)}
-    heads = target.heads[0]
-    kv_heads = config.kv_heads(heads)
-    stored = stored_heads(heads, kv_heads)
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
-    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim).to(device)
+    device = _device(model)
     names = [name for name in model.state_dict() if layer_of(name) in (None, *position) and ".router." not in name]
     if config.tie_word_embeddings:
         names.remove("lm_head.weight")
 
-    state, tensors = model.state_dict(), {}
+    state = model.state_dict()
     for group in by_stock_name(family, names).values():
         at = position.get(layer_of(group[0]), 0)
+        heads, kv_heads = target.heads[at], config.kv_heads(target.heads[at])
         parts = []
         for name in group:
             tensor = (_from_disk(model, name) if state[name].is_meta else state[name]).to(device)
@@ -126,16 +181,16 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False) -> PreTrainedModel
                     tensor = tensor.narrow(dim, 0, used[axis])
                     tensor = _zeros_behind(tensor, dim, size[axis] - used[axis])
                 if axis == "heads" and kv_heads < heads:
-                    tensor = tensor.index_select(dim, group_major)
+                    stored = stored_heads(heads, kv_heads)
+                    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim)
+                    tensor = tensor.index_select(dim, group_major.to(device))
             parts.append(tensor)
         name = stock_name(family, group[0], position.get(layer_of(group[0])))
-        tensors[name] = to_stock(family, name, parts, heads)
-    missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
-    stock.tie_weights()
-    assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
-    if model.can_generate():
-        stock.generation_config = copy.deepcopy(model.generation_config)
-    return stock.to(device).eval()
+        yield name, to_stock(family, name, parts, heads)
+
+
+def _device(model) -> torch.device:
+    return torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
 
 
 def _from_disk(model, name: str) -> torch.Tensor:

@@ -110,13 +110,13 @@ def write_model_card(
         (folder / PLOT).unlink(missing_ok=True)
     text = TEMPLATE.format(
         title=title,
-        parent=_parent(model.config),
+        parent=parent_of(model.config),
         paper=PAPER,
         frontier=frontier_table(model, row_bytes(folder, saved), _tables(model.config, folder)),
         notes=_notes(model, plotted),
         shapes="\n".join(map(_shape, *zip(*_rows(model), strict=True))),
         training=_training(model.config),
-        versions=_versions(),
+        versions=versions(),
         **_uses(model, repo or folder.resolve().name, (folder / "tokenizer_config.json").is_file()),
     )
     metadata = _metadata(model, title, measured, tags or ())
@@ -210,7 +210,8 @@ def _shape(row: dict[str, Any], subnetwork: SubNetwork) -> str:
     return _line([f"`{row['name']}`", *map(str, sizes)])
 
 
-def _parent(config) -> str:
+def parent_of(config) -> str:
+    """The parent of a model, with its licence where that is known."""
     if config.parent_name is None:
         return f"a {config.base_model_type} model"
     if _is_repo(config.parent_name):
@@ -250,10 +251,11 @@ def _training(config) -> str:
     return "\n\nThen ".join(parts)
 
 
-def _versions() -> str:
-    versions = {"flextron": VERSION, "transformers": transformers.__version__, "torch": torch.__version__}
-    versions["huggingface_hub"] = importlib.metadata.version("huggingface_hub")
-    return ", ".join(f"{package} {version}" for package, version in versions.items())
+def versions() -> str:
+    """Of the packages that make a model."""
+    found = {"flextron": VERSION, "transformers": transformers.__version__, "torch": torch.__version__}
+    found["huggingface_hub"] = importlib.metadata.version("huggingface_hub")
+    return ", ".join(f"{package} {version}" for package, version in found.items())
 
 
 def _metadata(model, title: str, measured: list[dict[str, Any]], tags: Sequence[str]) -> ModelCardData:

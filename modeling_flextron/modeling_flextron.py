@@ -213,23 +213,6 @@ class FlextronAttention(nn.Module):
         self.k_norm = ElasticRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.router = token_router(config)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        heads: int | None = None,
-        hidden: int | None = None,
-        observe: Observer | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend with the leading `heads` query heads and write `hidden` channels; None means all of them."""
-        key, value = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads)
-        return self.mix(
-            hidden_states, key, value, position_embeddings, attention_mask, heads, hidden, observe=observe, **kwargs
-        )
-
     def kv_heads_of(self, heads: int | None) -> int:
         """KV heads that so many query heads read; None means all of them."""
         return self.kv_heads if heads is None else self.kv_heads_at(heads)
@@ -256,20 +239,29 @@ class FlextronAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         return key, value
 
-    def mix(
+    def forward(
         self,
         hidden_states: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        attention_mask: torch.Tensor | None,
-        heads: int | None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        heads: int | None = None,
         hidden: int | None = None,
+        keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         gate: torch.Tensor | None = None,
         observe: Observer | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the leading `heads` query heads read from keys and values, multiplied by `gate` `[..., H E]`."""
+        """Attend with the leading `heads` query heads and write `hidden` channels; None means all of them.
+
+        Args:
+            keys_and_values: What to read instead of the keys and values of `hidden_states`.
+            gate: Factors `[..., H E]` of what the heads read.
+        """
+        # vLLM looks for the call of the attention interface in the source of this very method.
+        if keys_and_values is None:
+            keys_and_values = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads)
+        key, value = keys_and_values
         batch, length, _ = hidden_states.shape
         kv_heads = self.kv_heads_of(heads)
         ranks = self.num_key_value_groups if heads is None else heads // kv_heads
@@ -897,19 +889,20 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
                 return super().generate(*args, **kwargs)
         return super().generate(*args, flextron_budget=self.resolve_budget(flextron_budget), **kwargs)
 
-    def extract(self, budget: Any = None, pad: bool = False) -> PreTrainedModel:
+    def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
 
         Args:
             budget: What to copy; None for the current default.
             pad: Where the stock class cannot hold these sizes, fill them up with zeros to the next ones that it
                 can: the same function, with more parameters.
+            snap: Where it cannot, copy the largest sub-network that it can hold and that costs no more, and say so.
 
         Raises:
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
         refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
-        return extract(self, self.resolve_budget(budget), pad)
+        return extract(self, self.resolve_budget(budget), pad, snap)
 
 
 class FlextronForSequenceClassification(GenericForSequenceClassification, FlextronPreTrainedModel):

@@ -143,7 +143,8 @@ class TokenRouting:
         embeddings = kwargs["position_embeddings"]
         key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, most)
         groups = module.kv_heads_of(heads)
-        return module.mix(hidden_states, key[:, :groups], value[:, :groups], heads=heads, gate=gate, **kwargs)[0]
+        read = key[:, :groups], value[:, :groups]
+        return module.forward(hidden_states, keys_and_values=read, heads=heads, gate=gate, **kwargs)[0]
 
     def _attend_in_groups(
         self, module, hidden_states, sizes, which, attention_mask=None, past_key_values=None, hidden=None, **kwargs
@@ -166,10 +167,9 @@ class TokenRouting:
                 :, :most
             ]  # [B, n], filled up with others
             groups = module.kv_heads_of(size)
-            mixed, _ = module.mix(
+            mixed, _ = module.forward(
                 _rows(hidden_states, index),
-                key[:, :groups],
-                value[:, :groups],
+                keys_and_values=(key[:, :groups], value[:, :groups]),
                 heads=size,
                 hidden=hidden,
                 position_embeddings=embeddings and tuple(_rows(part[:, 0], index)[:, None] for part in embeddings),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
 from flextron_trainer.demo import train_tokenizer
+from modeling_flextron import count_parameters
 
 ROOT = Path(__file__).parent.parent
 VERBS = ("convert", "train", "measure", "evaluate", "export", "push", "generate", "demo")
@@ -149,11 +151,68 @@ def test_export_of_sizes_that_need_padding(elastic):
     assert models[0].num_parameters() == padded["parameters"]
     for extra, message in (
         ([], r"nearest sub-network that fits is .*With `pad=True`"),
-        (["--pad"], "needs no padding"),
+        (["--pad"], "for a stock class alone"),
+        (["--snap"], "for a stock class alone"),
+        (["--dense", "--pad", "--snap"], "Pass one of them"),
+        (["--dense", "--gguf"], "Pass --dense or --gguf"),
     ):
         with pytest.raises(ValueError, match=message):
             flextron("export", "elastic", "refused", *(extra or ["--dense"]), "--budget", layers)
     assert not Path("refused").exists()
+
+
+def test_export_of_sizes_that_are_snapped(elastic):
+    """The stock model is the sub-network that the message and the card name, and costs no more than was asked for."""
+    from transformers import AutoModelForCausalLM
+
+    from modeling_flextron import FlextronForCausalLM
+
+    layers = {"mlp": [96, 48, 24, 48]}
+    result = flextron("export", "elastic", "snapped", "--dense", "--snap", "--budget", json.dumps(layers))
+    family = FlextronForCausalLM.from_pretrained("elastic")
+    asked, ids = family.resolve_budget(layers), torch.randint(0, 300, (1, 9))
+    stock = AutoModelForCausalLM.from_pretrained("snapped")
+    card = Path("snapped/README.md").read_text()
+    sizes = json.loads(re.search(r"sizes \| `(.*)`", card)[1])
+    assert "mlp [96, 48, 24, 48] -> " in result["changed"] and result["changed"] in card
+    assert stock.num_parameters() == result["parameters"] <= count_parameters(family.config, asked)
+    torch.testing.assert_close(stock(ids).logits, family(ids, flextron_budget=sizes).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stock(ids).logits, family.extract(layers, snap=True)(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_an_export_is_written_for_other_readers(elastic):
+    from flextron_trainer.dense import for_other_readers, tokenizer_for_other_readers
+
+    flextron("export", "elastic", "read", "--dense", "--budget", "0.45")
+    config = json.loads(Path("read/config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert json.loads(Path("read/tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert {"generation_config.json", "README.md"} <= {path.name for path in Path("read").iterdir()}
+    assert for_other_readers({"model_type": "gpt2", "n_positions": 8})["n_ctx"] == 8
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    assert for_other_readers({"model_type": "llama", "rope_parameters": rope})["rope_scaling"] == rope
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
+    neox = for_other_readers({"model_type": "gpt_neox", "rope_parameters": rope})
+    assert (neox["rotary_emb_base"], neox["rotary_pct"]) == (1e4, 0.25)
+    tokenizer = tokenizer_for_other_readers({"extra_special_tokens": ["<x>"]})
+    assert tokenizer == {"additional_special_tokens": ["<x>"]}
+
+
+@pytest.mark.parametrize("budget", ["0.45", '{"mlp": [96, 48, 24, 48], "heads": [8, 4, 4, 8]}'])
+def test_a_gguf_file_holds_the_weights(elastic, budget):
+    """Read back with the reader of the package; llama.cpp itself runs in `make interop`."""
+    gguf = pytest.importorskip("gguf")
+    from modeling_flextron import FlextronForCausalLM
+
+    result = flextron("export", "elastic", "small.gguf", "--gguf", "--budget", budget)
+    reader = gguf.GGUFReader("small.gguf")
+    assert result["architecture"] == ("deci" if "[" in budget else "llama")
+    model = FlextronForCausalLM.from_pretrained(
+        "elastic", flextron_budget=json.loads(budget) if "[" in budget else budget
+    )
+    assert sum(tensor.n_elements for tensor in reader.tensors) == model.num_parameters()
+    down = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down.weight")
+    assert torch.equal(torch.tensor(down.data), model.model.layers[1].mlp.down_proj.weight)
 
 
 def test_presets_are_defaults(work):

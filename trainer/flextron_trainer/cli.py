@@ -400,6 +400,8 @@ def export(
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
     pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of a level.")] = "5GB",
+    snap: Annotated[bool, typer.Option(help="With --dense: the largest size that fits it and costs no more.")] = False,
+    gguf: Annotated[bool, typer.Option(help="Write a file for llama.cpp; layers may differ.")] = False,
 ) -> None:
     """Write a model in levels, so that whoever loads it at a budget reads only what that needs; or one size of it.
 
@@ -408,33 +410,37 @@ def export(
     Example: `flextron export elastic small --dense --budget 0.5`
 
     With `--budget` it holds nothing larger. With `--dense` the result is a stock checkpoint that needs no code of ours.
-    Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up.
+    Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up and
+    `--snap` takes smaller ones. `--gguf` writes one file (LLaMA only).
     """
-    from modeling_flextron import FlextronConfig, FlextronForCausalLM
-    from modeling_flextron.checkpoint import write_beside
+    from modeling_flextron import FlextronForCausalLM
     from modeling_flextron.errors import invalid
-    from modeling_flextron.extraction import stock_sizes
     from modeling_flextron.model_card import write_model_card
 
+    from .dense import export_dense
+    from .gguf_file import export_gguf
+
     different_folders(model, output)
-    if pad and not dense:
-        raise invalid("pad", pad, "A Flextron model needs no padding.", "Pass --dense as well, or leave it out.")
+    for name, value in (("pad", pad), ("snap", snap)):
+        if value and not dense:
+            rule = "It changes sizes for a stock class alone."
+            raise invalid(name, value, rule, "Pass --dense as well, or leave it out.")
+    if dense and gguf:
+        raise invalid("gguf", gguf, "One is a folder and the other a file.", "Pass --dense or --gguf.")
     if dense:
-        config = FlextronConfig.from_pretrained(model)
-        stock_sizes(config, config.resolve(budget_value(budget)), pad)  # refused before anything is read
+        result = export_dense(model, output, budget_value(budget), pad=pad, snap=snap)
+        if result["changed"]:
+            print(f"The stock class cannot hold what was asked for: {result['changed']}.", file=sys.stderr)
+        finish(output=str(output), dense=True, **result)
+        return
+    if gguf:
+        finish(output=str(output), **export_gguf(model, output, budget_value(budget)))
+        return
     loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
-    parameters = loaded.num_parameters()
-    if dense:
-        stock = loaded.extract(pad=pad)
-        parameters = stock.num_parameters()
-        with write_beside(output) as folder:
-            stock.save_pretrained(folder)
-    else:
-        loaded.export(output, max_shard_size)
+    loaded.export(output, max_shard_size)
     copy_tokenizer(model, output)
-    if not dense:
-        write_model_card(loaded, output)
-    finish(output=str(output), parameters=parameters, dense=dense)
+    write_model_card(loaded, output)
+    finish(output=str(output), parameters=loaded.num_parameters(), dense=False)
 
 
 @app.command()

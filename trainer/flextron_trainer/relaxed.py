@@ -98,7 +98,7 @@ class RelaxedTokens(TokenRouting):
         embeddings, cache = kwargs["position_embeddings"], kwargs.pop("past_key_values", None)
         key, value = module.keys_and_values(hidden_states, embeddings, cache, sizes[0])
         gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
-        return module.mix(hidden_states, key, value, heads=sizes[0], gate=gate, **kwargs)[0]
+        return module.forward(hidden_states, keys_and_values=(key, value), heads=sizes[0], gate=gate, **kwargs)[0]
 
     def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
         """The MLP of a layer, full, with gates on the neurons of every token."""

@@ -1,0 +1,53 @@
+"""vLLM on a CPU: exports natively, and our own class through its Transformers backend.
+
+One model in a process: `client_vllm.py WORK OUTPUT` starts one for each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+from checks import NEW, WORK, Reference, failed, finish, record
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+}  # fmt: skip
+DENSE = ("llama-dense-1", "llama-dense-0.5", "llama-dense-0.3", "gpt2-dense-1", "gpt2-dense-narrow")
+OURS = ("llama", "llama-half", "llama-layers", "gpt2")
+
+
+def one(name: str, options: dict) -> dict:
+    """Largest difference of a log probability, and whether the greedy tokens are the same."""
+    from vllm import LLM, SamplingParams
+
+    reference = Reference(name)
+    model = LLM(str(WORK / name), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, **options)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, logprobs=5, ignore_eos=True)
+    answers = model.generate([{"prompt_token_ids": prompt} for prompt in reference.prompts], sampling, use_tqdm=False)
+    difference = 0.0
+    for row, (prompt, answer) in enumerate(zip(reference.prompts, answers, strict=True)):
+        for i, step in enumerate(answer.outputs[0].logprobs):
+            ours = reference.logprobs[row, len(prompt) + i - 1]
+            difference = max(difference, *(abs(entry.logprob - ours[token]) for token, entry in step.items()))
+    same = [list(answer.outputs[0].token_ids) for answer in answers] == reference.greedy
+    return {"difference": float(difference), "tokens_equal": same}
+
+
+if len(sys.argv) > 3:
+    print("RESULT " + json.dumps(one(sys.argv[3], json.loads(sys.argv[4]))))
+    sys.exit()
+runs = [(name, "native", {}) for name in DENSE]
+runs += [("llama-dense-1", "Transformers backend", {"model_impl": "transformers"})]
+runs += [(name, "our class, Transformers backend", {"trust_remote_code": True}) for name in OURS]
+for name, how, options in runs:
+    command = [sys.executable, __file__, *sys.argv[1:3], name, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if lines:
+        record(name, how, 1e-3, *json.loads(lines[-1].removeprefix("RESULT ")).values())
+    else:
+        (WORK / f"vllm-{name}.log").write_text(done.stdout + done.stderr)
+        failed(name, how, RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no output"))
+finish("vllm-cpu", "transformers", "torch")
