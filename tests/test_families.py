@@ -1,16 +1,19 @@
 """The tables between stock models and ours, in both directions."""
 
 import copy
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, difference, elastic_of, parent_of
-from transformers import GenerationConfig
+from helpers import VARIANTS, difference, elastic_of, parent_of, random_subnetworks
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from modeling_flextron import FlextronForCausalLM
+from modeling_flextron import FlextronForCausalLM, count_parameters
+from modeling_flextron.extraction import fitting, misfit, stock_sizes
 from modeling_flextron.families import axes, family_of, head_rows, stock_name, stored_heads
+from modeling_flextron.modeling_flextron import FlextronAttention
 
 
 def test_every_tensor_of_ours_is_in_the_table(elastic, parent):
@@ -191,3 +194,38 @@ def test_rows_of_a_default_conversion_fit_the_stock_class(variant):
     elastic = elastic_of(variant, **dict.fromkeys(("mlp", "heads", "hidden", "depth")), budgets=[1, 0.75, 0.5])
     for row in elastic.frontier:
         assert elastic.extract(row["name"]).num_parameters() == row["parameters"]
+
+
+@torch.no_grad()
+def test_every_row_is_exported_for_all_readers_and_reads_back(elastic, parent, ids, tmp_path):
+    """With the additional names in config.json, which must not change what transformers 5 computes."""
+    from flextron_trainer.dense import export_dense
+
+    elastic.save_pretrained(tmp_path / "elastic")
+    for row in elastic.frontier:
+        sub = elastic.resolve_budget(row["name"])
+        result = export_dense(tmp_path / "elastic", tmp_path / row["name"], row["name"], snap=True)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / row["name"])
+        assert type(stock) is type(parent) and stock.num_parameters() == result["parameters"] == row["parameters"]
+        assert (
+            result["changed"] == "" and difference(stock(ids).logits, elastic(ids, flextron_budget=sub).logits) < 1e-5
+        )
+        assert not list((tmp_path / row["name"]).glob("*.py"))
+
+
+@torch.no_grad()
+def test_snapping_finds_the_largest_that_fits(elastic, ids):
+    config = elastic.config
+    for sub in random_subnetworks(elastic, 4):
+        sizes = stock_sizes(config, sub, snap=True)
+        cost = count_parameters(config, sizes)
+        assert misfit(config, sizes) is None and cost <= count_parameters(config, sub)
+        assert not any(cost < count_parameters(config, s) <= count_parameters(config, sub) for s in fitting(config))
+        stock = elastic.extract(sub, snap=True)
+        assert difference(stock(ids).logits, elastic(ids, flextron_budget=sizes).logits) < 1e-5
+
+
+def test_vllm_finds_the_attention_interface():
+    """vLLM 0.32 takes the one call of it in the source of `forward`; what it computes is checked by `make interop`."""
+    source = inspect.getsource(FlextronAttention.forward)
+    assert source.count("ALL_ATTENTION_FUNCTIONS.get_interface(") == source.count("attention_interface(\n") == 1

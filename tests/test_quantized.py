@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import difference, elastic_of
-from training import losses, trainer
+from training import trainer
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.elastic import ElasticLinear
@@ -118,19 +118,3 @@ def test_one_graph_for_each_row_in_training():
     assert counts[0] == counts[1] <= len(model.frontier)
     for a, b in zip(eager.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_trainer_compiles_once_for_each_row(tmp_path):
-    torch._dynamo.reset()
-    curves, compiled = [], []
-    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        counters = torch._dynamo.utils.counters
-        counters.clear()
-        run = trainer(tmp_path, sampler="uniform", subnetworks_per_step=4, max_steps=2, **settings)
-        run.train()
-        curves.append(losses(run))
-        compiled.append(counters["stats"]["unique_graphs"])
-    for plain, fast in zip(*curves, strict=True):
-        assert fast == pytest.approx(plain, rel=1e-4)
-    assert compiled[0] == 0 < compiled[1] <= 8

@@ -31,9 +31,8 @@ class Reference:
 def record(model: str, how: str, tolerance: float, difference: float, tokens_equal: bool | None = None) -> None:
     """Add a line to what this client found; `tokens_equal` where it wrote tokens."""
     line = {"model": model, "how": how, "largest_difference": float(difference), "tolerance": tolerance}
-    results.append(
-        line | {"greedy_tokens_equal": tokens_equal, "ok": tokens_equal is not False and difference <= tolerance}
-    )
+    ok = bool(tokens_equal is not False and difference <= tolerance)
+    results.append(line | {"greedy_tokens_equal": tokens_equal, "ok": ok})
     print(json.dumps(results[-1]), flush=True)
 
 

@@ -117,8 +117,8 @@ def main(work: Path) -> None:
         for row in elastic.frontier:
             flextron("export", work / kind, work / f"{kind}-dense-{row['name']}", "--dense", "--budget", row["name"])
     flextron("export", work / "gpt2", work / "gpt2-dense-narrow", "--dense", "--budget", json.dumps(NARROW))
-    flextron("export", work / "llama", work / "llama-half", "--budget", "0.5")
-    flextron("export", work / "llama", work / "llama-layers", "--budget", json.dumps(LAYERS))
+    flextron("export", work / "llama", work / "llama-half", "--plain", "--budget", "0.5")
+    flextron("export", work / "llama", work / "llama-layers", "--plain", "--budget", json.dumps(LAYERS))
     flextron("export", work / "llama", work / "llama-snapped", "--dense", "--snap", "--budget", json.dumps(LAYERS))
     (work / "gguf").mkdir()
     for name, budget in (("llama-dense-1", "1"), ("llama-dense-0.5", "0.5"), ("llama-layers", json.dumps(LAYERS))):

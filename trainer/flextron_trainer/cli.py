@@ -399,7 +399,8 @@ def export(
     budget: Budget = None,
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
     pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of a level.")] = "5GB",
+    plain: Annotated[bool, typer.Option(help="Whole tensors instead of levels, for engines that read them.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     snap: Annotated[bool, typer.Option(help="With --dense: the largest size that fits it and costs no more.")] = False,
     gguf: Annotated[bool, typer.Option(help="Write a file for llama.cpp; layers may differ.")] = False,
 ) -> None:
@@ -411,7 +412,7 @@ def export(
 
     With `--budget` it holds nothing larger. With `--dense` the result is a stock checkpoint that needs no code of ours.
     Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up and
-    `--snap` takes smaller ones. `--gguf` writes one file (LLaMA only).
+    `--snap` takes smaller ones. `--gguf` writes one file (LLaMA only). `--plain` is for vLLM with our own class.
     """
     from modeling_flextron import FlextronForCausalLM
     from modeling_flextron.errors import invalid
@@ -437,7 +438,8 @@ def export(
         finish(output=str(output), **export_gguf(model, output, budget_value(budget)))
         return
     loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
-    loaded.export(output, max_shard_size)
+    write = loaded.save_pretrained if plain else loaded.export
+    write(output, max_shard_size=max_shard_size)
     copy_tokenizer(model, output)
     write_model_card(loaded, output)
     finish(output=str(output), parameters=loaded.num_parameters(), dense=False)
