@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from .errors import invalid
@@ -174,7 +175,7 @@ def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator
         heads, kv_heads = target.heads[at], config.kv_heads(target.heads[at])
         parts = []
         for name in group:
-            tensor = (_from_disk(model, name) if state[name].is_meta else state[name]).to(device)
+            tensor = (load_offloaded_parameter(model, name) if state[name].is_meta else state[name]).to(device)
             used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
             for dim, axis in enumerate(axes(name)):
                 if axis in used:
@@ -191,16 +192,6 @@ def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator
 
 def _device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
-
-
-def _from_disk(model, name: str) -> torch.Tensor:
-    """A tensor that accelerate keeps elsewhere and puts into its module for a forward pass."""
-    path, _, kind = name.rpartition(".")
-    module = model.get_submodule(path)
-    module._hf_hook.pre_forward(module)
-    tensor = getattr(module, kind).detach().clone()
-    module._hf_hook.post_forward(module, None)
-    return tensor
 
 
 def _axis_sizes(config, subnetwork: SubNetwork, at: int) -> dict[str, int]:

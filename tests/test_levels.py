@@ -129,7 +129,6 @@ def test_what_is_read(model, exported, monkeypatch, budget):
             return tensor
 
     monkeypatch.setattr("modeling_flextron.levels.Block", Counting)
-    assert sum(read) == 0
     loaded = load(exported, budget)
     assert 4 * loaded.num_parameters() == sum(read)
 
