@@ -1,0 +1,435 @@
+"""What elastic training is worth: the loss at every size, against every other way to get a model of that size.
+
+    python benchmarks/bench_quality.py                              # LLaMA and GPT, three seeds: many hours on 2 cores
+    python benchmarks/bench_quality.py --families llama --seeds 0 --parent-steps 60 --methods slice elastic
+    python benchmarks/bench_quality.py --methods                    # the tables of what was measured so far
+
+For each family and seed a byte-pair model of about a million parameters is trained on the sources of Python's
+standard library. Everything else starts from that parent and reads at most 7.63 % of its training tokens, unless its
+name says otherwise. At each budget of non-embedding parameters the losses (nats per token, held-out text) are those of
+    slice           the importance-ranked slice, not trained
+    elastic         ours: one run that trains all sizes
+    routed          the same with random sizes in every layer, then a router that picks them (its tokens come on top)
+    token routed    then every token picks its own
+    mlp only        elastic training of MLP widths alone (MatFormer)
+    random order    elastic training without importance
+    cross entropy   elastic training on the text alone, without a teacher
+    single, shared  each size pruned and distilled on its own, the tokens of the elastic run divided among the sizes
+    single, each    each size pruned and distilled on its own, each with all the tokens of the elastic run
+    scratch, compute  trained from scratch with the compute of the whole elastic run, teacher included
+    scratch, tokens   trained from scratch with the tokens of the parent
+and, where `--peers` has their environments (benchmarks/peers/install.sh), minitron, torch_pruning and fastnas: pruned
+by that program and, as "..., distilled", trained like "single, shared"; and autonas, which trains a family of its own.
+`recipes` compares settings of the elastic run on other held-out text, from which its defaults were chosen.
+All are real networks of that size. Models and measurements are kept in `--work`, so that a second run goes on where the
+first stopped; several may run side by side for other seeds. The last line is JSON, also saved under docs/results/.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from common import machine, save
+from datasets import DatasetDict
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
+from flextron_trainer.data import collator, load_text, pack
+from flextron_trainer.demo import settings, train_tokenizer
+from flextron_trainer.evaluation import evaluate_model
+from modeling_flextron import FlextronForCausalLM
+
+LENGTH = 128
+SHARE = 0.0763  # of the parent's tokens: Flextron, abstract
+METHODS = (
+    "recipes", "slice", "elastic", "single, shared", "single, each", "random order", "cross entropy", "mlp only",
+    "routed", "token routed", "minitron", "torch_pruning", "fastnas", "autonas", "scratch, compute", "scratch, tokens",
+)  # fmt: skip
+PEERS = {"minitron": "minitron", "torch_pruning": "torch_pruning", "fastnas": "modelopt", "autonas": "modelopt"}
+RECIPE = {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "subnetworks_per_step": 4}
+RECIPES = {
+    "learning rate 0.001": {"learning_rate": 1e-3},
+    "learning rate 0.004": {"learning_rate": 4e-3},
+    "batches of 4": {"per_device_train_batch_size": 4},
+    "3 sub-networks": {"subnetworks_per_step": 3},
+    "text as well": {"ce_weight": 0.5},
+}
+
+
+@cache
+def texts(work: str) -> tuple:
+    """Training blocks, held-out blocks for the tables and others for choices, and their tokenizer; kept in `work`."""
+    folder = Path(work) / "text"
+    if not (folder / "tokenizer.json").is_file():
+        documents = load_text("stdlib").shuffle(seed=0)
+        few = len(documents) // 20
+        tokenizer = train_tokenizer(documents.select(range(few, few + 400))["text"])
+        held_out = pack(documents.select(range(few)), tokenizer, LENGTH).shuffle(seed=0)
+        rows = pack(documents.select(range(few, len(documents))), tokenizer, LENGTH)
+        DatasetDict(rows=rows, held_out=held_out.select(range(352))).save_to_disk(folder)
+        tokenizer.save_pretrained(folder)
+    blocks = DatasetDict.load_from_disk(folder)
+    held_out = blocks["held_out"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return blocks["rows"], held_out.select(range(256)), held_out.select(range(256, 352)), tokenizer
+
+
+def untrained(family: str, tokenizer: Any) -> PreTrainedModel:
+    """A parent of about a million parameters."""
+    common = {
+        "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": True,
+    }  # fmt: skip
+    if family == "llama":
+        shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(**shape, **common, max_position_embeddings=LENGTH))
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(n_embd=96, n_layer=8, n_head=4, n_positions=LENGTH, **dropout, **common))
+
+
+class Study:
+    """The models of one family and seed, trained or read from an earlier run, and what is measured on them."""
+
+    def __init__(self, family: str, seed: int, options: argparse.Namespace):
+        self.family, self.seed, self.options = family, seed, options
+        self.folder = Path(options.work) / f"{family}-{options.parent_steps}-{seed}"
+        self.rows, self.held_out, self.choosing, self.tokenizer = texts(options.work)
+        self.parent_tokens = 16 * LENGTH * options.parent_steps
+        self.tokens = int(SHARE * self.parent_tokens)
+        self.parent, self.parent_loss = self.train_parent()
+
+    def loss(self, model: Any, budget: Any = None) -> float:
+        """Held-out loss."""
+        return evaluate_model(model.eval(), self.held_out, 32, budget)["loss"]
+
+    def common(self, tokens: int, rows: int, learning_rate: float) -> dict[str, Any]:
+        """Training arguments for so many tokens in batches of so many rows."""
+        steps = max(1, tokens // (rows * LENGTH))
+        return settings(self.folder / "run", "cpu", steps, self.seed, learning_rate) | {
+            "per_device_train_batch_size": rows, "disable_tqdm": True,
+        }  # fmt: skip
+
+    def train_parent(self) -> tuple[Any, float]:
+        """Train the parent, or read it."""
+        note, model = self.folder / "parent.json", untrained(self.family, self.tokenizer)
+        if not note.is_file():
+            set_seed(self.seed)
+            model = untrained(self.family, self.tokenizer)
+            arguments = TrainingArguments(**self.common(self.parent_tokens, 16, 3e-3) | {"logging_steps": 50})
+            rows = self.rows.shuffle(seed=self.seed)
+            trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator(self.tokenizer))
+            trainer.train()
+            model.save_pretrained(self.folder / "parent")
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            note.write_text(json.dumps({"loss": self.loss(model), "training_losses": losses}))
+        parent = type(model).from_pretrained(self.folder / "parent").eval()
+        return parent, json.loads(note.read_text())["loss"]
+
+    def convert(self, **arguments) -> FlextronForCausalLM:
+        """The elastic model, not trained."""
+        budgets = [1, *self.options.budgets]
+        default = {"heads": [1, 0.75, 0.5, 0.25], "hidden": [1], "budgets": budgets, "sequence_length": LENGTH}
+        return convert(self.parent, self.rows.select(range(256)), **default | arguments, seed=self.seed)
+
+    def train(self, model: Any, tokens: int | None = None, *, teacher: Any = "parent", **arguments) -> Any:
+        """Elastic training with our recipe; returns the model."""
+        recipe = RECIPE | arguments
+        common = self.common(
+            tokens or self.tokens, recipe.pop("per_device_train_batch_size"), recipe.pop("learning_rate")
+        )
+        FlextronTrainer(
+            model,
+            FlextronTrainingArguments(**common | recipe),
+            teacher=self.parent if teacher == "parent" else teacher,
+            train_dataset=self.rows.shuffle(seed=self.seed + 1),
+            processing_class=self.tokenizer,
+        ).train()
+        return model.eval()
+
+    def alone(self, model: Any, tokens: int, **arguments) -> Any:
+        """Train a model at its full size only."""
+        weights = [1.0] + [0.0] * (sum(row["subnetwork"] is not None for row in model.config.frontier) - 1)
+        one = {"sampler": "weighted", "sampling_weights": weights, "subnetworks_per_step": 1}
+        return self.train(model, tokens, **one | arguments)
+
+    def family_losses(self, model: Any) -> dict[str, float]:
+        """The loss of every row that costs at most its budget."""
+        fitting = [row for row in model.config.frontier if row["name"] in self.names]
+        return {row["name"]: self.loss(model, row["subnetwork"]) for row in fitting}
+
+    @property
+    def names(self) -> list[str]:
+        return [str(b) for b in (1, *self.options.budgets)]
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """A trained model from its folder, made first if it is not there."""
+        folder = self.folder / name
+        if not (folder / "config.json").is_file():
+            make().save_pretrained(folder)
+        return FlextronForCausalLM.from_pretrained(folder).eval()
+
+    def pruned(self, name: str) -> Any:
+        """The untrained slice as a model of its own."""
+        self.kept("sliced", self.convert)
+        return FlextronForCausalLM.from_pretrained(self.folder / "sliced", flextron_budget=name)
+
+    # ------------------------------------------------------------------------------------------- the methods
+
+    def recipes(self) -> dict[str, Any]:
+        result = {}
+        for name, changed in {"recipe": {}, **RECIPES}.items():
+            start = time.process_time()
+            model = self.train(self.convert(), **changed)
+            result[name] = {b: evaluate_model(model, self.choosing, 32, b)["loss"] for b in self.names}
+            result[name]["seconds"] = round(time.process_time() - start)
+            print(name, result[name], flush=True)
+        return result
+
+    def slice(self) -> dict[str, Any]:
+        model = self.kept("sliced", self.convert)
+        costs = {row["name"]: row["non_embedding_parameters"] for row in model.config.frontier}
+        return self.family_losses(model) | {"non_embedding_parameters": costs}
+
+    def elastic(self) -> dict[str, Any]:
+        return self.family_losses(self.kept("elastic", lambda: self.train(self.convert())))
+
+    def mlp_only(self) -> dict[str, Any]:
+        # A budget that widths alone cannot reach gets a row of another name, and no cell in the table.
+        return self.family_losses(self.train(self.convert(heads=[1])))
+
+    def random_order(self) -> dict[str, Any]:
+        return self.family_losses(self.train(self.convert(order="random")))
+
+    def cross_entropy(self) -> dict[str, Any]:
+        return self.family_losses(self.train(self.convert(), teacher=None))
+
+    def single(self, tokens: int) -> dict[str, Any]:
+        return {name: self.loss(self.alone(self.pruned(name), tokens)) for name in self.names[1:]}
+
+    def single_shared(self) -> dict[str, Any]:
+        return self.single(self.tokens // len(self.options.budgets))
+
+    def single_each(self) -> dict[str, Any]:
+        return self.single(self.tokens)
+
+    def scratch(self, tokens: Callable[[float], float]) -> dict[str, Any]:
+        result = {}
+        for name, budget in zip(self.names[1:], self.options.budgets, strict=True):
+            set_seed(self.seed)
+            model, text = FlextronForCausalLM(self.pruned(name).config), int(tokens(budget))
+            change = {"learning_rate": 3e-3, "per_device_train_batch_size": 16}
+            result[name] = self.loss(self.alone(model, text, teacher=None, **change))
+        return result
+
+    def scratch_tokens(self) -> dict[str, Any]:
+        return self.scratch(lambda budget: self.parent_tokens)
+
+    def scratch_compute(self) -> dict[str, Any]:
+        # A forward pass of the teacher is a third of a training step.
+        compute = self.tokens * (1 + sum(self.options.budgets) + 1 / 3)
+        return self.scratch(lambda budget: compute / budget)
+
+    def mixed(self) -> FlextronForCausalLM:
+        """The elastic model that was trained with random sizes in its layers."""
+        return self.train(self.convert(budgets=[1, self.options.budgets[-1]]))
+
+    def route(self, model: Any, method: str, steps: int) -> FlextronForCausalLM:
+        """Learn routers with frozen weights."""
+        common = self.common(steps * 16 * LENGTH, 16, 2e-3) | {"warmup_steps": 0}
+        stage = {"stage": "router", "router_method": method, "router_budgets": list(self.options.budgets)}
+        FlextronTrainer(
+            model,
+            FlextronTrainingArguments(**common, **stage, subnetworks_per_step=4),
+            train_dataset=self.rows.shuffle(seed=self.seed + 2),
+            processing_class=self.tokenizer,
+        ).train()
+        return model.eval()
+
+    def routed(self) -> dict[str, Any]:
+        mixed = partial(self.kept, "mixed", self.mixed)
+        model = self.kept("routed", lambda: self.route(mixed(), "surrogate", self.options.router_steps))
+        names = {f"routed-{b}": str(b) for b in self.options.budgets}
+        found = {row["name"]: row["subnetwork"] for row in model.config.frontier}
+        losses = {short: self.loss(model, found[name]) for name, short in names.items()}
+        return {"1": self.loss(model), **losses}
+
+    def token_routed(self) -> dict[str, Any]:
+        self.routed()
+        routed = partial(FlextronForCausalLM.from_pretrained, self.folder / "routed")
+        model = self.kept("tokens", lambda: self.route(routed(), "token", self.options.router_steps // 2))
+        result, cost = {}, {}
+        for budget in self.options.budgets:
+            result[str(budget)] = self.loss(model, f"auto:{budget}")
+            cost[str(budget)] = model.last_routing.cost().item()
+        return result | {"held_out_cost": cost}
+
+    def peer(self, name: str) -> dict[str, Any]:
+        """Prune with another program in its own environment; measure what it made, as it is and distilled."""
+        calibration, out = self.folder / "calibration.npy", self.folder / name
+        numpy.save(calibration, numpy.array(self.rows.select(range(256))["input_ids"]))
+        script = Path(__file__).parent / "peers" / f"{name}.py"
+        python = Path(self.options.peers) / PEERS[name] / "bin" / "python"
+        command = [python, script, self.folder / "parent", out, "--calibration", calibration, "--seed", self.seed]
+        command += ["--ratio", *self.options.budgets]
+        if name == "autonas":
+            train = self.folder / "train.npy"
+            numpy.save(train, numpy.array(self.rows.shuffle(seed=self.seed + 1).select(range(4096))["input_ids"]))
+            rows = RECIPE["per_device_train_batch_size"]
+            command += ["--train", train, "--steps", int(self.tokens // (rows * LENGTH)), "--batch-size", rows]
+            command += ["--learning-rate", RECIPE["learning_rate"]]
+        done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE, check=True)
+        said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        result: dict[str, Any] = {"said": said}
+        for entry in said:
+            budget = str(entry["ratio_asked"])
+            if entry["ratio"] > float(budget):  # it cannot be made that small
+                continue
+            model = type(self.parent).from_pretrained(out / budget)
+            result[budget] = self.loss(model)
+            if name != "autonas":
+                same = {"mlp": [1], "heads": [1], "hidden": [1], "depth": [1], "budgets": [1]}
+                whole = convert(model, self.rows.select(range(8)), **same, sequence_length=LENGTH)
+                trained = self.alone(whole, self.tokens // len(self.options.budgets))
+                result.setdefault("distilled", {})[budget] = self.loss(trained)
+        return result
+
+    def measure(self, method: str) -> dict[str, Any]:
+        """Run a method by its name in the table."""
+        if method in PEERS:
+            return self.peer(method)
+        return getattr(self, method.replace(",", "").replace(" ", "_"))()
+
+
+def collected(options: argparse.Namespace) -> dict[str, Any]:
+    """What all runs measured so far, per family and seed."""
+    found: dict[str, Any] = {}
+    for note in sorted(Path(options.work).glob(f"*-{options.parent_steps}-*/measured.json")):
+        family, _, seed = note.parent.name.split("-")
+        parent = json.loads((note.parent / "parent.json").read_text())
+        found.setdefault(family, {})[seed] = {"parent": parent, **json.loads(note.read_text())}
+    return found
+
+
+def lines(seeds: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """For every line of the table and every budget, the losses of all seeds."""
+    found: dict[str, dict[str, list[float]]] = {"parent": {"1": [s["parent"]["loss"] for s in seeds.values()]}}
+    for method in METHODS[1:]:
+        for measured in (s[method] for s in seeds.values() if method in s):
+            for name, losses in ((method, measured), (f"{method}, distilled", measured.get("distilled", {}))):
+                for budget, loss in losses.items():
+                    if isinstance(loss, float):
+                        found.setdefault(name, {}).setdefault(budget, []).append(loss)
+    return found
+
+
+def goals(seeds: dict[str, Any], budgets: list[str]) -> dict[str, Any]:
+    """Per goal and budget, what was reached: means over the seeds that have all of it."""
+    result: dict[str, Any] = {}
+    needed = ("slice", "elastic", "single, shared", "single, each")
+    whole = [s for s in seeds.values() if all(name in s for name in needed)]
+    if not whole:
+        return result
+    mean = {name: {b: statistics.mean(s[name][b] for s in whole) for b in budgets} for name in needed}
+    result["full against parent, percent"] = round(
+        100 * statistics.mean(s["elastic"]["1"] / s["parent"]["loss"] - 1 for s in whole), 3
+    )
+    for b in budgets:
+        ours, start, shared, each = (mean[name][b] for name in ("elastic", "slice", "single, shared", "single, each"))
+        entry = {
+            "elastic - single, shared": round(ours - shared, 4),
+            "percent closed from slice to single, each": round(100 * (start - ours) / (start - each), 1),
+            "percent closed from single, shared to single, each": round(100 * (shared - ours) / (shared - each), 1),
+        }
+        for name in ("scratch, tokens", "scratch, compute"):
+            both = [s["elastic"][b] - s[name][b] for s in whole if name in s]
+            if both:
+                entry[f"elastic - {name}"] = round(statistics.mean(both), 4)
+        result[b] = entry
+    return result
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """A table for each family."""
+    budgets = [str(b) for b in result["options"]["budgets"]]
+    for family, seeds in result["families"].items():
+        table = Table("", "seeds", "1", *budgets, title=f"{family}: loss, mean and spread of the seeds")
+        for name, losses in lines(seeds).items():
+            cells = []
+            for b in ("1", *budgets):
+                values = losses.get(b, [])
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+            table.add_row(name, str(max(map(len, losses.values()))), *cells)
+        console.print(table)
+        console.print(goals(seeds, budgets))
+
+
+def main() -> None:
+    """Measure, save after every part, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=["llama", "gpt2"], choices=["llama", "gpt2"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--parent-steps", type=int, default=2048, help="Of 2,048 tokens each.")
+    parser.add_argument("--router-steps", type=int, default=200)
+    parser.add_argument("--methods", nargs="*", default=METHODS[1:], metavar="METHOD", help=", ".join(METHODS))
+    parser.add_argument("--peers", help="Folder of the peers' environments; without it they are left out.")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--work", default="quality-work", help="Folder of the trained models.")
+    parser.add_argument("--no-save", action="store_true")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    methods = [m for m in options.methods if options.peers or m not in PEERS]
+    for family in options.families:
+        for seed in options.seeds:
+            measure(family, seed, methods, options)
+    result: dict[str, Any] = {"benchmark": "quality", "machine": machine("cpu"), "options": vars(options)}
+    result["options"] = {k: v for k, v in vars(options).items() if k in ("budgets", "parent_steps", "router_steps")}
+    result |= {"recipe": RECIPE, "families": collected(options)}
+    result["goals"] = {
+        family: goals(seeds, [str(b) for b in options.budgets]) for family, seeds in result["families"].items()
+    }
+    show(Console(), result)
+    if not options.no_save:
+        save("quality_cpu", result)
+    print(json.dumps(result))
+
+
+def measure(family: str, seed: int, methods: list[str], options: argparse.Namespace) -> None:
+    """Measure what was not measured before, and write it down after every method."""
+    note = Path(options.work) / f"{family}-{options.parent_steps}-{seed}" / "measured.json"
+    measured = json.loads(note.read_text()) if note.is_file() else {}
+    missing = [method for method in methods if method not in measured]
+    study = Study(family, seed, options) if missing else None
+    for method in missing:
+        start = time.time()
+        measured[method] = study.measure(method)
+        beside = note.with_suffix(".part")
+        beside.write_text(json.dumps(measured, indent=1))
+        beside.replace(note)
+        print(f"{family} {seed} {method}: {measured[method]} ({time.time() - start:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
