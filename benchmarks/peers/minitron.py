@@ -3,8 +3,8 @@
     FOLDER/minitron/bin/python benchmarks/peers/minitron.py PARENT OUT --calibration rows.npy --ratio 0.75 0.5
 
 Megatron-Core runs the parent over the calibration rows, Minitron ranks neurons, heads and layers by their activations
-and keeps the first. `--variant width` prunes MLP and heads, `--variant depth` layers, and the MLP for what is left to
-cut. Heads: those of each KV group where heads share KV heads, otherwise heads with their KV heads.
+and keeps the first. `--variant width` prunes MLP and heads, `mlp` the MLP only, `depth` layers, and the MLP for what is
+left to cut. Heads: those of each KV group where heads share KV heads, otherwise heads with their KV heads.
 """
 
 import contextlib
@@ -121,6 +121,8 @@ def logits(model: GPTModel, rows: torch.Tensor) -> torch.Tensor:
 
 def choices(parent: Parent, variant: str) -> list[dict[str, int]]:
     """What may be chosen beside the width of the MLP."""
+    if variant == "mlp":
+        return [{}]
     if variant == "depth":
         return [{"layers": n} for n in range(1, parent.layers + 1)]
     if parent.heads == parent.kv_heads:
@@ -132,7 +134,7 @@ def choices(parent: Parent, variant: str) -> list[dict[str, int]]:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--variant", choices=["width", "depth"], default="width")
+    parser.add_argument("--variant", choices=["width", "mlp", "depth"], default="width")
     options = parser.parse_args()
     parent, rows = begin(options)
 

@@ -134,6 +134,11 @@ def write(
     (folder / "config.json").write_text(json.dumps(parent.config | changed, indent=1) + "\n")
     if isinstance(sizes["mlp"], list):
         (folder / "sizes.json").write_text(json.dumps({"intermediate": widths}) + "\n")
+    count = parent.parameters(widths, sizes.get("heads"), sizes.get("kv_heads"))
+    held = sum(
+        tensor.numel() for name, tensor in weights.items() if "embed_tokens" not in name and "lm_head" not in name
+    )
+    assert held == count, f"weights hold {held} parameters, and the sizes {sizes} say {count}"
     filled = {}
     for name, tensor in weights.items():
         if ".mlp." in name:
@@ -142,7 +147,6 @@ def write(
         if not (name == "lm_head.weight" and parent.config.get("tie_word_embeddings")):
             filled[name] = tensor.detach().clone().contiguous()
     save_file(filled, folder / "model.safetensors", metadata={"format": "pt"})
-    count = parent.parameters(widths, sizes.get("heads"), sizes.get("kv_heads"))
     result = {
         "version": f"{distribution} {importlib.metadata.version(distribution)}",
         "ratio_asked": ratio,

@@ -37,6 +37,7 @@ def prune(model: Any, parent: Parent, sizes: dict[str, int], rows: torch.Tensor,
         if "heads" in sizes:
             heads |= dict.fromkeys(inputs, parent.heads)
             head_ratios |= dict.fromkeys(inputs, 1 - sizes["heads"] / parent.heads)
+            ratios |= head_ratios  # where the dimensions of heads have no ratio, it does not come to the heads either
         else:
             ignored += inputs
     importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
