@@ -69,10 +69,10 @@ PEERS = {"minitron": "minitron", "torch_pruning": "torch_pruning", "fastnas": "m
 RECIPE = {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "subnetworks_per_step": 4}
 RECIPES = {
     "learning rate 0.001": {"learning_rate": 1e-3},
-    "learning rate 0.004": {"learning_rate": 4e-3},
-    "batches of 4": {"per_device_train_batch_size": 4},
-    "3 sub-networks": {"subnetworks_per_step": 3},
+    "teacher self": {"teacher": "self"},
+    "batches of 4": {"per_device_train_batch_size": 4, "learning_rate": 1e-3},
     "text as well": {"ce_weight": 0.5},
+    "more of the full network": {"sampler": "weighted", "sampling_weights": [3.0, 1.0, 1.0, 1.0]},
 }
 
 
@@ -196,13 +196,15 @@ class Study:
     # ------------------------------------------------------------------------------------------- the methods
 
     def recipes(self) -> dict[str, Any]:
-        result = {}
-        for name, changed in {"recipe": {}, **RECIPES}.items():
-            start = time.process_time()
-            model = self.train(self.convert(), **changed)
-            result[name] = {b: evaluate_model(model, self.choosing, 32, b)["loss"] for b in self.names}
-            result[name]["seconds"] = round(time.process_time() - start)
-            print(name, result[name], flush=True)
+        def losses(model: Any) -> dict[str, float]:
+            return {b: evaluate_model(model.eval(), self.choosing, 32, b)["loss"] for b in self.names}
+
+        self.elastic()
+        result = {"parent": {"1": evaluate_model(self.parent, self.choosing, 32)["loss"]}}
+        result["recipe"] = losses(FlextronForCausalLM.from_pretrained(self.folder / "elastic"))
+        for name, changed in RECIPES.items():
+            result[name] = losses(self.train(self.convert(), **changed))
+            print(name, result, flush=True)
         return result
 
     def slice(self) -> dict[str, Any]:
