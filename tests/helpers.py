@@ -1,6 +1,7 @@
 """Tiny models for the tests, and the pieces that several test files share."""
 
 import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -117,9 +118,18 @@ def parent_of(variant: str, **changes) -> PreTrainedModel:
 
 
 def elastic_of(variant: str, parent=None, **changes):
-    """`parent_of(variant)` made elastic with `CHOICES`."""
+    """`parent_of(variant)`, or the parent given, made elastic with `CHOICES`. The former is converted only once."""
+    if parent is None:
+        model = copy.deepcopy(_converted(variant, json.dumps(changes)))
+        torch.manual_seed(0)  # the same state whether it was converted now or before
+        return model
     data = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
-    return convert(parent or parent_of(variant), data, **{**CHOICES, **changes})
+    return convert(parent, data, **{**CHOICES, **changes})
+
+
+@functools.cache
+def _converted(variant: str, changes: str):
+    return elastic_of(variant, parent_of(variant), **json.loads(changes))
 
 
 def random_subnetworks(model, count: int, seed: int = 0) -> list:
