@@ -41,9 +41,9 @@ def parent(variant):
 
 
 @pytest.fixture(scope="session")
-def elastic(variant, parent):
+def elastic(variant):
     """The parent made elastic on all four axes. Shared: do not change it."""
-    return elastic_of(variant, parent)
+    return elastic_of(variant)
 
 
 @pytest.fixture

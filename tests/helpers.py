@@ -1,13 +1,17 @@
 """Tiny models for the tests, and the pieces that several test files share."""
 
 import copy
+import functools
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import child
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -114,9 +118,18 @@ def parent_of(variant: str, **changes) -> PreTrainedModel:
 
 
 def elastic_of(variant: str, parent=None, **changes):
-    """`parent_of(variant)` made elastic with `CHOICES`."""
+    """`parent_of(variant)`, or the parent given, made elastic with `CHOICES`. The former is converted only once."""
+    if parent is None:
+        model = copy.deepcopy(_converted(variant, json.dumps(changes)))
+        torch.manual_seed(0)  # the same state whether it was converted now or before
+        return model
     data = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
-    return convert(parent or parent_of(variant), data, **{**CHOICES, **changes})
+    return convert(parent, data, **{**CHOICES, **changes})
+
+
+@functools.cache
+def _converted(variant: str, changes: str):
+    return elastic_of(variant, parent_of(variant), **json.loads(changes))
 
 
 def random_subnetworks(model, count: int, seed: int = 0) -> list:
@@ -153,6 +166,11 @@ sys.meta_path.insert(0, Refuse)
 """
 
 
+# Its processes begin with these imported, which takes seconds, and nothing of ours.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["transformers.models.auto.modeling_auto", "transformers.trainer", "datasets"])
+
+
 def run_python(
     code: str,
     *arguments: object,
@@ -163,12 +181,28 @@ def run_python(
     folder: Path | None = None,
 ) -> subprocess.CompletedProcess:
     """Run Python code in a process of its own: with this checkout on its path, or where our packages cannot be
-    imported; `env` is added to the environment, `folder` is where it works."""
+    imported; `env` is added to the environment of a new interpreter, `folder` is where it works."""
     root = Path(__file__).parent.parent
     path = [str(root), str(root / "trainer"), str(root / "tests")]
     prelude = f"import sys; sys.path[:0] = {path!r}\n" if package else WITHOUT_PACKAGE
-    command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
-    variables = {**os.environ, **(env or {})}
-    done = subprocess.run(command, text=True, capture_output=True, timeout=timeout, env=variables, cwd=folder)
+    given = [str(argument) for argument in arguments]
+    if env is None:
+        done = run_forked(prelude + code, given, timeout, folder or Path.cwd())
+    else:  # which libraries read when they are imported
+        command, variables = [sys.executable, "-c", prelude + code, *given], {**os.environ, **env}
+        done = subprocess.run(command, text=True, capture_output=True, timeout=timeout, env=variables, cwd=folder)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def run_forked(code: str, arguments: list[str], timeout: float, folder: Path) -> subprocess.CompletedProcess:
+    """`python -c CODE ARGUMENTS` without the seconds of its imports."""
+    with tempfile.TemporaryDirectory() as output:
+        files = [Path(output, name) for name in ("stdout", "stderr")]
+        process = PROCESSES.Process(target=child.run, args=(code, arguments, str(folder), *map(str, files)))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(code, timeout)
+        return subprocess.CompletedProcess(code, process.exitcode, *(file.read_text() for file in files))

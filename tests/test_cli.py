@@ -3,14 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import flextron, parent_of
-from test_trainer import environment
+from helpers import flextron, parent_of, run_python
 from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
@@ -250,8 +247,8 @@ def test_presets_are_defaults(work):
     ],
 )
 def test_an_error_is_one_message(elastic, arguments, message):
-    command = [sys.executable, "-m", "flextron_trainer", *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=elastic.parent)
+    code = 'import runpy; runpy.run_module("flextron_trainer", run_name="__main__")'
+    done = run_python(code, *arguments, check=False, folder=elastic.parent)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
 

@@ -205,9 +205,9 @@ class TestFrontier:
 
         module = importlib.import_module("flextron_trainer.convert")
         monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: -sub.mlp[0])
-        wide = elastic_of("mha", budgets=[1, 0.5])
+        wide = elastic_of("mha", parent_of("mha"), budgets=[1, 0.5])
         monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: sub.mlp[0])
-        narrow = elastic_of("mha", budgets=[1, 0.5])
+        narrow = elastic_of("mha", parent_of("mha"), budgets=[1, 0.5])
         mlp = [model.resolve_budget(0.5).mlp[0] for model in (wide, narrow)]
         assert mlp[0] > mlp[1]
 
@@ -220,7 +220,7 @@ class TestFrontier:
             return sub.mlp[0] if large else -sub.mlp[0]
 
         monkeypatch.setattr(importlib.import_module("flextron_trainer.convert"), "mean_loss", loss)
-        elastic = elastic_of("mha", budgets=[1, 0.7, 0.45], hidden=[1], depth=[1])
+        elastic = elastic_of("mha", parent_of("mha"), budgets=[1, 0.7, 0.45], hidden=[1], depth=[1])
         larger, smaller = (elastic.resolve_budget(name) for name in ("0.7", "0.45"))
         assert larger.mlp[0] < 96 and larger.contains(smaller)
 

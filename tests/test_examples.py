@@ -1,13 +1,12 @@
 """The script of a whole real run, with small settings."""
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import yaml
-from helpers import SHAPES, parent_of
-from test_trainer import environment
+from helpers import SHAPES, flextron, parent_of
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer.demo import train_tokenizer
@@ -15,7 +14,9 @@ from flextron_trainer.demo import train_tokenizer
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def test_the_real_run_in_small(tmp_path):
+def test_the_real_run_in_small(tmp_path, monkeypatch):
+    """What the script would run is written down by a `flextron` of our own, and then run in this process."""
+    monkeypatch.chdir(tmp_path)
     texts = [f"def f{i}(x):\n    return x + {i}\n" for i in range(400)]
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": part}) + "\n" for part in texts))
@@ -27,14 +28,15 @@ def test_the_real_run_in_small(tmp_path):
         "PARENT": tmp_path / "parent", "TEXT": text, "OUT": tmp_path / "out", "STEPS": 3, "ROUTER_STEPS": 4,
         "LENGTH": 32, "BATCH": 2, "ACCUMULATION": 2, "SAMPLES": 8, "SAVE": 2, "MORE": "--use_cpu --report_to none",
         "CONVERT": "--mlp 1,0.75,0.5,0.25 --heads 1,0.5 --budgets 1,0.75,0.5",
-        "FLEXTRON": f"{sys.executable} -m flextron_trainer",
+        "FLEXTRON": "bash flextron.sh",
     }  # fmt: skip
-    variables = {**environment(), **{name: str(value) for name, value in small.items()}}
-    script = ["bash", EXAMPLES / "llama_1b.sh"]
-    done = subprocess.run(script, env=variables, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
-    assert any("gib" in line for line in lines) and (tmp_path / "out" / "frontier.png").exists()
+    Path("flextron.sh").write_text('printf "%s\\n" "$@" "" >> calls.txt\n')
+    variables = {**os.environ, **{name: str(value) for name, value in small.items()}}
+    subprocess.run(["bash", EXAMPLES / "llama_1b.sh"], env=variables, check=True)
+    calls = [call.split("\n") for call in Path("calls.txt").read_text().strip().split("\n\n")]
+    assert [call[0] for call in calls] == ["convert", "train", "train", "train", "evaluate", "export"]
+    results = [flextron(*call) for call in calls]
+    assert any("gib" in result for result in results) and (tmp_path / "out" / "frontier.png").exists()
     names = [row["name"] for row in json.loads((tmp_path / "out" / "routed" / "config.json").read_text())["frontier"]]
     assert {"1", "0.75", "0.5", "routed-0.5"} <= set(names)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "half")).__name__ == "LlamaForCausalLM"

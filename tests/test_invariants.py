@@ -58,7 +58,7 @@ def test_2_subnetwork_equals_loaded_equals_extracted(parent, elastic, saved, ids
         assert larger.contains(sub) and (larger == sub) == (misfit(elastic.config, sub) is None)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 @torch.no_grad()
 def test_2_heterogeneous_subnetworks_load_as_they_run(elastic, saved, ids, seed):

@@ -2,11 +2,10 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import parent_of
+from helpers import parent_of, run_python
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer import convert
@@ -31,12 +30,6 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def run(workplace, *command):
-    done = subprocess.run([sys.executable, *command], cwd=workplace, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -54,7 +47,7 @@ def test_the_readme_is_short_and_complete():
 
 @pytest.mark.slow
 def test_lines_for_users_run_as_printed(workplace):
-    run(workplace, "-c", snippets()[0])
+    run_python(snippets()[0], folder=workplace)
     dense = AutoModelForCausalLM.from_pretrained(workplace / "llama-half")
     assert type(dense).__name__ == "LlamaForCausalLM"
 
@@ -64,7 +57,7 @@ def test_lines_for_training_run_as_printed(workplace):
     """With the ids of the README replaced by a parent and a text that exist here."""
     text = snippets()[1].replace("meta-llama/Llama-3.2-1B", "parent").replace("./text", "text.txt")
     text = text.replace("max_steps=1000", "max_steps=2, use_cpu=True, report_to='none'").replace("512", "16")
-    run(workplace, "-c", text)
+    run_python(text, folder=workplace)
     assert (workplace / "run" / "config.json").is_file()
 
 
@@ -72,6 +65,6 @@ def test_lines_for_training_run_as_printed(workplace):
 def test_example_runs(workplace):
     arguments = ["--output_dir", "trained", "--max_steps", "2", "--use_cpu", "--report_to", "none"]
     script = (ROOT / "examples" / "convert_and_train.py").read_text()
-    (workplace / "script.py").write_text(script.replace("SEQUENCE_LENGTH = 512", "SEQUENCE_LENGTH = 16"))
-    assert "eval_loss_0.5" in run(workplace, "script.py", "parent", "text.txt", *arguments)
+    script = script.replace("SEQUENCE_LENGTH = 512", "SEQUENCE_LENGTH = 16")
+    assert "eval_loss_0.5" in run_python(script, "parent", "text.txt", *arguments, folder=workplace).stdout
     assert (workplace / "trained" / "README.md").is_file()

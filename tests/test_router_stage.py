@@ -31,6 +31,7 @@ def trained() -> FlextronForCausalLM:
 
 def router_run(output, method="surrogate", stage="router", **changes):
     changes = {"max_steps": 12, "router_budgets": BUDGETS, "teacher": None, **changes}
+    changes.setdefault("per_device_eval_batch_size", 64)  # token routers are calibrated on one batch, not eight
     changes.setdefault("model", copy.deepcopy(trained()))
     return trainer(output, stage=stage, router_method=method, **changes)
 

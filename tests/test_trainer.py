@@ -6,13 +6,11 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, difference, elastic_of, parent_of
+from helpers import VARIANTS, difference, elastic_of, parent_of, run_python
 from training import VARIANT, arguments, losses, rows, trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -334,7 +332,7 @@ class TestResume:
     def test_killed(self, uninterrupted, tmp_path, when):
         """SIGKILL while training and while saving: resuming gives the uninterrupted run."""
         changes = json.dumps({"sampler": "random", **self.SAVES, **when})
-        done = subprocess.run([sys.executable, SCRIPT, tmp_path, changes], env=environment(), capture_output=True)
+        done = run_python(SCRIPT.read_text(), tmp_path, changes, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         folders = {path.name for path in tmp_path.glob("checkpoint-*")}
         assert "checkpoint-2" in folders

@@ -5,6 +5,7 @@ and the generation tests; empty classes stand in for them.
 """
 
 import copy
+import functools
 import importlib
 import json
 import sys
@@ -44,6 +45,13 @@ def import_suite(*modules: str) -> list:
 common, training = import_suite("test_modeling_common", "test_training_mixin")
 
 
+@functools.cache
+def config_of(variant: str) -> FlextronConfig:
+    # Untied, because a test unties config files by hand, which the costs in the frontier then contradict.
+    parent = parent_of(variant, num_hidden_layers=2, tie_word_embeddings=False)
+    return elastic_of(variant, parent, depth=[1]).config
+
+
 class Tester:
     """What the tests ask of the tester of a model: a config, inputs and their sizes."""
 
@@ -52,9 +60,7 @@ class Tester:
     base_model_class, causal_lm_class = FlextronModel, FlextronForCausalLM
 
     def __init__(self, variant: str, budget=None):
-        # Untied, because a test unties config files by hand, which the costs in the frontier then contradict.
-        parent = parent_of(variant, num_hidden_layers=2, tie_word_embeddings=False)
-        config = elastic_of(variant, parent, depth=[1]).config
+        config = config_of(variant)
         self.fields = json.loads(config.to_json_string(use_diff=False))
         # The tests set a short window on every config that has one, so let a layer use it.
         self.fields |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 5}
@@ -62,6 +68,7 @@ class Tester:
         shape = config.resolve(budget)
         self.hidden_size, self.num_attention_heads = shape.hidden, shape.heads[0]
         self.vocab_size = config.vocab_size
+        torch.manual_seed(0)
 
     def get_config(self) -> FlextronConfig:
         return FlextronConfig.from_dict(copy.deepcopy(self.fields))

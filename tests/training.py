@@ -49,7 +49,7 @@ def trainer(
     if begin is not None:
         model = FlextronForCausalLM.from_pretrained(begin)
     return FlextronTrainer(
-        model or elastic_of(variant, parent),
+        model or elastic_of(variant),
         arguments(output, **changes),
         teacher=parent if teacher == "parent" else teacher,
         train_dataset=rows(),
