@@ -155,8 +155,13 @@ class FlextronTrainer(Trainer):
             dtype=self.model.dtype,
             teacher=None if teacher is None else teacher.config,
             teacher_bytes=own,
-            sharded=self.is_fsdp_enabled or self.is_distributed_loading_by_transformers,
+            sharded=self._sharded,
         )
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether every process holds a part of each weight (FSDP)."""
+        return self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -512,7 +517,12 @@ class FlextronTrainer(Trainer):
             commit_message, token, revision, private: as in `Trainer.push_to_hub`.
             blocking: False returns a `Future`.
             kwargs: `tags`, `create_pr`, `commit_description` and `max_shard_size`.
+
+        Raises:
+            ValueError: an adapter on a sharded model, or a sharded model that is not saved whole.
         """
+        if self._sharded:
+            self._check_saves_whole()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -528,8 +538,19 @@ class FlextronTrainer(Trainer):
             "revision": revision or self.args.hub_revision,
             "private": self.args.hub_private_repo if private is None else private,
         }
-        push = self.model.push_to_hub
+        # One process cannot gather the weights of all; what they just saved together is whole.
+        model = FlextronForCausalLM.from_pretrained(self.args.output_dir) if self._sharded else self.model
+        push = model.push_to_hub
         return push(self.hub_model_id, **kwargs) if blocking else run_as_future(push, self.hub_model_id, **kwargs)
+
+    def _check_saves_whole(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if hasattr(self.model, "peft_config"):
+            rule = "The weights under it are divided among processes."
+            raise invalid("model", type(self.model).__name__, rule, "`save_model()`, and push that folder.")
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            rule = "`save_model` writes no whole weights then."
+            raise invalid("fsdp_state_dict_type", str(plugin.state_dict_type), rule, "Set it to FULL_STATE_DICT.")
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
