@@ -628,8 +628,12 @@ class FlextronPreTrainedModel(PreTrainedModel):
             max_shard_size: Largest file of a level.
 
         Raises:
-            ValueError: the model is quantized, or shares its parameters with another.
+            ValueError: the model is quantized or sharded, or shares its parameters with another.
         """
+        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):
+            rule = "The weights are divided among processes (FSDP)."
+            remedy = "`save_pretrained` on all of them, load that folder in one process, and export that."
+            raise invalid("save_directory", str(save_directory), rule, remedy)
         if quantizer(self.config) is not None:
             rule = "Quantized weights are not cut into levels."
             raise invalid("save_directory", str(save_directory), rule, "Save the model with `save_pretrained`.")

@@ -173,7 +173,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            size = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(size)
+            if len(body) < size:  # whoever sent it was killed
+                raise ConnectionError(f"{len(body)} of {size} bytes")
+            return body
         body = b""
         while size := int(self.rfile.readline(), 16):
             body += self.rfile.read(size)

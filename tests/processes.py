@@ -1,10 +1,12 @@
-"""Several tiny runs in the processes of one launch: `torchrun ... processes.py FOLDER`, cases in FOLDER/cases.json."""
+"""Several tiny runs in the processes of one launch: `accelerate launch ... processes.py FOLDER`, cases in FOLDER/cases.json."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType
 from torch.distributed.tensor import DTensor
 from training import losses, trainer
 from transformers.distributed import DistributedConfig
@@ -16,21 +18,40 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
     """Run one case on all processes; what every rank drew and what the first one logged lands in `folder/name`."""
     changes = dict(changes)
     resume, sharded = changes.pop("resume", None), changes.pop("sharded", False)
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     begin = changes.pop("begin")
     how = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharded else {}
     model = FlextronForCausalLM.from_pretrained(begin, **how)
     run = trainer(folder / name, model=model, **changes)
     assert run.accelerator.num_processes == 2
-    assert any(isinstance(p, DTensor) for p in run.model.parameters()) == sharded
     run.train(resume_from_checkpoint=resume)
+    assert any(isinstance(p, DTensor) for p in run.model.parameters()) == (sharded or fsdp)
     drawn = [[str(draw) for draw in run.draws(step)] for step in range(6)]
     result = {"losses": losses(run), "draws": drawn, "metrics": run.evaluate()}
     (folder / f"{name}-{run.args.process_index}.json").write_text(json.dumps(result))
     run.save_model(folder / name / "final")
+    if run.args.hub_model_id:
+        run.push_to_hub()
+    run.accelerator.wait_for_everyone()
+
+
+def use_fsdp_on_cpu() -> None:
+    """Let accelerate take its way for FSDP, which it does on accelerators alone; on gloo it works as well."""
+    begin = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    import faulthandler; faulthandler.dump_traceback_later(120, exit=True)  # TEMP
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        use_fsdp_on_cpu()
     root = Path(sys.argv[1])
     for case, options in json.loads((root / "cases.json").read_text()).items():
         print(case, flush=True)

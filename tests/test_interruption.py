@@ -33,9 +33,31 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_stays(tmp_path, monke
     assert losses(run) == losses(whole)
 
 
-def test_a_finished_run_makes_no_further_step(tmp_path):
-    whole = trainer(tmp_path, **SAVES, lr_scheduler_type="constant")
+@pytest.mark.parametrize("changes", [{}, {"stage": "router", "router_budgets": [0.6], "teacher": None}])
+def test_a_finished_run_makes_no_further_step(tmp_path, changes):
+    """And one that is resumed evaluates what routers added before it was stopped."""
+    settings = {**SAVES, **changes, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 2}
+    whole = trainer(tmp_path, **settings)
     whole.train()
-    run = trainer(tmp_path, **SAVES, lr_scheduler_type="constant")
-    assert run.train(resume_from_checkpoint=True).global_step == 6 and losses(run) == losses(whole)
-    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), whole.model.parameters(), strict=True))
+    for checkpoint in (True, str(tmp_path / "checkpoint-4")):
+        run = trainer(tmp_path, **settings)
+        assert run.train(resume_from_checkpoint=checkpoint).global_step == 6 and losses(run) == losses(whole)
+        assert evaluations(run) == evaluations(whole) and run.model.config.frontier == whole.model.config.frontier
+        assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), whole.model.parameters(), strict=True))
+
+
+def evaluations(run) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in log.items() if "loss" in name}
+        for log in run.state.log_history
+        if "eval_loss" in log
+    ]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    run = trainer(tmp_path, **SAVES)
+    run.train()
+    for name in (".push-abc", ".checkpoint-8-abc", ".mine"):
+        (tmp_path / name).mkdir()
+    trainer(tmp_path, **SAVES).train(resume_from_checkpoint=True)
+    assert [path.name for path in tmp_path.glob(".*")] == [".mine"]

@@ -178,7 +178,7 @@ def test_one_large_batch_is_several_small_ones(method, tmp_path):
         tmp_path, method, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=6, optim="sgd"
     )
     large.train(), small.train()
-    tolerance = 2e-2 if method == "token" else 1e-3  # noise of tokens is drawn for each batch
+    tolerance = 1e-2 if method == "token" else 1e-3  # |cost - target| is that of each batch
     assert difference(values(large), values(small)) < tolerance
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from modeling_flextron import FlextronConfig, SubNetwork
-from modeling_flextron.elastic import ElasticLayerNorm
 from modeling_flextron.token_routing import RoutedSubNetwork, TokenRouting
 
 from .routers import Places
@@ -45,18 +44,7 @@ class RelaxedSizes:
 
     def norm(self, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """A norm over the chosen channels."""
-        if self.channels is None:
-            return module(hidden_states)
-        gate, states = self.channels, hidden_states.float()
-        count = gate.sum()
-        if isinstance(module, ElasticLayerNorm):
-            mean = (states * gate).sum(-1, keepdim=True) / count
-            variance = ((states - mean).square() * gate).sum(-1, keepdim=True) / count
-            result = module.weight * ((states - mean) * (variance + module.eps).rsqrt()) + module.bias
-        else:
-            mean_square = (states * gate).square().sum(-1, keepdim=True) / count
-            result = module.weight * (states * (mean_square + module.eps).rsqrt())
-        return (result * gate).to(hidden_states.dtype)
+        return module(hidden_states) if self.channels is None else module(hidden_states, self.channels)
 
     def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
         """The attention of a layer with gates on its heads."""
@@ -79,6 +67,8 @@ class RelaxedTokens(TokenRouting):
         tokens: As in `TokenRouting`.
         temperature: Width of the noise and of the soft gates, in units of the need; the noise is 0 when `seed` is None.
         seed: Of the noise.
+        row: Which row of the step's whole batch the first one here is, over all processes and accumulated batches. A
+            token has the same noise however the batch is divided.
     """
 
     def __init__(
@@ -88,9 +78,10 @@ class RelaxedTokens(TokenRouting):
         tokens: torch.Tensor | None,
         temperature: float,
         seed: str | None,
+        row: int = 0,
     ):
         super().__init__(config, subnetwork, tokens)
-        self.temperature, self.seed = temperature, seed
+        self.temperature, self.seed, self.row = temperature, seed, row
 
     def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
         """The attention of a layer, full, with gates on the heads of every token."""
@@ -110,9 +101,8 @@ class RelaxedTokens(TokenRouting):
         sizes, borders = self.sizes(axis, module.layer_idx)
         need = module.router(hidden_states, self.position.to(hidden_states.device)) + self.offset
         if self.seed is not None:
-            seed = random.Random(f"{self.seed}/{axis}/{module.layer_idx}").getrandbits(48)
-            uniform = torch.rand(need.shape, generator=torch.Generator().manual_seed(seed)).clamp(1e-6, 1 - 1e-6)
-            need = need + self.temperature * uniform.logit().to(need.device)
+            noise = self._noise(f"{self.seed}/{axis}/{module.layer_idx}", *need.shape)
+            need = need + self.temperature * noise.to(need.device)
         soft = ((need[..., None] - torch.tensor(borders, device=need.device)) / self.temperature).sigmoid()
         at_least = (soft > 0.5).float() + soft - soft.detach()  # [B, S, K - 1]; all tokens reach the smallest size
         at_least = torch.cat([at_least, torch.ones_like(need)[..., None]], dim=-1)
@@ -122,6 +112,14 @@ class RelaxedTokens(TokenRouting):
         gate = spread(at_least, sizes)
         getattr(self, axis)[module.layer_idx] = gate.sum(-1)
         return sizes, gate
+
+    def _noise(self, name: str, rows: int, length: int) -> torch.Tensor:
+        """Logistic noise `[rows, length]`; that of a row begins the same at every length, so padding changes nothing."""
+        generator, result = torch.Generator(), []
+        for row in range(self.row, self.row + rows):
+            generator.manual_seed(random.Random(f"{name}/{row}").getrandbits(48))
+            result.append(torch.rand(length, generator=generator))
+        return torch.stack(result).clamp(1e-6, 1 - 1e-6).logit()
 
 
 def bounds_for(config: FlextronConfig, subnetwork: SubNetwork, within: SubNetwork | None) -> dict[str, Any]:

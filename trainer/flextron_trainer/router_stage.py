@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -55,6 +57,7 @@ class RouterStage:
         self.budgets = self._budgets()
         self.learner: SurrogateLearner | None = None
         self._begun: int | None = None
+        self._batch = 0  # of the accumulated ones of the step
         if args.router_method == "token":
             add_token_routers(model, self.budgets)
             return
@@ -97,10 +100,14 @@ class RouterStage:
         return [p for name, p in self.model.named_parameters() if ".router." in name]
 
     def begin(self, step: int) -> None:
-        """Forget the gradients of the step before: scores are no part of the model, whose the Trainer forgets."""
-        if self.learner is not None and step != self._begun:
+        """Begin a batch of a step; the first one forgets the gradients of the step before.
+
+        Scores are no part of the model, whose gradients the Trainer forgets.
+        """
+        self._batch = self._batch + 1 if step == self._begun else 0
+        if self.learner is not None and self._batch == 0:
             self.learner.scores.zero_grad()
-            self._begun = step
+        self._begun = step
 
     @property
     def alone(self) -> bool:
@@ -150,8 +157,10 @@ class RouterStage:
         first, last = TEMPERATURE
         ids = inputs["input_ids"]
         tokens = real_tokens(inputs.get("attention_mask"), ids.shape[1])
-        routing = RelaxedTokens(config, bounds, tokens, last + (first - last) * left, seed if left else None)
-        return Draw(f"auto-{target:g}", bounds.bounds, routing, lambda: (routing.cost() - target).abs())
+        row = (self._batch * self.args.world_size + self.args.process_index) * self.args.train_batch_size
+        routing = RelaxedTokens(config, bounds, tokens, last + (first - last) * left, seed if left else None, row)
+        count = torch.tensor(ids.numel(), device=ids.device) if tokens is None else tokens.sum()
+        return Draw(f"auto-{target:g}", bounds.bounds, routing, lambda: average_gap(routing.cost(), count, target))
 
     # ------------------------------------------------------------------------------------------------ keeping
 
@@ -237,6 +246,18 @@ class RouterStage:
         with torch.no_grad():
             self.learner.scores.table.copy_(state.pop("scores"))
         self.learner.load(state)
+
+
+def average_gap(cost: torch.Tensor, count: torch.Tensor, target: float) -> torch.Tensor:
+    """|cost - target| of the average over the tokens of all processes, of which `count` here cost `cost` on average.
+
+    Its gradient is the part of these tokens, times the number of processes, over which gradients are averaged.
+    """
+    mine = torch.stack([cost.detach() * count, count.to(cost)])
+    total, tokens = reduce(mine, "sum")
+    share = cost * (count * PartialState().num_processes / tokens)
+    gap = total / tokens - target
+    return gap.abs() + gap.sign() * (share - share.detach())
 
 
 def add_token_routers(model: FlextronForCausalLM, budgets: list[float]) -> None:

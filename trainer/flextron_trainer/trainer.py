@@ -155,8 +155,13 @@ class FlextronTrainer(Trainer):
             dtype=self.model.dtype,
             teacher=None if teacher is None else teacher.config,
             teacher_bytes=own,
-            sharded=self.is_fsdp_enabled or self.is_distributed_loading_by_transformers,
+            sharded=self._sharded,
         )
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether every process holds a part of each weight (FSDP)."""
+        return self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -352,10 +357,8 @@ class FlextronTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if hasattr(self.model, "peft_config"):
-            return  # a checkpoint of an adapter has no config of the model
-        best = FlextronConfig.from_pretrained(self.state.best_model_checkpoint)
-        self.model.config.frontier = best.frontier  # with the losses of these weights
+        assert self.state.best_model_checkpoint is not None
+        self._take_frontier(self.state.best_model_checkpoint)  # with the losses of these weights
 
     # ------------------------------------------------------------------------------------ saving, resuming
 
@@ -363,36 +366,58 @@ class FlextronTrainer(Trainer):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
-        if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))) is not None:
-            return done
+            if self.args.should_save:
+                self._sweep()
         runs, run = self.model.config.training_runs or [], self.args.changed()
         if runs[-1:] != [run]:  # a run that is resumed is the same run
             self.model.config.training_runs = [*runs, run]
+        result = None if resume_from_checkpoint is None else self._finished(Path(resume_from_checkpoint))
+        if result is None:
+            result = self._train(resume_from_checkpoint, **kwargs)
+        if self.routers is not None:
+            size = self.args.per_device_eval_batch_size
+            self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
+        return result
+
+    def _train(self, resume_from_checkpoint: str | None, **kwargs) -> TrainOutput:
         logger.warning_once(str(self.plan()))
-        if self.routers is None:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        frozen = self.routers.freeze()
+        frozen = [] if self.routers is None else self.routers.freeze()
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-        size = self.args.per_device_eval_batch_size
-        self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
-        return result
 
     def _finished(self, checkpoint: Path) -> TrainOutput | None:
         """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
-        path = checkpoint / "trainer_state.json"
-        if self.routers is not None or not path.is_file():
+        path = checkpoint / TRAINER_STATE
+        if not path.is_file():
             return None
         state = TrainerState.load_from_json(str(path))
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
-        self.model.config.frontier = FlextronConfig.from_pretrained(checkpoint).frontier
+        if self.routers is not None:
+            self.routers.load(checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._take_frontier(resume_from_checkpoint)
+
+    def _take_frontier(self, checkpoint: str) -> None:
+        """Take what a checkpoint knows beside its weights: the rows, those that routers added too, and their losses."""
+        if hasattr(self.model, "peft_config"):
+            return  # a checkpoint of an adapter has no config of the model
+        saved, config = FlextronConfig.from_pretrained(checkpoint), self.model.config
+        config.frontier, config.token_routing = saved.frontier, saved.token_routing
+
+    def _sweep(self) -> None:
+        """Remove what a killed run was about to save or to push: folders that never got their names."""
+        for folder in Path(self.args.output_dir).glob(".*"):
+            if re.match(r"\.(push|checkpoint-\d+)-", folder.name):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the routers in a group of their own."""
@@ -492,7 +517,12 @@ class FlextronTrainer(Trainer):
             commit_message, token, revision, private: as in `Trainer.push_to_hub`.
             blocking: False returns a `Future`.
             kwargs: `tags`, `create_pr`, `commit_description` and `max_shard_size`.
+
+        Raises:
+            ValueError: an adapter on a sharded model, or a sharded model that is not saved whole.
         """
+        if self._sharded:
+            self._check_saves_whole()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -508,8 +538,19 @@ class FlextronTrainer(Trainer):
             "revision": revision or self.args.hub_revision,
             "private": self.args.hub_private_repo if private is None else private,
         }
-        push = self.model.push_to_hub
+        # One process cannot gather the weights of all; what they just saved together is whole.
+        model = FlextronForCausalLM.from_pretrained(self.args.output_dir) if self._sharded else self.model
+        push = model.push_to_hub
         return push(self.hub_model_id, **kwargs) if blocking else run_as_future(push, self.hub_model_id, **kwargs)
+
+    def _check_saves_whole(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if hasattr(self.model, "peft_config"):
+            rule = "The weights under it are divided among processes."
+            raise invalid("model", type(self.model).__name__, rule, "`save_model()`, and push that folder.")
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            rule = "`save_model` writes no whole weights then."
+            raise invalid("fsdp_state_dict_type", str(plugin.state_dict_type), rule, "Set it to FULL_STATE_DICT.")
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
