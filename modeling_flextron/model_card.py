@@ -228,6 +228,14 @@ def _size(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
 
 
+def _tokens(count: int) -> str:
+    """A number of tokens as people read it."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,}"
+
+
 def _range(sizes: tuple[int, ...]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"
 
@@ -275,9 +283,15 @@ def _training(config) -> str:
         return "Not trained after conversion: the smaller sizes are plain slices of the parent."
     parts = []
     for run in config.training_runs:
-        changed = "\n".join(f"- `{key}`: `{value}`" for key, value in run.items())
-        parts.append(f"`FlextronTrainer`, with these arguments that differ from their defaults:\n\n{changed}")
-    return "\n\nThen ".join(parts)
+        changed = "\n".join(f"- `{key}`: `{value}`" for key, value in run.items() if key not in ("tokens", "steps"))
+        amount = f" on {_tokens(run['tokens'])} tokens" if "tokens" in run else ""
+        amount += f" in {run['steps']:,} steps" if "steps" in run else ""
+        parts.append(f"`FlextronTrainer`{amount}, with these arguments that differ from their defaults:\n\n{changed}")
+    seen = [run.get("tokens") for run in config.training_runs if run.get("stage") != "router"]  # which freezes them
+    total = (
+        f"\n\nThe weights were trained on {_tokens(sum(seen))} tokens in all." if len(seen) > 1 and all(seen) else ""
+    )
+    return "\n\nThen ".join(parts) + total
 
 
 def versions() -> str:

@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import run_as_future
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
@@ -244,6 +244,16 @@ class FlextronTrainer(Trainer):
                 objective.backward(inputs=self.routers.parameters())
         return torch.stack(sums[1:]).mean() / tokens / self.current_gradient_accumulation_steps
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count what the step reads, also in the config, where it stays with the weights."""
+        if "attention_mask" not in inputs:  # nothing is padding; the base class would look for its token
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+        counts = {"steps": self.state.global_step + 1}
+        if self.state.num_input_tokens_seen:
+            counts["tokens"] = self.state.num_input_tokens_seen
+        self.model.config.training_runs[-1].update(counts)
+
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
         drawn = draw(
@@ -356,6 +366,7 @@ class FlextronTrainer(Trainer):
             return  # a checkpoint of an adapter has no config of the model
         best = FlextronConfig.from_pretrained(self.state.best_model_checkpoint)
         self.model.config.frontier = best.frontier  # with the losses of these weights
+        self.model.config.training_runs = best.training_runs
 
     # ------------------------------------------------------------------------------------ saving, resuming
 
@@ -365,9 +376,10 @@ class FlextronTrainer(Trainer):
             resume_from_checkpoint = self._last_complete_checkpoint()
         if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))) is not None:
             return done
-        runs, run = self.model.config.training_runs or [], self.args.changed()
-        if runs[-1:] != [run]:  # a run that is resumed is the same run
-            self.model.config.training_runs = [*runs, run]
+        runs = self.model.config.training_runs or []
+        if resume_from_checkpoint and Path(resume_from_checkpoint, CONFIG_NAME).is_file():  # an adapter has none
+            runs = (FlextronConfig.from_pretrained(resume_from_checkpoint).training_runs or [])[:-1]  # goes on
+        self.model.config.training_runs = [*runs, self.args.changed()]
         logger.warning_once(str(self.plan()))
         if self.routers is None:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -391,7 +403,8 @@ class FlextronTrainer(Trainer):
             return None
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
-        self.model.config.frontier = FlextronConfig.from_pretrained(checkpoint).frontier
+        saved = FlextronConfig.from_pretrained(checkpoint)
+        self.model.config.frontier, self.model.config.training_runs = saved.frontier, saved.training_runs
         return TrainOutput(state.global_step, 0.0, {})
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
