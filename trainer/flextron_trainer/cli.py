@@ -20,6 +20,9 @@ Budget = Annotated[
     str | None,
     typer.Option(help="0.5, 350M, 6GiB, 25ms, auto:0.5, the name of a row, or the fields of a SubNetwork as JSON."),
 ]
+Boundaries = Annotated[
+    bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")
+]
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
 DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
 
@@ -204,6 +207,7 @@ def train(
     ] = None,
     eval_dataset: Annotated[str | None, typer.Option(help="Evaluation text; by default 2 % of the rows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
+    document_boundaries: Boundaries = False,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
     plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
@@ -261,12 +265,12 @@ def train(
         print(expected, file=sys.stderr)
         return finish(gib=expected.gib())
     tokenizer = load_tokenizer(model)
-    rows = pack(load_text(dataset), tokenizer, sequence_length)
+    rows = pack(load_text(dataset), tokenizer, sequence_length, document_boundaries=document_boundaries)
     if eval_dataset is None:
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=arguments.data_seed or arguments.seed)
         rows, eval_rows = parts["train"], parts["test"]
     else:
-        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length)
+        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, document_boundaries=document_boundaries)
     trainer = FlextronTrainer(
         model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
@@ -293,6 +297,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
+    document_boundaries: Boundaries = False,
     max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
     write: Annotated[
@@ -344,7 +349,8 @@ def evaluate(
     asked = {text: budget_value(text) for text in budget} if budget else None
     results: dict[str, dict[str, float]] = {}
     if dataset is not None:
-        rows = pack(load_text(dataset), tokenizer, fitting_length(sequence_length, loaded.config))
+        length = fitting_length(sequence_length, loaded.config)
+        rows = pack(load_text(dataset), tokenizer, length, document_boundaries=document_boundaries)
         rows = rows.select(range(min(max_samples, len(rows))))
         if routing_report is not None:
             auto = next((text for text in budget or () if text.startswith("auto")), "auto")

@@ -54,7 +54,8 @@ class FlextronTrainer(Trainer):
             the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
             model that is on a GPU already, or quantized, stays where it is.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
-            and, unless they are the same, `labels`.
+            and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
+            of a row do not see each other.
 
     `evaluate()` measures every row of the frontier, returns `eval_loss_<row>` for each beside the `eval_loss` of the
     model's current budget, and writes the losses into `model.config.frontier`.
@@ -159,6 +160,17 @@ class FlextronTrainer(Trainer):
         )
 
     # ------------------------------------------------------------------------------------------ training
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As `Trainer._prepare_inputs`; refuses documents that the attention would not keep apart."""
+        if len(inputs.get("position_ids", ())) > 1:
+            for model in (self.model, self.teacher):
+                kind = model and str(model.config._attn_implementation)
+                if kind and "flash" in kind:
+                    rule = "It keeps the documents of a block apart in batches of one row only."
+                    remedy = "Use batches of 1 and `gradient_accumulation_steps`, or load the model with 'sdpa'."
+                    raise invalid("attn_implementation", kind, rule, remedy)
+        return super()._prepare_inputs(inputs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
