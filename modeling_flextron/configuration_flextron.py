@@ -104,7 +104,8 @@ class FlextronConfig(PreTrainedConfig):
             `rows`, the row of the frontier that each level completes, smallest first.
         parent_name: Hub id of the parent, or the name of its folder.
         parent_license: `license`, and `license_name` and `license_link` where there are any, of the parent's card.
-        training_runs: The training arguments that differ from their defaults, of every run since the conversion.
+        training_runs: Of every run since the conversion: the training arguments that differ from their defaults, and
+            how many `steps` it made and `tokens` it read.
         flextron_version: Version of the code that wrote the file, and that lies beside it.
 
     Raises:

@@ -119,7 +119,7 @@ def write_model_card(
         versions=versions(),
         **_uses(model, repo or folder.resolve().name, (folder / "tokenizer_config.json").is_file()),
     )
-    metadata = _metadata(model, title, measured, tags or ())
+    metadata = _metadata(model, title, tags or ())
     with write_file_beside(folder / "README.md") as path:
         path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
@@ -133,10 +133,11 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
         tables: Latency tables, each of which gets a column of speed.
     """
     context = memory_context(model.config)
+    metrics = metric_columns([row["metrics"] for row in model.frontier])
     heads = ["budget", "parameters", "download", "weights", f"KV cache, {context} tokens", "loss", "perplexity"]
-    heads += [f"tokens/s, {table.device}, {table.conditions['dtype']}" for table in tables]
-    lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
-    for row, subnetwork in _rows(model):
+    heads += [*metrics, *(f"tokens/s, {table.device}, {table.conditions['dtype']}" for table in tables)]
+    lines = []
+    for i, (row, subnetwork) in enumerate(_rows(model)):
         loss = row["loss"]
         cells = [
             f"`{row['name']}`",
@@ -145,10 +146,26 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
             _size(weight_bytes(model.config, subnetwork, model.dtype)),
             _size(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
             *(["not measured", ""] if loss is None else [f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}"]),
+            *(column[i] for column in metrics.values()),
             *(f"{table.conditions['batch'] / table.predict(subnetwork):,.1f}" for table in tables),
         ]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append(cells)
+    return table_of_cells(heads, lines)
+
+
+def metric_columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Name of a number -> a cell for each of the `metrics`; `<name>_stderr` stands behind its number."""
+    found = dict.fromkeys(name for each in metrics for name, value in each.items() if _is_number(value))
+    return {
+        name: [_score(each.get(name), each.get(f"{name}_stderr")) for each in metrics]
+        for name in found
+        if not name.endswith("_stderr")
+    }
+
+
+def table_of_cells(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of names and numbers."""
+    return "\n".join([_line(heads), "|---|" + "---:|" * (len(heads) - 1), *map(_line, lines)])
 
 
 def plot_frontier(
@@ -192,6 +209,16 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _score(value: Any, error: Any) -> str:
+    if not _is_number(value):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" + (f" ± {error:.4f}" if _is_number(error) else "")
+
+
 def _size(count: float) -> str:
     """Bytes as people read them."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -199,6 +226,14 @@ def _size(count: float) -> str:
             break
         count /= 1024
     return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def _tokens(count: int) -> str:
+    """A number of tokens as people read it."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:,}"
 
 
 def _range(sizes: tuple[int, ...]) -> str:
@@ -235,6 +270,8 @@ def _notes(model, plotted: bool) -> str:
     notes = [f"Bytes are for {str(model.dtype).removeprefix('torch.')}; loss is in nats per token on held-out text."]
     if model.config.latency_tables:
         notes.append("Tokens per second are those of decoding, from the measured latency tables in `latency/`.")
+    if any("/" in name for row in model.frontier for name in row["metrics"]):
+        notes.append("Columns `task/metric` are scores of lm-eval with their standard errors.")
     for entry in (model.config.token_routing or {"targets": []})["targets"]:
         loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f}"
         notes.append(f"`auto:{entry['target']:g}`, where every token chooses its sizes, has loss {loss}.")
@@ -246,9 +283,15 @@ def _training(config) -> str:
         return "Not trained after conversion: the smaller sizes are plain slices of the parent."
     parts = []
     for run in config.training_runs:
-        changed = "\n".join(f"- `{key}`: `{value}`" for key, value in run.items())
-        parts.append(f"`FlextronTrainer`, with these arguments that differ from their defaults:\n\n{changed}")
-    return "\n\nThen ".join(parts)
+        changed = "\n".join(f"- `{key}`: `{value}`" for key, value in run.items() if key not in ("tokens", "steps"))
+        amount = f" on {_tokens(run['tokens'])} tokens" if "tokens" in run else ""
+        amount += f" in {run['steps']:,} steps" if "steps" in run else ""
+        parts.append(f"`FlextronTrainer`{amount}, with these arguments that differ from their defaults:\n\n{changed}")
+    seen = [run.get("tokens") for run in config.training_runs if run.get("stage") != "router"]  # which freezes them
+    total = (
+        f"\n\nThe weights were trained on {_tokens(sum(seen))} tokens in all." if len(seen) > 1 and all(seen) else ""
+    )
+    return "\n\nThen ".join(parts) + total
 
 
 def versions() -> str:
@@ -258,19 +301,26 @@ def versions() -> str:
     return ", ".join(f"{package} {version}" for package, version in found.items())
 
 
-def _metadata(model, title: str, measured: list[dict[str, Any]], tags: Sequence[str]) -> ModelCardData:
+def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
     config, task = model.config, TASKS[model._auto_class]
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type="text",
-            dataset_name="held-out text",
-            metric_type="perplexity",
-            metric_name=f"perplexity at flextron_budget={row['name']}",
-            metric_value=round(math.exp(min(row["loss"], 700)), 4),
-        )
-        for row in measured
-    ]
+    results = []
+    for row in model.frontier:
+        scores = {} if row["loss"] is None else {"perplexity": math.exp(min(row["loss"], 700))}
+        scores |= {name: value for name, value in row["metrics"].items() if _is_number(value)}
+        for name, value in scores.items():
+            if name.endswith("_stderr"):
+                continue
+            data, _, metric = name.rpartition("/")
+            results.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=data.partition("/")[0] or "text",
+                    dataset_name=data or "held-out text",
+                    metric_type=metric,
+                    metric_name=f"{metric} at flextron_budget={row['name']}",
+                    metric_value=round(value, 4),
+                )
+            )
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=task,

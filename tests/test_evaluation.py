@@ -82,8 +82,12 @@ def test_card(tmp_path):
         assert f"`{row['name']}` | {row['parameters']:,}" in card.text and f"{row['loss']:.4f}" in card.text
     assert "- `sampler`: `uniform`" in card.text and "output_dir" not in card.text and "2406.10260" in card.text
     assert card.data.base_model == "them/parent" and card.data.license == "apache-2.0" and "mine" in card.data.tags
-    assert [result.metric_value for result in card.data.eval_results] == [
+    found = [(result.metric_type, result.metric_value) for result in card.data.eval_results]
+    assert [value for metric, value in found if metric == "perplexity"] == [
         pytest.approx(math.exp(row["loss"]), abs=1e-4) for row in elastic.frontier
+    ]
+    assert [value for metric, value in found if metric == "accuracy"] == [
+        pytest.approx(row["metrics"]["accuracy"], abs=1e-4) for row in elastic.frontier
     ]
     assert (tmp_path / "frontier.png").stat().st_size > 5000
 

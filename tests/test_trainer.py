@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments
 from flextron_trainer.data import collator
-from modeling_flextron import FlextronForCausalLM
+from modeling_flextron import FlextronConfig, FlextronForCausalLM
 
 SCRIPT = Path(__file__).parent / "training.py"
 
@@ -189,6 +189,7 @@ class TestLogs:
         run = trainer(tmp_path, max_steps=2)
         run.evaluate()
         assert run.model.frontier[0]["loss"] is not None
+        run.model.config.frontier[0]["metrics"] |= {"arc_easy/acc": 0.5}
         run.train()
         assert all(row["loss"] is None and row["metrics"] == {} for row in run.model.frontier)
 
@@ -345,6 +346,33 @@ class TestResume:
     def test_nothing_to_resume_from(self, tmp_path):
         with pytest.raises(ValueError, match="no complete checkpoint"):
             trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_tokens_of_every_run_are_counted_once(tmp_path):
+    """Without padding, in checkpoints too; a resumed run is the same run, another one is another."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seed": 1}
+    first = trainer(tmp_path, **settings)
+    first.train()
+    tokens = first.state.num_input_tokens_seen
+    run = {**first.args.changed(), "steps": 4, "tokens": tokens}
+    assert 4 * 4 * 14 < tokens < 4 * 4 * 16 and first.model.config.training_runs == [run]
+    half = FlextronConfig.from_pretrained(tmp_path / "checkpoint-2").training_runs
+    assert [(entry["steps"], 0 < entry["tokens"] < tokens) for entry in half] == [(2, True)]
+    loaded = FlextronForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    for model, checkpoint in ((first.model, 2), (loaded, 2), (None, 4)):  # the last one has nothing left to do
+        again = trainer(tmp_path / "again", model=model, **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
+        assert again.model.config.training_runs == [run]
+    second = trainer(tmp_path / "second", model=again.model, **settings)
+    second.train()
+    assert second.model.config.training_runs == [run, run]
+    second.model.config.training_runs.append({"stage": "router", "steps": 1000, "tokens": 1_230_000})
+    second.save_model()
+    second.create_model_card()
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert card.count(f"`FlextronTrainer` on {tokens:,} tokens in 4 steps") == 2
+    assert "on 1.2 M tokens in 1,000 steps" in card
+    assert f"The weights were trained on {2 * tokens:,} tokens in all." in card
 
 
 class StopAt(TrainerCallback):

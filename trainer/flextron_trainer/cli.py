@@ -20,6 +20,9 @@ Budget = Annotated[
     str | None,
     typer.Option(help="0.5, 350M, 6GiB, 25ms, auto:0.5, the name of a row, or the fields of a SubNetwork as JSON."),
 ]
+Boundaries = Annotated[
+    bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")
+]
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
 DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
 
@@ -204,6 +207,7 @@ def train(
     ] = None,
     eval_dataset: Annotated[str | None, typer.Option(help="Evaluation text; by default 2 % of the rows.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
+    document_boundaries: Boundaries = False,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
     plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
@@ -261,12 +265,12 @@ def train(
         print(expected, file=sys.stderr)
         return finish(gib=expected.gib())
     tokenizer = load_tokenizer(model)
-    rows = pack(load_text(dataset), tokenizer, sequence_length)
+    rows = pack(load_text(dataset), tokenizer, sequence_length, document_boundaries=document_boundaries)
     if eval_dataset is None:
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=arguments.data_seed or arguments.seed)
         rows, eval_rows = parts["train"], parts["test"]
     else:
-        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length)
+        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, document_boundaries=document_boundaries)
     trainer = FlextronTrainer(
         model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
@@ -283,15 +287,21 @@ def train(
 @app.command()
 def evaluate(
     model: Model,
-    dataset: Annotated[str, typer.Argument(help=f"Held-out text: {DATA}", show_default=False)],
+    dataset: Annotated[str | None, typer.Argument(help=f"Held-out text: {DATA}", show_default=False)] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between; the text may be left out then.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, for --lm-eval.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="Samples of each task, for a trial.")] = None,
     budget: Annotated[
         list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
+    document_boundaries: Boundaries = False,
     max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
     write: Annotated[
-        bool, typer.Option(help="Write the losses into the frontier of the model's config, and its card.")
+        bool, typer.Option(help="Write losses and scores into the frontier of the model's config, and its card.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw loss against parameters into this PNG.")] = None,
     routing_report: Annotated[
@@ -299,42 +309,67 @@ def evaluate(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Measure loss, perplexity and next-token accuracy of every size.
+    """Measure loss, perplexity and next-token accuracy of every size, and its scores on the tasks of lm-eval.
 
     Example: `flextron evaluate elastic ./held-out --write --plot frontier.png`
+
+    Example: `flextron evaluate elastic --lm-eval arc_easy,hellaswag --write` (needs `pip install "lm-eval[hf]"`)
 
     Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
     """
     from modeling_flextron import FlextronForCausalLM, count_parameters
     from modeling_flextron.checkpoint import write_file_beside
     from modeling_flextron.errors import invalid
-    from modeling_flextron.model_card import plot_frontier, write_model_card
+    from modeling_flextron.model_card import metric_columns, plot_frontier, table_of_cells, write_model_card
 
     from .data import load_text, load_tokenizer, pack
     from .evaluation import evaluate_frontier, evaluate_model, routed_widths
+    from .harness import evaluate_tasks, task_manager
     from .plots import plot_routing
 
+    if dataset is None and lm_eval is None:
+        raise invalid("dataset", dataset, "There is nothing to measure.", "Pass held-out text, --lm-eval, or both.")
     if write and budget:
         raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
     if write and not Path(model).is_dir():
         rule = "There is no such folder, and `--write` writes into one."
         raise invalid("model", model, rule, "Check the path, or download the model first.")
+    if write and lm_eval_limit is not None:
+        rule = "Scores of a part of a task cannot be compared with those of others."
+        raise invalid("lm_eval_limit", lm_eval_limit, rule, "Leave out it or --write.")
     for name, path in (("plot", plot), ("routing_report", routing_report)):
         if path is not None and not path.parent.is_dir():
             raise invalid(name, str(path), "Its folder does not exist.", "Make the folder first.")
+        if path is not None and dataset is None:
+            raise invalid(name, str(path), "What it shows is measured on text.", "Pass the text, too.")
+    tasks = [] if lm_eval is None else [name.strip() for name in lm_eval.split(",")]
+    manager = task_manager(tasks, include_path) if tasks else None
     loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
     tokenizer = load_tokenizer(model)
-    rows = pack(load_text(dataset), tokenizer, fitting_length(sequence_length, loaded.config))
-    rows = rows.select(range(min(max_samples, len(rows))))
-    if routing_report is not None:
-        auto = next((text for text in budget or () if text.startswith("auto")), "auto")
-        widths = routed_widths(loaded, rows[0], auto)
-        tokens = [tokenizer.decode([token]) for token in rows[0]["input_ids"]]
-        plot_routing(tokens, widths, routing_report, f"{model} at {auto}")
-    if budget:
-        results = {text: evaluate_model(loaded, rows, batch_size, budget_value(text)) for text in budget}
-    else:
-        results = evaluate_frontier(loaded, rows, batch_size)
+    asked = {text: budget_value(text) for text in budget} if budget else None
+    results: dict[str, dict[str, float]] = {}
+    if dataset is not None:
+        length = fitting_length(sequence_length, loaded.config)
+        rows = pack(load_text(dataset), tokenizer, length, document_boundaries=document_boundaries)
+        rows = rows.select(range(min(max_samples, len(rows))))
+        if routing_report is not None:
+            auto = next((text for text in budget or () if text.startswith("auto")), "auto")
+            widths = routed_widths(loaded, rows[0], auto)
+            tokens = [tokenizer.decode([token]) for token in rows[0]["input_ids"]]
+            plot_routing(tokens, widths, routing_report, f"{model} at {auto}")
+        if asked is None:
+            results = evaluate_frontier(loaded, rows, batch_size)
+        else:
+            results = {text: evaluate_model(loaded, rows, batch_size, value) for text, value in asked.items()}
+    if tasks:
+        scores = evaluate_tasks(
+            loaded, tokenizer, tasks, manager, budgets=asked, limit=lm_eval_limit, batch_size=batch_size
+        )
+        for name, found in scores.items():
+            results[name] = results.get(name, {}) | found
+    columns = metric_columns(list(results.values()))
+    lines = zip(results, *columns.values(), strict=True)
+    print(table_of_cells(["budget", *columns], list(lines)), file=sys.stderr)
     if write:
         with write_file_beside(Path(model) / "config.json") as path:
             loaded.config.to_json_file(path)

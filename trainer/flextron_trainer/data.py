@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 
 from modeling_flextron.errors import invalid, require_int
 
+from .losses import IGNORED
+
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
@@ -90,19 +92,26 @@ def text_column(dataset) -> str:
     return strings[0]
 
 
-def pack(dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = None) -> Any:
+def pack(
+    dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = None, document_boundaries: bool = False
+) -> Any:
     """Tokenize a text dataset and cut it into blocks of equal length, documents joined by the end-of-text token.
 
-    A block may hold the end of one document and the beginning of the next, and attention does not stop between them.
+    A block may hold the end of one document and the beginning of the next, and attention does not stop between them
+    unless `document_boundaries` says so.
 
     Args:
         dataset: Rows of text, see `text_column`; of a streamed dataset blocks are made as they are read.
         tokenizer: A Hugging Face tokenizer.
         sequence_length: Tokens in a block; what is left at the end is dropped.
         num_proc: Processes to tokenize with.
+        document_boundaries: Keep the documents of a block apart: `position_ids` that begin at 0 in every document,
+            from which transformers makes masks, and no label for a document's first token, as nothing foretells it.
+            What a block holds of a document that began before it is a document of its own, from position 0.
 
     Returns:
-        A dataset, streamed if the text is, of `input_ids` and equal `labels`, as a causal language model takes them.
+        A dataset, streamed if the text is, of `input_ids` and `labels`, equal but for boundaries, as a causal language
+        model takes them.
 
     Raises:
         ValueError: the text is shorter than one block.
@@ -124,7 +133,15 @@ def pack(dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = N
         ids = [token for row in rows["input_ids"] for token in row]
         stops = range(sequence_length, len(ids) + 1, sequence_length)
         blocks = [ids[stop - sequence_length : stop] for stop in stops]
-        return {"input_ids": blocks, "labels": blocks}
+        if not document_boundaries:
+            return {"input_ids": blocks, "labels": blocks}
+        places = [place for row in rows["input_ids"] for place in range(len(row))]
+        positions = [_from_zero(places[stop - sequence_length : stop]) for stop in stops]
+        labels = [
+            [token if place else IGNORED for token, place in zip(block, within, strict=True)]
+            for block, within in zip(blocks, positions, strict=True)
+        ]
+        return {"input_ids": blocks, "labels": labels, "position_ids": positions}
 
     if isinstance(dataset, datasets.IterableDataset):
         tokens = dataset.map(tokenize, batched=True, remove_columns=list(dataset.column_names or next(iter(dataset))))
@@ -144,13 +161,21 @@ def pack(dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = N
     return blocks
 
 
+def _from_zero(places: list[int]) -> list[int]:
+    """The places of a block's tokens in their documents, of which the first begins with the block."""
+    rest = next((i for i, place in enumerate(places) if place == 0), len(places))
+    return [*range(rest), *places[rest:]]
+
+
 def collator(tokenizer: Any = None) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Batches of rows with `input_ids` and, unless they are the same, `labels`, padded on the right.
+
+    Where rows bring `position_ids`, those keep documents apart, and padding is a document of its own for each token.
 
     Args:
         tokenizer: Its padding token fills short rows; without one 0 does, which the mask and the labels hide.
     """
-    padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": -100, "attention_mask": 0}
+    padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": IGNORED, "attention_mask": 0}
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         columns: dict[str, list[torch.Tensor]] = {name: [] for name in padding}
@@ -158,14 +183,17 @@ def collator(tokenizer: Any = None) -> Callable[[list[dict[str, Any]]], dict[str
             ids = torch.as_tensor(row["input_ids"])
             mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids)))
             columns["input_ids"].append(ids)
-            columns["labels"].append(torch.as_tensor(row.get("labels", ids.masked_fill(mask == 0, -100))))
+            columns["labels"].append(torch.as_tensor(row.get("labels", ids.masked_fill(mask == 0, IGNORED))))
             columns["attention_mask"].append(mask)
         batch = {
             name: pad_sequence(tensors, batch_first=True, padding_value=padding[name])
             for name, tensors in columns.items()
         }
-        if batch["attention_mask"].all():
-            del batch["attention_mask"]  # attention is faster without one
+        if "position_ids" in rows[0]:
+            positions = [torch.as_tensor(row["position_ids"]) for row in rows]
+            batch["position_ids"] = pad_sequence(positions, batch_first=True)
+        if "position_ids" in batch or batch["attention_mask"].all():
+            del batch["attention_mask"]  # attention is faster without one, and with one does not look at positions
         return batch
 
     return collate

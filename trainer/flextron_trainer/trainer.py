@@ -54,7 +54,8 @@ class FlextronTrainer(Trainer):
             the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
             model that is on a GPU already, or quantized, stays where it is.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
-            and, unless they are the same, `labels`.
+            and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
+            of a row do not see each other.
 
     `evaluate()` measures every row of the frontier, returns `eval_loss_<row>` for each beside the `eval_loss` of the
     model's current budget, and writes the losses into `model.config.frontier`.
@@ -165,6 +166,17 @@ class FlextronTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------ training
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As `Trainer._prepare_inputs`; refuses documents that the attention would not keep apart."""
+        if len(inputs.get("position_ids", ())) > 1:
+            for model in (self.model, self.teacher):
+                kind = model and str(model.config._attn_implementation)
+                if kind and "flash" in kind:
+                    rule = "It keeps the documents of a block apart in batches of one row only."
+                    remedy = "Use batches of 1 and `gradient_accumulation_steps`, or load the model with 'sdpa'."
+                    raise invalid("attn_implementation", kind, rule, remedy)
+        return super()._prepare_inputs(inputs)
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -248,6 +260,16 @@ class FlextronTrainer(Trainer):
                 self._losses["router"].append(objective.detach() / self.current_gradient_accumulation_steps)
                 objective.backward(inputs=self.routers.parameters())
         return torch.stack(sums[1:]).mean() / tokens / self.current_gradient_accumulation_steps
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count what the step reads, also in the config, where it stays with the weights."""
+        if "attention_mask" not in inputs:  # nothing is padding; the base class would look for its token
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+        counts = {"steps": self.state.global_step + 1}
+        if self.state.num_input_tokens_seen:
+            counts["tokens"] = self.state.num_input_tokens_seen
+        self.model.config.training_runs[-1].update(counts)
 
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
@@ -358,7 +380,7 @@ class FlextronTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
-        self._take_frontier(self.state.best_model_checkpoint)  # with the losses of these weights
+        self._take_config(self.state.best_model_checkpoint)  # with the losses of these weights
 
     # ------------------------------------------------------------------------------------ saving, resuming
 
@@ -368,9 +390,7 @@ class FlextronTrainer(Trainer):
             resume_from_checkpoint = self._last_complete_checkpoint()
             if self.args.should_save:
                 self._sweep()
-        runs, run = self.model.config.training_runs or [], self.args.changed()
-        if runs[-1:] != [run]:  # a run that is resumed is the same run
-            self.model.config.training_runs = [*runs, run]
+        self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
         result = None if resume_from_checkpoint is None else self._finished(Path(resume_from_checkpoint))
         if result is None:
             result = self._train(resume_from_checkpoint, **kwargs)
@@ -404,14 +424,16 @@ class FlextronTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._take_frontier(resume_from_checkpoint)
+        self._take_config(resume_from_checkpoint)
 
-    def _take_frontier(self, checkpoint: str) -> None:
-        """Take what a checkpoint knows beside its weights: the rows, those that routers added too, and their losses."""
+    def _take_config(self, checkpoint: str) -> None:
+        """Take what a checkpoint knows beside its weights: rows, those of routers too, their losses, and what was run."""
         if hasattr(self.model, "peft_config"):
             return  # a checkpoint of an adapter has no config of the model
         saved, config = FlextronConfig.from_pretrained(checkpoint), self.model.config
         config.frontier, config.token_routing = saved.frontier, saved.token_routing
+        *before, this = saved.training_runs or [{}]
+        config.training_runs = [*before, this | self.args.changed()]  # with the steps and tokens so far
 
     def _sweep(self) -> None:
         """Remove what a killed run was about to save or to push: folders that never got their names."""

@@ -1,0 +1,85 @@
+"""Scores of every sub-network on the tasks of EleutherAI's lm-eval, on one model that stays loaded."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.errors import invalid
+
+
+def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
+    """What finds the tasks of lm-eval.
+
+    Args:
+        tasks: Names of tasks, groups or tags, or paths of YAML files.
+        include_path: Folder with tasks of your own.
+
+    Raises:
+        ValueError: lm-eval is not installed, or does not know one of the tasks.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        rule = f"Tasks are run by lm-eval, which cannot be imported: {error}."
+        raise invalid("lm_eval", tasks, rule, 'Install it: `pip install "lm-eval[hf]"`.') from error
+    manager = TaskManager(include_path=include_path and str(include_path))
+    for name in tasks:
+        if name not in manager.task_index and not Path(name).is_file():
+            remedy = "`lm_eval ls tasks` lists its tasks; the folder of your own is the include path."
+            raise invalid("lm_eval", name, "lm-eval knows no task of this name.", remedy)
+    return manager
+
+
+def evaluate_tasks(
+    model: FlextronForCausalLM,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    manager: Any,
+    *,
+    budgets: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Scores of one model at many sizes, each task with the settings of its own file.
+
+    Args:
+        model: The whole family, or as much of it as the budgets need.
+        tokenizer: Of the model.
+        tasks: What to run.
+        manager: `task_manager(tasks)`.
+        budgets: Name -> budget; by default every row of the frontier, and then the scores are written into the
+            `metrics` of the row as well.
+        limit: Samples of each task: for a trial, as such scores mean nothing.
+        batch_size: Samples in a forward pass.
+
+    Returns:
+        Name -> scores such as `"arc_easy/acc"` and `"arc_easy/acc_stderr"`; with the name of the filter between where
+        the task has some. Of a group the group's own.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    harness, results = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), {}
+    rows = {row["name"]: row for row in model.config.frontier if row["subnetwork"] is not None}
+    for name, budget in (budgets or {name: row["subnetwork"] for name, row in rows.items()}).items():
+        with model.at_budget(budget):
+            found: Any = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
+        results[name] = flat_scores(found)
+        if budgets is None:
+            rows[name]["metrics"] |= results[name]
+    return results
+
+
+def flat_scores(found: Mapping[str, Any]) -> dict[str, float]:
+    """What `lm_eval.simple_evaluate` returns, as `task/metric` or `task/filter/metric` -> value."""
+    inner = {name for members in found["group_subtasks"].values() for name in members}
+    scores = {}
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            # Some metrics have no standard error, and say so in words.
+            if task not in inner and comma and isinstance(value, (int, float)) and math.isfinite(value):
+                scores["/".join([task, *([kind] if kind != "none" else []), metric])] = float(value)
+    return scores
