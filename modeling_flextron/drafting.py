@@ -115,14 +115,13 @@ class Drafts:
             logger.warning_once(f'{what}: `draft_budget="auto"` decodes without drafts. Run `flextron measure` first.')
             return
         self.seen = {pair: (MEMORY * kept, MEMORY * tried) for pair, (kept, tried) in self.seen.items()}
-        size, loop = parameters_of(model.config), table.drafting["loop"]
+        loop = table.drafting["loop"]
         losses = {model.resolve_budget(row["name"]): row.get("loss") for row in model.frontier}
         drafts = {}
         for draft, loss in losses.items():
-            if size(draft) < size(verifier):
-                kept, tried = self.seen.get((verifier, draft), (0.0, 0.0))
-                expected = expected_acceptance(losses.get(verifier), loss)
-                drafts[draft] = table.predict(draft) + loop, (kept + WEIGHT * expected) / (tried + WEIGHT)
+            kept, tried = self.seen.get((verifier, draft), (0.0, 0.0))
+            expected = expected_acceptance(losses.get(verifier), loss)
+            drafts[draft] = table.predict(draft) + loop, (kept + WEIGHT * expected) / (tried + WEIGHT)
         token = table.predict(verifier) + loop
         cycles = {int(length): token + more for length, more in table.drafting["more"].items()}
         self.chosen = best_draft(token, drafts, cycles)

@@ -312,11 +312,12 @@ def _drafting(rounds: list[dict[str, float]], decode: float) -> dict[str, Any]:
     """What a table has of drafting, from the measured rounds and the seconds of a decoding step."""
     if not all(rounds):
         return {}
-    more = {
-        str(length): statistics.median(r[str(length)] - length * r["draft"] - r["token"] for r in rounds)
-        for length in LENGTHS
-    }
-    return {"loop": max(0.0, statistics.median(r["token"] for r in rounds) - decode), "more": more}
+
+    def median(seconds: Callable[[dict[str, float]], float]) -> float:
+        return max(0.0, statistics.median(map(seconds, rounds)))  # what is below is noise
+
+    more = {str(n): median(lambda r, n=n: r[str(n)] - n * r["draft"] - r["token"]) for n in LENGTHS}
+    return {"loop": median(lambda r: r["token"] - decode), "more": more}
 
 
 class _Runner:

@@ -125,6 +125,13 @@ def test_pieces_are_counted_as_they_are_written(model, prompt):
     assert decided == kept + sum(piece <= length for piece in pieces[:-1])
 
 
+def test_what_was_kept_of_drafts():
+    watch = Watch()
+    for size in (5, 1, 3, 4, 2):  # the prompt, nothing kept, two of three, all of them, the end
+        watch.put(torch.zeros(1, size))
+    assert watch.kept(3) == (5, 7)
+
+
 def test_a_budget_drafts_and_changes_nothing(model, prompt, plain):
     for budget in (0.35, "0.15", {"mlp": 24}):
         assert torch.equal(plain, model.generate(prompt, draft_budget=budget, **GREEDY))

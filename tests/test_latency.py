@@ -84,9 +84,9 @@ def test_a_real_measurement(tmp_path):
 
 def test_what_drafting_adds_is_told_apart():
     parts = {"token": 5.0, "draft": 1.5}
-    rounds = [parts | {"1": 7.5, "2": 9.0, "4": 13.0, "8": 20.0}] * 3
+    rounds = [parts | {"1": 6.0, "2": 9.0, "4": 13.0, "8": 20.0}] * 3
     table = module._drafting(rounds, decode=4.5)
-    assert table == {"loop": 0.5, "more": {"1": 1.0, "2": 1.0, "4": 2.0, "8": 3.0}}
+    assert table == {"loop": 0.5, "more": {"1": 0.0, "2": 1.0, "4": 2.0, "8": 3.0}}
     assert module._drafting([*rounds, {}], decode=4.5) == {}
 
 
