@@ -18,6 +18,12 @@ def is_list(budget: Any) -> bool:
     return isinstance(budget, (list, tuple))
 
 
+def sequences_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What a call of `generate` is to continue."""
+    given = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
+    return next((value for value in (*args[:1], *given) if value is not None), None)
+
+
 def rows_of(model, budgets: list, batch: int) -> dict[SubNetwork, torch.Tensor]:
     """Sub-network -> the rows `[n]` of the batch that ask for it.
 
@@ -75,7 +81,7 @@ def generate_each(model, budgets: list, args: tuple, kwargs: dict[str, Any]) -> 
     if args:
         kwargs = {"inputs": args[0], **dict(zip(("generation_config",), args[1:], strict=False)), **kwargs}
     _refuse(kwargs, "past_key_values", "cache", "return_dict_in_generate", "streamer")
-    batch = next((kwargs[key] for key in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(key) is not None), None)
+    batch = sequences_of((), kwargs)
     if batch is None:
         raise invalid("inputs", None, "A list of budgets needs the sequences that they are for.", "Pass `input_ids`.")
     found: dict[int, torch.Tensor] = {}

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from transformers import DynamicCache
 from transformers.utils import cached_file, logging
 
 from .checkpoint import write_file_beside
+from .drafting import LENGTHS, Watch, constant, share_draft
 from .errors import invalid, require_int
-from .subnetwork import Cost, SubNetwork, random_subnetwork
+from .subnetwork import Cost, SubNetwork, random_subnetwork, smallest_subnetwork
 
 logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
 FOLDER = "latency"
+_PIECES = 5  # of what `generate` writes with drafts, for one measurement
 
 
 def device_name(kind: str) -> str:
@@ -60,6 +63,9 @@ class LatencyTable:
             from choice to seconds.
         spread: Mode -> median over all measurements of (upper - lower quartile) / median.
         errors: Mode -> `median` and `worst` relative error on random sub-networks, and those `points`.
+        drafting: Of speculative decoding (`drafting.py`), which needs batch 1: `loop`, the seconds that `generate` adds
+            to a decoding step, and `more`, those by which a cycle with so many drafted tokens is longer than a token
+            and its draft.
     """
 
     device: str
@@ -68,6 +74,7 @@ class LatencyTable:
     costs: dict[str, dict[str, dict[str, Any]]]
     spread: dict[str, float] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    drafting: dict[str, Any] = field(default_factory=dict)
 
     def cost(self, mode: str = "decode") -> Cost:
         """Seconds: for a token with `"decode"`, for the context with `"prefill"`."""
@@ -175,7 +182,7 @@ class LatencyTable:
         model.eval()
         try:
             for _ in logging.tqdm(todo, desc=f"Timing {len(networks)} networks", unit="round"):
-                rows.add(run.round(networks, generator))
+                rows.add(run.round(networks, generator) | {"drafting": run.drafting()})
         finally:
             model.train(was_training)
 
@@ -187,6 +194,7 @@ class LatencyTable:
             shape_of(config),
             {mode: _costs(config, median[mode]) for mode in MODES},
             {mode: statistics.median(map(_spread, times[mode].values())) for mode in MODES},
+            drafting=_drafting([r.get("drafting", {}) for r in rows.done], median["decode"][config.built]),
         )
         for mode in MODES:
             pairs = [(table.predict(network, mode), median[mode][network]) for network in random_ones]
@@ -300,6 +308,18 @@ def _costs(config: Any, median: dict[SubNetwork, float]) -> dict[str, dict[str, 
     return result
 
 
+def _drafting(rounds: list[dict[str, float]], decode: float) -> dict[str, Any]:
+    """What a table has of drafting, from the measured rounds and the seconds of a decoding step."""
+    if not all(rounds):
+        return {}
+
+    def median(seconds: Callable[[dict[str, float]], float]) -> float:
+        return max(0.0, statistics.median(map(seconds, rounds)))  # what is below is noise
+
+    more = {str(n): median(lambda r, n=n: r[str(n)] - n * r["draft"] - r["token"]) for n in LENGTHS}
+    return {"loop": median(lambda r: r["token"] - decode), "more": more}
+
+
 class _Runner:
     """Times decoding steps and prefills of the sub-networks of a model."""
 
@@ -328,6 +348,39 @@ class _Runner:
             times["decode"][i] = statistics.median(self._seconds(decode) for _ in range(3))
         return times
 
+    def drafting(self) -> dict[str, float]:
+        """Seconds between two pieces of what `generate` writes, by what writes them.
+
+        `token` is the full network and `draft` the smallest one, each alone; then both together, by the length of the
+        drafts. What of them is kept does not matter. Nothing for several sequences, or without room for the tokens.
+        """
+        room = self.model.config.max_position_embeddings - _PIECES * (LENGTHS[-1] + 1)
+        if len(self.ids) > 1 or room < 1:
+            return {}
+        ids, smallest = self.ids[:, :room], smallest_subnetwork(self.model.config)
+        result = {"token": self._piece(ids), "draft": self._piece(ids, flextron_budget=smallest)}
+        for length in LENGTHS:
+            draft = share_draft(self.model, smallest, **constant(length))
+            result[str(length)] = self._piece(ids, assistant_model=draft)
+        return result
+
+    def _piece(self, ids: torch.Tensor, **kwargs: Any) -> float:
+        """Seconds between pieces, the median."""
+        watch = Watch()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=_PIECES * (LENGTHS[-1] + 1),
+            eos_token_id=self.model.config.vocab_size,  # which is never written
+            pad_token_id=0,
+            streamer=watch,
+            stopping_criteria=[lambda ids, scores: torch.full((1,), len(watch.sizes) > _PIECES, device=ids.device)],
+            **kwargs,
+        )
+        times = watch.times[1:]  # the prompt is read before the first piece
+        return statistics.median(after - before for before, after in pairwise(times))
+
     def _seconds(self, call: Callable[[], object]) -> float:
         self._wait()
         start = time.perf_counter()
@@ -344,13 +397,13 @@ class _Rounds:
     """Measured rounds, kept in a file while more are made."""
 
     def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any]):
-        self.path, self.conditions, self.done = path and Path(path), conditions, list[dict[str, list[float]]]()
+        self.path, self.conditions, self.done = path and Path(path), conditions, list[dict[str, Any]]()
         if self.path and self.path.is_file():
             kept = json.loads(self.path.read_text(encoding="utf-8"))
             if kept["conditions"] == json.loads(json.dumps(conditions)):
                 self.done = kept["rounds"]
 
-    def add(self, times: dict[str, list[float]]) -> None:
+    def add(self, times: dict[str, Any]) -> None:
         self.done.append(times)
         if self.path:
             with write_file_beside(self.path) as beside:

@@ -50,6 +50,7 @@ from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .checkpoint import write_beside
 from .configuration_flextron import FlextronConfig
+from .drafting import Drafts, generate_drafted
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
@@ -823,6 +824,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         self.model = FlextronModel(self.config)
         self.vocab_size = self.config.vocab_size
         self.lm_head = ElasticLinear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        self.drafts = Drafts()
         self.post_init()
 
     @can_return_tuple
@@ -879,11 +881,15 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self) -> None:
         return None  # what is allocated before the first token cannot know the budget
 
-    def generate(self, *args, flextron_budget: Any = None, **kwargs):
+    def generate(self, *args, flextron_budget: Any = None, draft_budget: Any = None, **kwargs):
         """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is.
 
-        A list of budgets has one for each sequence; each is continued as if it were alone.
+        A list of budgets has one for each sequence; each is continued as if it were alone. A smaller `draft_budget`
+        drafts, which changes no greedy output; with `"auto"` the size and the length of drafts that are fastest by the
+        latency table and by what earlier calls kept of them, or none (`drafts.chosen`).
         """
+        if draft_budget is not None:
+            return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
         if flextron_budget is None:
             return super().generate(*args, **kwargs)
         if is_list(flextron_budget):

@@ -35,6 +35,7 @@ def clock(monkeypatch):
         return {"decode": times, "prefill": [10 * t for t in times]}
 
     monkeypatch.setattr(module._Runner, "round", round_)
+    monkeypatch.setattr(module._Runner, "drafting", lambda self: {})
     return Clock
 
 
@@ -76,9 +77,17 @@ def test_a_real_measurement(tmp_path):
     for mode in MODES:
         assert all(table.predict(network, mode) > 0 for network in [model.built])
     assert table.conditions["batch"] == 2 and table.conditions["versions"]["torch"] == torch.__version__
-    assert table.device == device_name("cpu")
+    assert table.device == device_name("cpu") and table.drafting == {}  # which needs batch 1
     table.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json", model.config) == table
+
+
+def test_what_drafting_adds_is_told_apart():
+    parts = {"token": 5.0, "draft": 1.5}
+    rounds = [parts | {"1": 6.0, "2": 9.0, "4": 13.0, "8": 20.0}] * 3
+    table = module._drafting(rounds, decode=4.5)
+    assert table == {"loop": 0.5, "more": {"1": 0.0, "2": 1.0, "4": 2.0, "8": 3.0}}
+    assert module._drafting([*rounds, {}], decode=4.5) == {}
 
 
 def test_an_interrupted_measurement_goes_on(clock, tmp_path):
@@ -183,10 +192,15 @@ def test_the_command_and_loading_without_the_package(tmp_path):
     tables = FlextronConfig.from_pretrained(tmp_path / "model").latency_tables
     assert len(tables) == 2 and {table["dtype"] for table in tables.values()} == {"float32", "bfloat16"}
     assert result["table"] != half["table"]
+    measured = json.loads((tmp_path / "model" / result["table"]).read_text())["drafting"]
+    assert set(measured["more"]) == {"1", "2", "4", "8"} and measured["loop"] >= 0
     slow = max(result["decode_ms"].values())
     code = """
+import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, flextron_budget=sys.argv[2])
+options = {"input_ids": torch.tensor([[3, 4, 5]]), "max_new_tokens": 6, "do_sample": False}
+assert torch.equal(model.generate(**options), model.generate(draft_budget="auto", **options))
 print("SIZE", model.num_parameters())
 """
     assert "SIZE" in run_python(code, tmp_path / "model", f"{2 * slow:.3f}ms", package=False).stdout
