@@ -31,7 +31,7 @@ from flextron_trainer.loading import Load, fetched_bytes, measure_loads
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from hub_server import HubServer, Repo  # noqa: E402
+from hub_server import HubServer, Repo
 
 SIZES = {
     "large": {"mlp": 1536},
@@ -123,10 +123,10 @@ def main() -> None:
                 row["downloaded_bytes"] = fetched["full"]["plain"]
             result["rows"].append({"budget": name, "way": way, **row, "time / plain": ratios})
             read = "?" if row["read_bytes"] is None else f"{row['read_bytes'] / row['parameter_bytes']:.3f}"
-            sizes = (row["downloaded_bytes"], row["read_bytes"] or 0)
+            sizes = [f"{(row[key] or 0) / 1e6:.1f} MB" for key in ("downloaded_bytes", "read_bytes", "peak_bytes")]
             table.add_row(
-                name, way, *(f"{size / 1e6:.1f} MB" for size in sizes), read, f"{(row['peak_bytes'] or 0) / 1e6:.0f} MB",
-                f"{row['seconds']:.2f}", f"{ratios['ratio']:.2f}", f"{row['cpu_seconds']:.2f}",
+                name, way, *sizes[:2], read, sizes[2], f"{row['seconds']:.2f}", f"{ratios['ratio']:.2f}",
+                f"{row['cpu_seconds']:.2f}",
             )  # fmt: skip
         control = against(seconds, "levels")["control"]
         result["rows"][-1]["control / levels"] = control

@@ -139,8 +139,9 @@ def variants_of(model: Any, folder: str | os.PathLike, budget: Any) -> Variants:
         budget: The size.
 
     Returns:
-        `native` and `control`, two stock models by `extract()`; `family`, the switchable model; `loaded`, one loaded at the
-        budget. Where the stock class cannot hold the size, `loaded` is the reference and `control` a copy of it.
+        `native` and `control`, two stock models by `extract()`; `family`, the switchable model; `loaded`, one that was
+        loaded at the budget. Where the stock class cannot hold the size, `loaded` is the reference, and `control` too
+        is such a model.
     """
     subnetwork = model.resolve_budget(budget)
     loaded: tuple[Any, dict[str, Any]]
