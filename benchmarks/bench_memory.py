@@ -10,8 +10,7 @@ import argparse
 import tempfile
 
 import torch
-from common import machine, save
-from torch.profiler import ProfilerActivity, profile
+from common import machine, peak_bytes, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
@@ -46,28 +45,6 @@ def parent(size: tuple[int, ...]) -> LlamaForCausalLM:
     )
 
 
-def held(*models: torch.nn.Module) -> int:
-    """Bytes of the parameters and buffers of models."""
-    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def peak_of(run: FlextronTrainer) -> int:
-    """Bytes of all tensors at the worst moment of `run.train()`."""
-    if run.args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run.train()
-        return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run.train()
-    current = highest = held(run.model, *([run.teacher] if run.teacher is not None else []))
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        highest = max(highest, current)
-    return highest
-
-
 def compare(size: str, setting: str, device: str) -> dict[str, float]:
     """The plan, the measured peak, and their ratio."""
     shape, changes = SIZES[size], dict(SETTINGS[setting])
@@ -83,7 +60,8 @@ def compare(size: str, setting: str, device: str) -> dict[str, float]:
         )  # fmt: skip
         run = FlextronTrainer(elastic, args, teacher=teacher, train_dataset=rows)
         plan = run.plan()
-        measured = peak_of(run)
+        teachers = [] if run.teacher is None else [run.teacher]
+        measured = peak_bytes(run.train, device, run.model, *teachers)
     ratio = round(plan.total / measured, 3)
     return {"plan_mib": round(plan.total / 2**20, 1), "peak_mib": round(measured / 2**20, 1), "ratio": ratio}
 

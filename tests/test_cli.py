@@ -15,7 +15,7 @@ from flextron_trainer.demo import train_tokenizer
 from modeling_flextron import count_parameters
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("convert", "train", "measure", "evaluate", "export", "push", "generate", "demo")
+VERBS = ("convert", "train", "measure", "bench", "evaluate", "export", "push", "generate", "demo")
 
 
 @pytest.fixture(scope="module")

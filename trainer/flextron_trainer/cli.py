@@ -111,6 +111,15 @@ def dtype_named(name: str) -> Any:
     return dtype or name
 
 
+def local_folder(model: str) -> Path:
+    """The folder of a model, downloaded with all its weights when it is not one already."""
+    from huggingface_hub import snapshot_download
+
+    if Path(model).is_dir():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+
+
 def must_be_a_model(folder: Path) -> None:
     """Refuse what is not the folder of a saved model."""
     from modeling_flextron.errors import invalid
@@ -428,6 +437,59 @@ def measure(
 
 
 @app.command()
+def bench(
+    model: Model,
+    budgets: Annotated[str | None, typer.Option(help="Budgets to measure: 1,0.5,0.25; default: all rows.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens read, and tokens in the cache while more are made.")] = 512,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences at the same time.")] = "1,8",
+    rounds: Annotated[int, typer.Option(help="How often everything is timed.")] = 15,
+    dtype: Annotated[str, typer.Option(help="Dtype to measure in; auto is that of the weights.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
+    device: Device = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result into this file, too.")] = None,
+) -> None:
+    """Measure what elasticity costs here: time against stock models of the same size, speed and loading of every size.
+
+    Example: `flextron bench elastic --budgets 1,0.5 --device cuda --dtype bfloat16`
+
+    Compared are a sub-network of the whole family, a model loaded at the budget, and the stock model that `extract()`
+    makes, with a second copy of it as a control: where that is far from 1, the machine was busy. Loading is measured in
+    fresh processes, with the files dropped from the cache of the system. On a busy machine, use one thread.
+    """
+    import torch
+    from rich.console import Console
+
+    from modeling_flextron.errors import invalid
+
+    from .bench import bench as run
+    from .bench import tables, warnings
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise invalid("json", str(json_file), "Its folder does not exist.", "Make the folder first.")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    sizes: Any = numbers("batch_sizes", batch_sizes)
+    result = run(
+        local_folder(model),
+        budgets and [part.strip() for part in budgets.split(",")],
+        context=context,
+        batch_sizes=sizes,
+        rounds=rounds,
+        device=device_or_default(device),
+        dtype=dtype_named(dtype),
+    )
+    result["model"] = model
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console = Console(stderr=True)
+    for table in tables(result):
+        console.print(table)
+    for sentence in warnings(result):
+        console.print(sentence)
+    finish(**result)
+
+
+@app.command()
 def export(
     model: Model,
     output: Output,
@@ -488,14 +550,9 @@ def verify(
 
     Example: `flextron verify me/flextron-llama`
     """
-    from huggingface_hub import snapshot_download
-
     from .verify import verify as run
 
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-    finish(model=model, **run(folder))
+    finish(model=model, **run(local_folder(model)))
 
 
 @app.command()
