@@ -391,9 +391,9 @@ class FlextronTrainer(Trainer):
             if self.args.should_save:
                 self._sweep()
         self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
-        result = None if resume_from_checkpoint is None else self._finished(Path(resume_from_checkpoint))
+        result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         if result is None:
-            result = self._train(resume_from_checkpoint, **kwargs)
+            result = self._train(resume_from_checkpoint or None, **kwargs)
         if self.routers is not None:
             size = self.args.per_device_eval_batch_size
             self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
@@ -427,7 +427,7 @@ class FlextronTrainer(Trainer):
         self._take_config(resume_from_checkpoint)
 
     def _take_config(self, checkpoint: str) -> None:
-        """Take what a checkpoint knows beside its weights: rows, those of routers too, their losses, and what was run."""
+        """Take what a checkpoint knows beside its weights: all rows, their losses, and what was run."""
         if hasattr(self.model, "peft_config"):
             return  # a checkpoint of an adapter has no config of the model
         saved, config = FlextronConfig.from_pretrained(checkpoint), self.model.config
