@@ -90,6 +90,23 @@ def test_train(elastic):
 
 
 @pytest.mark.slow
+def test_train_on_a_stream(elastic):
+    common = ("train", "elastic", "text", "--streaming", "--output_dir", "streamed", "--use_cpu", "--report_to", "none")
+    common += ("--save_strategy", "no", "--sampler", "uniform", "--sequence-length", 32, "--document-boundaries")
+    result = flextron(*common, "--max_steps", 2, "--per_device_train_batch_size", 2)
+    assert {"eval_loss", "eval_loss_0.45"} <= set(result)
+    assert json.loads(Path("streamed/config.json").read_text())["training_runs"][0]["tokens"] == 2 * 2 * 32
+    Path("short.txt").write_text(Path("text/0.txt").read_text()[:2000])
+    for arguments, message in (
+        (common, "`max_steps`=-1 cannot be used"),
+        ((*common, "--max_steps", 2, "--num-proc", 2), "tokenized as it is read"),
+        ((*common[:2], "short.txt", *common[3:], "--max_steps", 2), "none is left to train on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flextron(*arguments)
+
+
+@pytest.mark.slow
 def test_routers(elastic):
     """A static router, then token routers beside it, and the picture of what tokens chose."""
     common = ("--sequence-length", 32, "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--stage", "router")

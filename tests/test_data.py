@@ -1,5 +1,7 @@
 """Text to blocks of ids."""
 
+import json
+
 import datasets
 import pytest
 import torch
@@ -21,6 +23,7 @@ def test_pack_joins_documents_and_drops_the_rest(tokenizer):
     rows = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6", "w7 w8 w9"]})
     blocks = pack(rows, tokenizer, 4)
     assert blocks["input_ids"][:] == [[2, 3, 4, 1], [5, 6, 1, 7]] and blocks["labels"][:] == blocks["input_ids"][:]
+    assert pack(rows, tokenizer, 3, num_proc=2)["input_ids"][:] == [[2, 3, 4], [1, 5, 6], [7, 8, 9]]  # two shards
 
 
 def test_a_stream_is_packed_as_it_is_read(tokenizer, tmp_path):
@@ -63,6 +66,51 @@ def test_load_text(tmp_path):
         load_text(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="no such file"):
         load_text(str(tmp_path / "nowhere"))
+
+
+def test_text_is_tokenized_once(tokenizer, tmp_path):
+    """Of a folder, too, until a file changes."""
+    (tmp_path / "a[1].txt").write_text("w2 w3 w4")
+    (tmp_path / "b.txt").write_text("w5 w6")
+    files = [pack(load_text(str(tmp_path)), tokenizer, 4).cache_files for _ in range(2)]
+    assert files[0] and files[0] == files[1]
+    (tmp_path / "b.txt").write_text("w7 w8 w9 w10")
+    changed = pack(load_text(str(tmp_path)), tokenizer, 4)
+    assert changed.cache_files != files[0] and changed["input_ids"][:] == [[2, 3, 4, 1], [7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.txt", "folder"])
+def test_every_source_can_be_streamed(tokenizer, tmp_path, name):
+    path, text = tmp_path / name, "w2 w3 w4 w5"
+    if name == "folder":
+        path.mkdir()
+        (path / "a.txt").write_text(text)
+    elif name == "rows.parquet":
+        datasets.Dataset.from_dict({"content": [text]}).to_parquet(path)
+    else:
+        path.write_text(text if name == "rows.txt" else json.dumps({"content": text, "score": 1}) + "\n")
+    stream = pack(load_text(str(path), streaming=True), tokenizer, 5)
+    assert [row["input_ids"] for row in stream] == [[2, 3, 4, 5, 1]]
+    with pytest.raises(ValueError, match="ends before the first block of 6"):
+        pack(load_text(str(path), streaming=True), tokenizer, 6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", "", "cannot be read as json: it is empty|holds no rows"),
+        ("broken.jsonl", "{", "cannot be read as json"),
+        ("empty.csv", "", "cannot be read as csv"),
+        ("empty.parquet", "", "cannot be read as parquet"),
+        ("empty.txt", "", "fewer than one block|ends before the first block"),
+        ("two.jsonl", '{"a": "x", "b": "y"}', "One column must hold the text"),
+    ],
+)
+def test_what_holds_no_text_is_refused(tokenizer, tmp_path, name, content, message, streaming):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        pack(load_text(str(tmp_path / name), streaming=streaming), tokenizer, 64)
 
 
 def test_the_standard_library_is_a_corpus():

@@ -23,6 +23,7 @@ Budget = Annotated[
 Boundaries = Annotated[
     bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")
 ]
+STREAMED_EVAL_ROWS = 64
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
 DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
 
@@ -214,9 +215,20 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'. None: learn from the text alone.")
     ] = None,
-    eval_dataset: Annotated[str | None, typer.Option(help="Evaluation text; by default 2 % of the rows.")] = None,
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Evaluation text; by default 2 % of the samples, of a stream the first {STREAMED_EVAL_ROWS}."
+        ),
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
     document_boundaries: Boundaries = False,
+    split: Annotated[str, typer.Option(help="Split of a training text on the Hub.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read the training text while training; needs --max_steps.")
+    ] = False,
+    shuffle_buffer: Annotated[int, typer.Option(help="With --streaming: samples to draw the next one from.")] = 1000,
+    num_proc: Annotated[int | None, typer.Option(help="Processes to tokenize with.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
     plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
@@ -226,6 +238,8 @@ def train(
     Example: `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --max_steps 1000 --bf16`
 
     Example: `flextron train run ./text --stage router --router_budgets 0.75 0.5 --output_dir routed --max_steps 400`
+
+    Example: `flextron train elastic HuggingFaceFW/fineweb-edu --streaming --max_steps 1000 --output_dir run`
 
     Does it fit? `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --plan`
 
@@ -239,6 +253,7 @@ def train(
     from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
 
     from modeling_flextron import FlextronConfig
+    from modeling_flextron.errors import invalid
     from modeling_flextron.subnetwork import bytes_per_value
 
     from .arguments import FlextronTrainingArguments
@@ -252,9 +267,9 @@ def train(
     if preset is not None:
         chosen = load_preset(preset)
         chosen.check(config)
-        options = (text.partition("=")[0] for text in context.args if text.startswith("--"))
+        given = (text.partition("=")[0] for text in context.args if text.startswith("--"))
         stage = next((b for a, b in pairwise(context.args) if a == "--stage"), "elastic")
-        recipe = chosen.recipe(stage, {option[2:].replace("-", "_") for option in options})
+        recipe = chosen.recipe(stage, {option[2:].replace("-", "_") for option in given})
         if not torch.cuda.is_available():
             recipe.pop("bf16", None)
     sequence_length = fitting_length(sequence_length or recipe.pop("sequence_length", None), config)
@@ -273,13 +288,27 @@ def train(
         )
         print(expected, file=sys.stderr)
         return finish(gib=expected.gib())
+    if streaming and arguments.max_steps <= 0:
+        rule = "A stream does not say how long it is."
+        raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
+    if streaming and num_proc is not None:
+        rule = "A stream is tokenized as it is read, in the process that reads it."
+        raise invalid("num_proc", num_proc, rule, "Leave it out, or pass --dataloader_num_workers.")
     tokenizer = load_tokenizer(model)
-    rows = pack(load_text(dataset), tokenizer, sequence_length, document_boundaries=document_boundaries)
-    if eval_dataset is None:
+    options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
+    rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
+    if eval_dataset is not None:
+        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, **options)
+    elif streaming:
+        eval_rows, rows = list(rows.take(STREAMED_EVAL_ROWS)), rows.skip(STREAMED_EVAL_ROWS)
+        if next(iter(rows), None) is None:
+            rule = f"Its first {len(eval_rows)} samples are for evaluation, and none is left to train on."
+            raise invalid("dataset", dataset, rule, "Pass --eval-dataset, or leave out --streaming.")
+    else:
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=arguments.data_seed or arguments.seed)
         rows, eval_rows = parts["train"], parts["test"]
-    else:
-        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, document_boundaries=document_boundaries)
+    if streaming:
+        rows = rows.shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=shuffle_buffer)
     trainer = FlextronTrainer(
         model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )

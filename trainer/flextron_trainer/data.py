@@ -17,33 +17,44 @@ from .losses import IGNORED
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_text(source: str, split: str = "train") -> datasets.Dataset:
-    """Read a text dataset.
+def load_text(source: str, split: str = "train", streaming: bool = False) -> Any:
+    """Read a text dataset. What `pack` makes of it is kept on disk, and made anew only when files have changed.
 
     Args:
         source: A folder (its text files, one row each), a `.jsonl`, `.parquet`, `.csv` or plain text file, the id
             of a dataset on the Hub, or `"stdlib"` for the sources of Python's own standard library.
         split: Split of a Hub dataset.
+        streaming: Read rows when they are asked for, for text that does not fit on the disk.
+
+    Returns:
+        A `datasets.Dataset`, or an `IterableDataset` when it is streamed.
 
     Raises:
         ValueError: nothing to read there.
     """
     path = Path(source)
     if source == "stdlib":
-        return _files_as_rows(Path(sysconfig.get_paths()["stdlib"]), "*.py")
+        return _files_as_rows(Path(sysconfig.get_paths()["stdlib"]), "*.py", streaming)
     if path.is_dir():
-        return _files_as_rows(path, "*")
-    if path.is_file() and path.suffix in FORMATS:
-        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    if path.is_file():
-        return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8", errors="replace")]})
-    if source.startswith(("/", ".")):
+        return _files_as_rows(path, "*", streaming)
+    kind = FORMATS.get(path.suffix)
+    if path.is_file() and kind is None:
+        return _rows_of(path, [path], "replace", streaming)
+    if not path.is_file() and source.startswith(("/", ".")):
         raise invalid("dataset", source, "There is no such file or folder.", "Check the path.")
     try:
-        return datasets.load_dataset(source, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        rule = f"There is no such file or folder, and the Hub gave no dataset of this name: {error}."
+        if path.is_file():
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        else:
+            rows = datasets.load_dataset(source, split=split, streaming=streaming)
+        next(iter(rows), None)  # of a stream nothing has been read yet
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error) or "it is empty"
+        rule = f"There is no such file or folder, and the Hub gave no dataset of this name: {reason}."
+        if path.is_file():
+            rule = f"It cannot be read as {kind}: {reason}."
         raise invalid("dataset", source, rule, "Check the path or the id.") from error
+    return rows
 
 
 def load_tokenizer(source: str) -> Any:
@@ -62,30 +73,46 @@ def load_tokenizer(source: str) -> Any:
     raise invalid("tokenizer", str(source), f"There is none: {problem}.", "Save the parent's tokenizer there.")
 
 
-def _files_as_rows(folder: Path, pattern: str) -> datasets.Dataset:
-    rows = []
-    for path in sorted(folder.rglob(pattern)):
-        if path.is_file() and "site-packages" not in path.parts:
-            try:
-                rows.append(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, OSError):
-                continue  # not text
-    if not rows:
-        raise invalid("dataset", str(folder), "The folder holds no text files.", "Pass one that does.")
-    return datasets.Dataset.from_dict({"text": rows})
+def _files_as_rows(folder: Path, pattern: str, streaming: bool) -> Any:
+    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file() and "site-packages" not in path.parts]
+    return _rows_of(folder, files, "strict", streaming)
+
+
+def _rows_of(source: Path, files: list[Path], errors: str, streaming: bool) -> Any:
+    """One row for each file that is text; by their sizes and times `datasets` knows whether it has read them before."""
+    states = tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    if next(_read(states, errors), None) is None:
+        raise invalid("dataset", str(source), "The folder holds no text files.", "Pass one that does.")
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    features = datasets.Features({"text": datasets.Value("string")})
+    return kind.from_generator(_read, features=features, gen_kwargs={"states": states, "errors": errors})
+
+
+def _read(states: tuple[tuple[str, int, int], ...], errors: str) -> Iterator[dict[str, str]]:
+    for path, _, _ in states:
+        try:
+            yield {"text": Path(path).read_text(encoding="utf-8", errors=errors)}
+        except (UnicodeDecodeError, OSError):
+            continue  # not text
 
 
 def text_column(dataset) -> str:
     """The column of a dataset that holds its text.
 
     Raises:
-        ValueError: no column does, or it is not clear which.
+        ValueError: no column does, or it is not clear which; or nothing is there.
     """
-    columns = list(dataset.column_names or next(iter(dataset)))
+    if dataset.features:
+        columns = list(dataset.features)
+        types = {name: getattr(feature, "dtype", "") for name, feature in dataset.features.items()}
+        strings = [name for name in columns if types[name] in ("string", "large_string")]
+    else:  # of a stream
+        first: dict[str, Any] = next(iter(dataset), {})
+        columns, strings = list(first), [name for name, value in first.items() if isinstance(value, str)]
+    if not columns:
+        raise invalid("dataset", type(dataset).__name__, "It holds no rows.", "Pass some text.")
     if "text" in columns:
         return "text"
-    features = dataset.features or {}
-    strings = [name for name in columns if getattr(features.get(name), "dtype", "") in ("string", "large_string")]
     if len(strings) != 1:
         rule = "One column must hold the text: one called 'text', or the only one of strings."
         raise invalid("dataset", columns, rule, "Rename the column to 'text'.")
