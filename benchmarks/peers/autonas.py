@@ -48,8 +48,9 @@ def start(model: Any, width: int, path: Path) -> dict[str, Any]:
     """Settings of a search whose first parents have this width everywhere, as modelopt reads them from a file."""
     config = {name: width for name in get_subnet_config(model, configurable=True)}
     candidates = [{"config": config, "metric": -math.inf}] * 2
-    torch.save(EvolveSearcher().default_state_dict | {"candidates": candidates}, path)
-    return {"checkpoint": str(path), "population_size": 50, "candidate_size": 12}
+    history = {"metric": [], "constraints": {"flops": [], "params": []}}  # of plain types, which it can read back
+    torch.save(EvolveSearcher().default_state_dict | {"candidates": candidates, "history": history}, path)
+    return {"checkpoint": str(path), "population_size": 30, "candidate_size": 8}
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--candidates", type=int, default=400, help="sub-networks that a search looks at")
+    parser.add_argument("--candidates", type=int, default=150, help="sub-networks that a search looks at")
     options = parser.parse_args()
     parent, rows = begin(options)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,7 @@ def main() -> None:
             model = mto.restore(load(options.parent), options.out / "supernet.pth")
             settings = start(model, width, options.out / f"search-{ratio:g}.pth")
             model, _ = mtn.search(
-                model, constraints=constraint, dummy_input=(rows[:1],),
+                model, constraints=constraint, dummy_input=(rows[:1, :8],),
                 config=score(rows) | settings | {"num_iters": options.candidates},
             )  # fmt: skip
         write(

@@ -21,7 +21,7 @@ def main() -> None:
         with quiet():
             model, _ = mtp.prune(
                 load(options.parent), mode=[("fastnas", space(parent, options.grid))], constraints=constraint,
-                dummy_input=(rows[:1],), config=score(rows) | {"checkpoint": str(sensitivities)},
+                dummy_input=(rows[:1, :8],), config=score(rows) | {"checkpoint": str(sensitivities)},
             )  # fmt: skip
         write(
             options.out, parent, model.state_dict(), {"mlp": widths(model)}, distribution="nvidia-modelopt",

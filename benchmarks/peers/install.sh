@@ -14,4 +14,4 @@ esac
 shift 2
 $pip torch==2.13.0
 $pip torchprofile==0.0.4 --no-deps
-$pip torch==2.13.0 safetensors numpy "$@" 2>&1 | grep -v "is ignored: it is neither" >&2 || true
+$pip torch==2.13.0 safetensors numpy "$@"

@@ -14,7 +14,7 @@ import torch
 from shared import Parent, cross_entropy
 from transformers import LlamaForCausalLM
 
-SCORED = 64  # rows that a candidate of a search is scored on
+SCORED = 32  # rows that a candidate of a search is scored on
 
 warnings.filterwarnings("ignore")
 

@@ -56,10 +56,11 @@ def prune(model: Any, parent: Parent, sizes: dict[str, int], rows: torch.Tensor,
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--importance", choices=["taylor", "magnitude"], default="taylor")
+    parser.add_argument("--variant", choices=["width", "mlp"], default="width", help="mlp leaves the heads alone")
     options = parser.parse_args()
     parent, rows = begin(options)
     choices: list[dict[str, int]] = [{}]
-    if parent.heads == parent.kv_heads:
+    if options.variant == "width" and parent.heads == parent.kv_heads:
         choices = [{"heads": n, "kv_heads": n} for n in range(1, parent.heads + 1)]
     for ratio in options.ratio:
         sizes = parent.uniform(ratio, options.grid, choices)
@@ -68,7 +69,7 @@ def main() -> None:
         loss = mean_loss(lambda batch, model=model: model(batch).logits, rows)
         write(
             options.out, parent, model.state_dict(), sizes, distribution="torch-pruning", ratio=ratio, loss=loss,
-            peer=f"torch-pruning-{options.importance}",
+            peer=f"torch-pruning-{options.importance}-{'mlp' if choices == [{}] else 'width'}",
         )  # fmt: skip
 
 
