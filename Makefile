@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What the Hub's users may have: the newest transformers that pyproject.toml allows, beside the tested one.
 test-newest: $(INSTALLED)

@@ -28,6 +28,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "is_training_test: of transformers")
 
 
+def pytest_collection_modifyitems(items):
+    """Put the longest test first, so that at the end no process of `make test` is left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_quality.py")
+
+
 @pytest.fixture(scope="session", params=VARIANTS)
 def variant(request):
     """Name of a small parent: four LLaMAs (MHA or GQA, tied or not, biases, wide heads) and the other families."""

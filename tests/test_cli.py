@@ -30,6 +30,9 @@ def work(tmp_path_factory):
     (folder / "text").mkdir()
     for i, text in enumerate(texts):
         (folder / "text" / f"{i}.txt").write_text(text)
+    (folder / "few").mkdir()
+    for i, text in enumerate(texts[:3]):
+        (folder / "few" / f"{i}.txt").write_text(text[:12_000])
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -274,7 +277,7 @@ def test_an_error_is_one_message(elastic, arguments, message):
 def test_demo_in_small(work):
     """All six parts of the demo, with a handful of steps, on the text of this checkout."""
     result = flextron(
-        "demo", "--output", "demo", "--dataset", "text", "--parent-steps", 3, "--elastic-steps", 2, "--device", "cpu"
+        "demo", "--output", "demo", "--dataset", "few", "--parent-steps", 3, "--elastic-steps", 2, "--device", "cpu"
     )
     assert Path(result["plot"]).stat().st_size > 1000
     assert {"config.json", "model.level0.safetensors", "README.md", "tokenizer.json"} <= {
@@ -291,6 +294,6 @@ def test_demo_in_small(work):
 @pytest.mark.slow
 def test_demo_with_a_parent_of_the_user(work):
     result = flextron(
-        "demo", "--output", "demo2", "--dataset", "text", "--parent", "parent", "--elastic-steps", 1, "--device", "cpu"
+        "demo", "--output", "demo2", "--dataset", "few", "--parent", "parent", "--elastic-steps", 1, "--device", "cpu"
     )
     assert result["rows"][0]["sliced_loss"] == pytest.approx(result["rows"][0]["parent_loss"], rel=1e-4)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import difference, elastic_of
+from helpers import difference, elastic_of, parent_of
 from training import trainer
 
 from modeling_flextron import FlextronForCausalLM
@@ -91,9 +91,14 @@ class Graphs:
         return graph.forward
 
 
+def two_layers():
+    """Compiling takes a time for each layer."""
+    return elastic_of("gqa-wide-heads", parent_of("gqa-wide-heads", num_hidden_layers=2), depth=[1, 0.5])
+
+
 def test_one_graph_for_each_row_at_inference():
     torch._dynamo.reset()
-    model, graphs = elastic_of("gqa-wide-heads"), Graphs()
+    model, graphs = two_layers(), Graphs()
     expected = [logits(model, row["name"]) for row in model.frontier]
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     for repeat in range(3):
@@ -107,7 +112,7 @@ def test_one_graph_for_each_row_at_inference():
 
 def test_one_graph_for_each_row_in_training():
     torch._dynamo.reset()
-    model, graphs = elastic_of("gqa-wide-heads"), Graphs()
+    model, graphs = two_layers(), Graphs()
     eager, compiled = copy.deepcopy(model), torch.compile(model, backend=graphs)
     counts = []
     for _ in range(2):
