@@ -9,7 +9,7 @@ ARGS ?=
 INTEROP ?= interop-work
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-newest test-kill check interop clean
+.PHONY: demo test test-newest test-kill test-fsdp2 check interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
@@ -26,6 +26,10 @@ test-newest: $(INSTALLED)
 # SIGKILL at many moments of a run; every resume must give the uninterrupted one. Minutes.
 test-kill: $(INSTALLED)
 	PYTHONPATH=.:trainer:tests $(BIN)/python tests/kill.py $(ARGS)
+
+# examples/accelerate/fsdp2.yaml on two CPU processes against one. Minutes.
+test-fsdp2: $(INSTALLED)
+	PYTHONPATH=.:trainer:tests $(BIN)/python tests/fsdp2.py $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -32,7 +32,9 @@ def formats() -> dict[str, dict[str, Any]]:
     for name, config in {"int8 weight-only": Int8WeightOnlyConfig(), **int4}.items():
         found[f"torchao {name}"] = {"dtype": torch.float32, "quantization_config": TorchAoConfig(config)}
     if importlib.util.find_spec("bitsandbytes"):
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         found["bitsandbytes int8"] = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        found["bitsandbytes nf4"] = {"dtype": torch.float32, "quantization_config": nf4}
     return found
 
 
@@ -44,7 +46,7 @@ def loss_at(model: Any, folder: str, settings: dict[str, Any], name: str, rows: 
             return evaluate_model(model, rows)["loss"]
         with model.at_budget(name):
             return evaluate_model(model, rows)["loss"]
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # also of kernels that do not take these shapes
         return str(error)
 
 

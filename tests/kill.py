@@ -170,7 +170,9 @@ class Run:
         self.listen()
         self.process.join()
         if self.process.exitcode != 0:
-            sys.exit(f"{self.folder.name} ended with {self.process.exitcode}:\n{(self.folder / 'log.txt').read_text()[-3000:]}")
+            sys.exit(
+                f"{self.folder.name} ended with {self.process.exitcode}:\n{(self.folder / 'log.txt').read_text()[-3000:]}"
+            )
         return json.loads((self.folder / "result.json").read_text())
 
     def kill(self, phase: str, number: int, delay: float) -> str | None:
@@ -208,6 +210,7 @@ def lengths(events: list[tuple[str, bool, float]]) -> dict[str, list[float]]:
 
 def remote_differences(hub: HubServer, whole: str, repo: str) -> list[str]:
     """Files of commits that are not those which the undisturbed run pushed under the same title."""
+
     def commits(name):
         return [commit for commit in hub.repos[name].commits.values() if "initial" not in commit.title]
 

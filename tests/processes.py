@@ -5,8 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from training import losses, trainer
 from transformers.distributed import DistributedConfig
@@ -22,6 +23,10 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
     begin = changes.pop("begin")
     how = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharded else {}
     model = FlextronForCausalLM.from_pretrained(begin, **how)
+    if refused := changes.pop("refused", None):
+        with pytest.raises(ValueError, match=refused):
+            trainer(folder / name, model=model, **changes)
+        return
     run = trainer(folder / name, model=model, **changes)
     assert run.accelerator.num_processes == 2
     run.train(resume_from_checkpoint=resume)
@@ -36,20 +41,20 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
 
 
 def use_fsdp_on_cpu() -> None:
-    """Let accelerate take its way for FSDP, which it does on accelerators alone; on gloo it works as well."""
+    """Let accelerate take its way for FSDP, which it does for accelerators alone; on gloo it works as well."""
     begin = AcceleratorState.__init__
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    import faulthandler; faulthandler.dump_traceback_later(120, exit=True)  # TEMP
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         use_fsdp_on_cpu()
     root = Path(sys.argv[1])

@@ -207,6 +207,18 @@ def test_elastic_training_of_an_adapter(saved, tmp_path, teacher):
     assert difference(logits(small), logits(whole.model, "0.35")) < 1e-4
 
 
+def test_a_size_that_skips_the_adapted_layers_changes_nothing(saved, tmp_path):
+    """Its loss is logged, and the sizes that have them learn."""
+    model = adapted(family(saved), ["up_proj"], layers_to_transform=[1])
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    run = flextron_trainer(tmp_path, model=model, max_steps=1, sampler="weighted", sampling_weights=[0, 0, 0, 1])
+    run.train()
+    assert 1 not in model.base_model.model.resolve_budget("0.15").layers and "loss_0.15" in losses(run)[0]
+    assert all(map(torch.equal, before, (p for p in model.parameters() if p.requires_grad)))
+    flextron_trainer(tmp_path, model=model, max_steps=1).train()
+    assert not all(map(torch.equal, before, (p for p in model.parameters() if p.requires_grad)))
+
+
 def plain(folder, **changes):
     ours = arguments(folder)
     kept = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "logging_steps", "report_to")

@@ -47,6 +47,13 @@ def alone(folder, changes):
     return trainer(folder, **{**changes, "per_device_train_batch_size": 2 * changes["per_device_train_batch_size"]})
 
 
+def launch(config: str) -> list:
+    """The command that runs cases in two processes by a config file of the examples; the folder comes next."""
+    file = Path(__file__).parents[1] / "examples" / "accelerate" / f"{config}.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
+    return [*command, "--mixed_precision", "no", Path(__file__).parent / "processes.py"]
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The folder in which two processes ran every case."""
@@ -60,12 +67,9 @@ def launched(tmp_path_factory):
     cases["saves"] = options(begin, **SAVES)
     cases["resumes"] = options(begin, **SAVES, resume=str(folder / "one" / "checkpoint-2"))
     (folder / "cases.json").write_text(json.dumps(cases))
-    file = Path(__file__).parents[1] / "examples" / "accelerate" / "ddp.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "2"]
-    command = [*launch, "--mixed_precision", "no", Path(__file__).parent / "processes.py", folder]
     with HubServer() as hub:
         variables = environment() | hub.environment(folder / "home")
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        done = subprocess.run([*launch("ddp"), folder], env=variables, capture_output=True, text=True)
         for name, content in (hub.files("me/sharded") if "me/sharded" in hub.repos else {}).items():
             (folder / "pushed").mkdir(exist_ok=True)
             (folder / "pushed" / name).write_bytes(content)

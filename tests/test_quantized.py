@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import difference, elastic_of, parent_of
-from training import trainer
+from training import losses, trainer
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.elastic import ElasticLinear
@@ -80,6 +80,21 @@ def test_adapters_on_quantized_weights_train_at_every_size(saved, quantize, tmp_
     assert run.evaluate()["eval_loss"] < before - 0.1
 
 
+def test_an_8_bit_teacher_teaches_as_the_full_one(tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    parent_of("gqa-wide-heads").save_pretrained(tmp_path)
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=how)
+    assert type(teacher.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
+    small, full = (trainer(tmp_path, teacher=who, max_steps=4, optim="sgd") for who in (teacher, "parent"))
+    small.train(), full.train()
+    for a, b in zip(losses(small), losses(full), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+
+
 class Graphs:
     """A backend that counts what it compiles."""
 
@@ -123,3 +138,17 @@ def test_one_graph_for_each_row_in_training():
     assert counts[0] == counts[1] <= len(model.frontier)
     for a, b in zip(eager.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trainer_compiles_one_graph_for_each_row(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    parent, settings = parent_of("gqa-wide-heads", num_hidden_layers=2), {"teacher": None, "max_steps": 2}
+    models = [elastic_of("gqa-wide-heads", parent, depth=[1], budgets=[1, 0.6, 0.35]) for _ in range(2)]
+    compiled = trainer(tmp_path, model=models[0], torch_compile=True, torch_compile_backend="eager", **settings)
+    compiled.train()
+    assert {draw.name for step in range(2) for draw in compiled.draws(step)} == {"1", "0.6", "0.35"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    plain = trainer(tmp_path, model=models[1], **settings)
+    plain.train()
+    assert losses(compiled)[-1]["loss"] == pytest.approx(losses(plain)[-1]["loss"], rel=1e-3)

@@ -103,15 +103,23 @@ def test_every_sampler_and_teacher_learns(tmp_path, sampler, teacher):
     assert after[f"eval_loss_{smallest}"] < before[f"eval_loss_{smallest}"] - 0.1
 
 
-def test_activation_checkpointing_and_bf16_train_the_same(tmp_path):
-    plain = trainer(tmp_path)
-    plain.train()
-    checkpointed = trainer(tmp_path, activation_checkpointing=True)
-    checkpointed.train()
-    assert difference(weights(plain), weights(checkpointed)) < 1e-5
-    half = trainer(tmp_path, bf16=True)
-    half.train()
-    assert losses(half)[-1]["loss"] == pytest.approx(losses(plain)[-1]["loss"], rel=0.1)
+@pytest.mark.parametrize("sampler", ["sandwich", "uniform", "weighted", "random"])
+def test_checkpointing_accumulation_and_bf16_together_train_the_same(tmp_path, sampler):
+    settings = {"sampler": sampler, "max_steps": 2, "optim": "sgd", "max_grad_norm": 1e9}
+    settings["sampling_weights"] = [0.4, 0.2, 0.2, 0.2] if sampler == "weighted" else None
+    runs = []
+    for bf16, checkpointed, batch in ((False, False, 8), (False, True, 2), (True, True, 2)):
+        run = trainer(
+            tmp_path, bf16=bf16, activation_checkpointing=checkpointed, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=8 // batch, **settings,
+        )  # fmt: skip
+        run.train()
+        runs.append(run)
+    plain, whole, half = ([log["grad_norm"] for log in losses(run)] for run in runs)
+    assert difference(weights(runs[0]), weights(runs[1])) < 1e-6 and whole == pytest.approx(plain, rel=1e-4)
+    assert weights(runs[2]).isfinite().all() and half == pytest.approx(plain, rel=0.05)
+    moved = weights(runs[0]) - weights(trainer(tmp_path))
+    assert (weights(runs[2]) - weights(runs[0])).norm() < 0.1 * moved.norm()
 
 
 def test_memory_is_that_of_one_subnetwork(tmp_path):

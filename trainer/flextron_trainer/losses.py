@@ -52,6 +52,7 @@ class HeadLoss:
     normalizer: torch.Tensor | float | None = None
     hidden_states: torch.Tensor | None = field(default=None, init=False)  # of the last call, for in-place distillation
 
+    @torch.compiler.disable  # tokens are picked by their labels, at which a graph would end, and begin again after
     def __call__(self, hidden_states: torch.Tensor, head: Any) -> torch.Tensor:
         """The loss of hidden states `[B, S, D]` under an output layer."""
         if not hasattr(head, "leading"):

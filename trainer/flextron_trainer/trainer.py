@@ -61,7 +61,8 @@ class FlextronTrainer(Trainer):
     model's current budget, and writes the losses into `model.config.frontier`.
 
     Raises:
-        ValueError: the model is not elastic, or the teacher has another vocabulary or an unknown architecture.
+        ValueError: the model is not elastic, the teacher has another vocabulary or an unknown architecture, or the
+            routers cannot learn in this kind of run.
     """
 
     model: Any
@@ -109,6 +110,10 @@ class FlextronTrainer(Trainer):
         else:
             steps = args.max_steps if args.max_steps > 0 else self._steps_of_epochs()
             self.routers = RouterStage(self.model, args, steps)
+            if self.is_fsdp_enabled and self.routers.learner is not None:
+                rule = "Its scores are no part of the model, and FSDP of accelerate optimizes nothing else."
+                remedy = "Launch with DDP, or load the model with a DistributedConfig, or pass 'token'."
+                raise invalid("router_method", args.router_method, rule, remedy)
 
     def _load_teacher(self, teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
         if isinstance(teacher, (str, os.PathLike)):
@@ -339,6 +344,8 @@ class FlextronTrainer(Trainer):
         value = outputs.loss * world / draws
         if drawn.gap is not None:  # not a sum over tokens: every batch of the step has an equal share
             value = value + LATENCY_WEIGHT * self.args.latency_weight * drawn.gap().to(value) / shares
+        if not value.requires_grad:  # adapters alone learn, and this size skips the layers that have them
+            value = value.detach().requires_grad_()
         return (value, outputs) if return_outputs else value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
