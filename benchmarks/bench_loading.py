@@ -75,22 +75,21 @@ def write(model: FlextronForCausalLM, root: Path) -> dict[str, dict[str, Load]]:
     return ways
 
 
-def downloaded(root: Path, budgets: list[str]) -> dict[str, dict[str, int]]:
-    """Budget -> bytes of the weight files that a new process with an empty cache fetches, in both layouts."""
-    found: dict[str, dict[str, int]] = {}
-    with HubServer() as hub:
-        for layout in ("levels", "plain"):
+def downloaded(root: Path, budgets: list[str]) -> dict[tuple[str, str], int]:
+    """(layout, budget) -> bytes of the weight files that are fetched from a Hub, each time into an empty cache."""
+    wanted = [*(("levels", name) for name in budgets), ("plain", budgets[-1])]
+    found = {}
+    with HubServer() as hub, tempfile.TemporaryDirectory() as home:
+        for layout, name in wanted:
             files = {path.name: path.read_bytes() for path in (root / layout).iterdir() if path.is_file()}
-            for name in budgets:
-                repo = f"me/{layout}-{name}"
-                hub.repos[repo] = Repo()
-                hub.repos[repo].add(files, "first", "main", None)
-                with tempfile.TemporaryDirectory() as home:
-                    measure_loads([Load(repo, name)], hub.environment(home))
-                fetched = {path for path, _ in hub.gets(repo) if path.endswith(".safetensors")}
-                found.setdefault(name, {})[layout] = sum(len(files[path]) for path in fetched)
-                assert found[name][layout] == fetched_bytes(root / layout, name), (layout, name)
-    return found
+            hub.repos[f"me/{layout}-{name}"] = Repo()
+            hub.repos[f"me/{layout}-{name}"].add(files, "first", "main", None)
+        measure_loads([Load(f"me/{layout}-{name}", name) for layout, name in wanted], hub.environment(home))
+        for layout, name in wanted:
+            gets = {path for path, _ in hub.gets(f"me/{layout}-{name}") if path.endswith(".safetensors")}
+            found[layout, name] = sum(len(hub.files(f"me/{layout}-{name}")[path]) for path in gets)
+            assert found[layout, name] == fetched_bytes(root / layout, name), (layout, name)
+    return found | {("plain", name): found["plain", budgets[-1]] for name in budgets}
 
 
 def main() -> None:
@@ -109,7 +108,14 @@ def main() -> None:
         flat = {(name, way): load for name, loads in ways.items() for way, load in loads.items()}
         found = loads_of(flat, options.rounds)
 
-    result: dict = {"benchmark": "loading", "machine": machine("cpu"), "rounds": options.rounds, "bars": {}, "rows": []}
+    result: dict = {
+        "benchmark": "loading",
+        "machine": machine("cpu"),
+        "rounds": options.rounds,
+        "bars": {},
+        "control": {},
+    }
+    result["rows"] = []
     table = Table(
         "budget", "way", "downloaded", "read", "read / needed", "peak memory", "seconds", "time / plain", "CPU s"
     )
@@ -118,9 +124,7 @@ def main() -> None:
         for way, ratios in against(seconds, "plain").items():
             row = found[name, way]
             layout = "levels" if way in ("levels", "control") else "plain"
-            row["downloaded_bytes"] = row["parameter_bytes"] if way == "stock" else fetched[name][layout]
-            if way == "slice":
-                row["downloaded_bytes"] = fetched["full"]["plain"]
+            row["downloaded_bytes"] = row["parameter_bytes"] if way == "stock" else fetched[layout, name]
             result["rows"].append({"budget": name, "way": way, **row, "time / plain": ratios})
             read = "?" if row["read_bytes"] is None else f"{row['read_bytes'] / row['parameter_bytes']:.3f}"
             sizes = [f"{(row[key] or 0) / 1e6:.1f} MB" for key in ("downloaded_bytes", "read_bytes", "peak_bytes")]
@@ -128,8 +132,7 @@ def main() -> None:
                 name, way, *sizes[:2], read, sizes[2], f"{row['seconds']:.2f}", f"{ratios['ratio']:.2f}",
                 f"{row['cpu_seconds']:.2f}",
             )  # fmt: skip
-        control = against(seconds, "levels")["control"]
-        result["rows"][-1]["control / levels"] = control
+        result["control"][name] = against(seconds, "levels")["control"]
     levels = [found[name, "levels"] for name in ways]
     measured = {
         "levels read / needed": max((row["read_bytes"] or 0) / row["parameter_bytes"] for row in levels),

@@ -19,7 +19,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -313,11 +313,11 @@ def _drafting(rounds: list[dict[str, float]], decode: float) -> dict[str, Any]:
     if not all(rounds):
         return {}
 
-    def median(seconds: Callable[[dict[str, float]], float]) -> float:
-        return max(0.0, statistics.median(map(seconds, rounds)))  # what is below is noise
+    def median(seconds: Iterable[float]) -> float:
+        return max(0.0, statistics.median(seconds))  # what is below is noise
 
-    more = {str(n): median(lambda r, n=n: r[str(n)] - n * r["draft"] - r["token"]) for n in LENGTHS}
-    return {"loop": median(lambda r: r["token"] - decode), "more": more}
+    more = {str(n): median(r[str(n)] - n * r["draft"] - r["token"] for r in rounds) for n in LENGTHS}
+    return {"loop": median(r["token"] - decode for r in rounds), "more": more}
 
 
 class _Runner:
