@@ -9,7 +9,8 @@ standard library. Everything else starts from that parent and reads at most 7.63
 name says otherwise. At each budget of non-embedding parameters the losses (nats per token, held-out text) are those of
     slice           the importance-ranked slice, not trained
     elastic         ours: one run that trains all sizes
-    routed          the same with random sizes in every layer, then a router that picks them (its tokens come on top)
+    searched        elastic training of rows that a search on the untrained slices found: sizes of each layer of its own
+    routed          elastic training of random sizes, then a router that picks them (its tokens come on top)
     token routed    then every token picks its own
     mlp only        elastic training of MLP widths alone (MatFormer)
     random order    elastic training without importance
@@ -57,23 +58,30 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import collator, load_text, pack
 from flextron_trainer.demo import settings, train_tokenizer
 from flextron_trainer.evaluation import evaluate_model
+from flextron_trainer.frontier import mean_loss
+from flextron_trainer.search import search
 from modeling_flextron import FlextronForCausalLM
 
 LENGTH = 128
 SHARE = 0.0763  # of the parent's tokens: Flextron, abstract
 METHODS = (
-    "recipes", "slice", "elastic", "single, shared", "single, each", "random order", "cross entropy", "mlp only",
-    "routed", "token routed", "minitron", "torch_pruning", "fastnas", "autonas", "scratch, compute", "scratch, tokens",
+    "recipes", "slice", "elastic", "searched", "single, shared", "single, each", "random order", "cross entropy",
+    "mlp only", "routed", "token routed", "minitron", "torch_pruning", "fastnas", "autonas", "scratch, compute",
+    "scratch, tokens",
 )  # fmt: skip
 PEERS = {"minitron": "minitron", "torch_pruning": "torch_pruning", "fastnas": "modelopt", "autonas": "modelopt"}
-RECIPE = {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "subnetworks_per_step": 4}
+RECIPE = {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "subnetworks_per_step": 4, "ce_weight": 0.5}
 RECIPES = {
+    "without text": {"ce_weight": 0.0},
+    "without text, learning rate 0.001": {"ce_weight": 0.0, "learning_rate": 1e-3},
+    "without text, teacher self": {"ce_weight": 0.0, "teacher": "self"},
+    "without text, batches of 4": {"ce_weight": 0.0, "per_device_train_batch_size": 4, "learning_rate": 1e-3},
+    "without text, more of the full network": {
+        "ce_weight": 0.0, "sampler": "weighted", "sampling_weights": [3.0, 1.0, 1.0, 1.0]
+    },
     "learning rate 0.001": {"learning_rate": 1e-3},
-    "teacher self": {"teacher": "self"},
-    "batches of 4": {"per_device_train_batch_size": 4, "learning_rate": 1e-3},
-    "text as well": {"ce_weight": 0.5},
-    "more of the full network": {"sampler": "weighted", "sampling_weights": [3.0, 1.0, 1.0, 1.0]},
-}
+    "more text": {"ce_weight": 2.0},
+}  # fmt: skip
 
 
 @cache
@@ -201,7 +209,7 @@ class Study:
 
         self.elastic()
         result = {"parent": {"1": evaluate_model(self.parent, self.choosing, 32)["loss"]}}
-        result["recipe"] = losses(FlextronForCausalLM.from_pretrained(self.folder / "elastic"))
+        result["recipe"] = losses(self.kept("elastic", self.convert))
         for name, changed in RECIPES.items():
             result[name] = losses(self.train(self.convert(), **changed))
             print(name, result, flush=True)
@@ -215,6 +223,23 @@ class Study:
     def elastic(self) -> dict[str, Any]:
         return self.family_losses(self.kept("elastic", lambda: self.train(self.convert())))
 
+    def searched(self) -> dict[str, Any]:
+        sliced, batch = self.kept("sliced", self.convert), torch.tensor(self.rows.select(range(32))["input_ids"])
+        inside = partial(mean_loss, sliced, batches=[batch])
+
+        def train() -> FlextronForCausalLM:
+            model = self.convert(budgets=[1])
+            for budget in self.options.budgets:
+                limit = budget * model.config.parent_size()
+                found, _ = search(model.config, inside, limit, evaluations=192, seed=self.seed)
+                model.config.frontier.append(model.config.row(f"searched-{budget}", found))
+            return self.train(model)
+
+        model = self.kept("searched", train)
+        rows = model.config.frontier[1:]
+        found = {row["name"].removeprefix("searched-"): self.loss(model, row["subnetwork"]) for row in rows}
+        return {"1": self.loss(model), **found, "rows": rows}
+
     def mlp_only(self) -> dict[str, Any]:
         # A budget that widths alone cannot reach gets a row of another name, and no cell in the table.
         return self.family_losses(self.train(self.convert(heads=[1])))
@@ -223,7 +248,7 @@ class Study:
         return self.family_losses(self.train(self.convert(order="random")))
 
     def cross_entropy(self) -> dict[str, Any]:
-        return self.family_losses(self.train(self.convert(), teacher=None))
+        return self.family_losses(self.train(self.convert(), teacher=None, ce_weight=1.0))
 
     def single(self, tokens: int) -> dict[str, Any]:
         return {name: self.loss(self.alone(self.pruned(name), tokens)) for name in self.names[1:]}
@@ -299,10 +324,13 @@ class Study:
             rows = RECIPE["per_device_train_batch_size"]
             command += ["--train", train, "--steps", int(self.tokens // (rows * LENGTH)), "--batch-size", rows]
             command += ["--learning-rate", RECIPE["learning_rate"]]
-        done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE, check=True)
-        said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        result: dict[str, Any] = {"said": said}
-        for entry in said:
+        note = out / "said.json"
+        if not note.is_file():
+            done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE, check=True)
+            said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            note.write_text(json.dumps(said))
+        result: dict[str, Any] = {"said": json.loads(note.read_text())}
+        for entry in result["said"]:
             budget = str(entry["ratio_asked"])
             if entry["ratio"] > float(budget):  # it cannot be made that small
                 continue
