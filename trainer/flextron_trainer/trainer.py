@@ -378,9 +378,9 @@ class FlextronTrainer(Trainer):
         runs, run = self.model.config.training_runs or [], self.args.changed()
         if runs[-1:] != [run]:  # a run that is resumed is the same run
             self.model.config.training_runs = [*runs, run]
-        result = None if resume_from_checkpoint is None else self._finished(Path(resume_from_checkpoint))
+        result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         if result is None:
-            result = self._train(resume_from_checkpoint, **kwargs)
+            result = self._train(resume_from_checkpoint or None, **kwargs)
         if self.routers is not None:
             size = self.args.per_device_eval_batch_size
             self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
