@@ -24,12 +24,15 @@ from modeling_flextron import FlextronForCausalLM
 
 CASES = ("random", "self", "accumulated", "token", "joint-token", "saves")
 
+# An optimizer without any state is not loaded by torch; a large epsilon keeps rounding small.
+MOMENTS = {"optim": "adamw_torch", "adam_epsilon": 1e-3}
+
 
 def main(names: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory() as parent, HubServer() as hub:
         folder, begin = Path(parent), Path(parent) / "begin"
         elastic_of(VARIANT).save_pretrained(begin)
-        plain = {name: options(begin, **(RUNS | {"saves": SAVES})[name]) for name in names}
+        plain = {name: options(begin, **(RUNS | {"saves": SAVES | MOMENTS})[name]) for name in names}
         cases = {name: {**changes, "hub_model_id": f"me/{name}"} for name, changes in plain.items()}
         if "saves" in names:
             plain["resumes"] = plain["saves"]

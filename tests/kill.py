@@ -170,9 +170,8 @@ class Run:
         self.listen()
         self.process.join()
         if self.process.exitcode != 0:
-            sys.exit(
-                f"{self.folder.name} ended with {self.process.exitcode}:\n{(self.folder / 'log.txt').read_text()[-3000:]}"
-            )
+            log = (self.folder / "log.txt").read_text()[-3000:]
+            sys.exit(f"{self.folder.name} ended with {self.process.exitcode}:\n{log}")
         return json.loads((self.folder / "result.json").read_text())
 
     def kill(self, phase: str, number: int, delay: float) -> str | None:

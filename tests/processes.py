@@ -1,4 +1,4 @@
-"""Several tiny runs in the processes of one launch: `accelerate launch ... processes.py FOLDER` (its cases.json)."""
+"""Several tiny runs in the processes of one launch: `accelerate launch ... processes.py FOLDER`."""
 
 import json
 import os

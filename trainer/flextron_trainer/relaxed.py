@@ -114,7 +114,7 @@ class RelaxedTokens(TokenRouting):
         return sizes, gate
 
     def _noise(self, name: str, rows: int, length: int) -> torch.Tensor:
-        """Logistic noise `[rows, length]`; that of a row begins alike at every length: padding changes nothing."""
+        """Logistic noise `[rows, length]`; that of a row begins the same at every length."""
         generator, result = torch.Generator(), []
         for row in range(self.row, self.row + rows):
             generator.manual_seed(random.Random(f"{name}/{row}").getrandbits(48))
