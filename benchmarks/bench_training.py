@@ -283,9 +283,9 @@ def main() -> None:
         if not options.no_save:
             save(f"training_{options.device}", result)
 
-    for dtype in options.dtypes.split(","):
+    for dtype in filter(None, options.dtypes.split(",")):
         keep("steps", steps(dtype, options))
-    for vocabulary in options.vocabularies.split(",") if options.vocabularies else ():
+    for vocabulary in filter(None, options.vocabularies.split(",")):
         keep("losses", losses(int(vocabulary), options))
     show(result)
     print(json.dumps(result))
