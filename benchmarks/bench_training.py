@@ -5,8 +5,8 @@
     python benchmarks/bench_training.py --rounds 3 --no-save     # a quick look
 
 Forward and backward of one batch, through `training_step` of `Trainer` (native) and `FlextronTrainer` (ours), without
-the optimizer. The family has 36 M parameters (hidden 512, 8 layers, 8 query heads in 4 groups, MLP 2048, vocabulary
-8192); "0.5" has MLP 1024 and 4 heads, "0.25" MLP 512 and 4 heads.
+the optimizer. The family has hidden size 512, 8 layers, 8 query heads in 4 groups, MLP 2048 and a vocabulary
+of 8192; "0.5" has MLP 1024 and 4 heads, "0.25" MLP 512 and 4 heads.
     native 1, 0.5, 0.25   stock models of these shapes, learning from the text; control is a second "native 1"
     family 0.5            this one sub-network of the family, learning from the text
     masked 0.5            the same by masks: all neurons and heads run, and what is not in the sub-network is multiplied
@@ -283,9 +283,9 @@ def main() -> None:
         if not options.no_save:
             save(f"training_{options.device}", result)
 
-    for dtype in options.dtypes.split(","):
+    for dtype in filter(None, options.dtypes.split(",")):
         keep("steps", steps(dtype, options))
-    for vocabulary in options.vocabularies.split(",") if options.vocabularies else ():
+    for vocabulary in filter(None, options.vocabularies.split(",")):
         keep("losses", losses(int(vocabulary), options))
     show(result)
     print(json.dumps(result))
