@@ -17,6 +17,7 @@ name says otherwise. At each budget of non-embedding parameters the losses (nats
     cross entropy   elastic training on the text alone, without a teacher
     single, shared  each size pruned and distilled on its own, the tokens of the elastic run divided among the sizes
     single, each    each size pruned and distilled on its own, each with all the tokens of the elastic run
+    searched single, ...  the same from the searched rows
     scratch, compute  trained from scratch with the compute of the whole elastic run, teacher included
     scratch, tokens   trained from scratch with the tokens of the parent
 and, where `--peers` has their environments (benchmarks/peers/install.sh), minitron, torch_pruning and fastnas: pruned
@@ -58,15 +59,13 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import collator, load_text, pack
 from flextron_trainer.demo import settings, train_tokenizer
 from flextron_trainer.evaluation import evaluate_model
-from flextron_trainer.frontier import mean_loss
-from flextron_trainer.search import search
 from modeling_flextron import FlextronForCausalLM
 
 LENGTH = 128
 SHARE = 0.0763  # of the parent's tokens: Flextron, abstract
 METHODS = (
-    "recipes", "slice", "elastic", "searched", "single, shared", "single, each", "random order", "cross entropy",
-    "mlp only", "routed", "token routed", "minitron", "torch_pruning", "fastnas", "autonas", "scratch, compute",
+    "recipes", "slice", "elastic", "searched", "single, shared", "single, each", "searched single, shared",
+    "searched single, each", "random order", "cross entropy", "mlp only", "routed", "token routed", "minitron", "torch_pruning", "fastnas", "autonas", "scratch, compute",
     "scratch, tokens",
 )  # fmt: skip
 PEERS = {"minitron": "minitron", "torch_pruning": "torch_pruning", "fastnas": "modelopt", "autonas": "modelopt"}
@@ -196,10 +195,11 @@ class Study:
             make().save_pretrained(folder)
         return FlextronForCausalLM.from_pretrained(folder).eval()
 
-    def pruned(self, name: str) -> Any:
+    def pruned(self, name: str, search: bool = False) -> Any:
         """The untrained slice as a model of its own."""
-        self.kept("sliced", self.convert)
-        return FlextronForCausalLM.from_pretrained(self.folder / "sliced", flextron_budget=name)
+        folder = "sliced-searched" if search else "sliced"
+        self.kept(folder, lambda: self.convert(search_evaluations=192 if search else 0))
+        return FlextronForCausalLM.from_pretrained(self.folder / folder, flextron_budget=name)
 
     # ------------------------------------------------------------------------------------------- the methods
 
@@ -224,21 +224,10 @@ class Study:
         return self.family_losses(self.kept("elastic", lambda: self.train(self.convert())))
 
     def searched(self) -> dict[str, Any]:
-        sliced, batch = self.kept("sliced", self.convert), torch.tensor(self.rows.select(range(32))["input_ids"])
-        inside = partial(mean_loss, sliced, batches=[batch])
-
-        def train() -> FlextronForCausalLM:
-            model = self.convert(budgets=[1])
-            for budget in self.options.budgets:
-                limit = budget * model.config.parent_size()
-                found, _ = search(model.config, inside, limit, evaluations=192, seed=self.seed)
-                model.config.frontier.append(model.config.row(f"searched-{budget}", found))
-            return self.train(model)
-
-        model = self.kept("searched", train)
-        rows = model.config.frontier[1:]
-        found = {row["name"].removeprefix("searched-"): self.loss(model, row["subnetwork"]) for row in rows}
-        return {"1": self.loss(model), **found, "rows": rows}
+        self.pruned("1", search=True)
+        sliced = partial(FlextronForCausalLM.from_pretrained, self.folder / "sliced-searched")
+        model = self.kept("searched", lambda: self.train(sliced()))
+        return self.family_losses(model) | {"rows": model.config.frontier}
 
     def mlp_only(self) -> dict[str, Any]:
         # A budget that widths alone cannot reach gets a row of another name, and no cell in the table.
@@ -250,14 +239,20 @@ class Study:
     def cross_entropy(self) -> dict[str, Any]:
         return self.family_losses(self.train(self.convert(), teacher=None, ce_weight=1.0))
 
-    def single(self, tokens: int) -> dict[str, Any]:
-        return {name: self.loss(self.alone(self.pruned(name), tokens)) for name in self.names[1:]}
+    def single(self, tokens: int, search: bool = False) -> dict[str, Any]:
+        return {name: self.loss(self.alone(self.pruned(name, search), tokens)) for name in self.names[1:]}
 
     def single_shared(self) -> dict[str, Any]:
         return self.single(self.tokens // len(self.options.budgets))
 
     def single_each(self) -> dict[str, Any]:
         return self.single(self.tokens)
+
+    def searched_single_shared(self) -> dict[str, Any]:
+        return self.single(self.tokens // len(self.options.budgets), search=True)
+
+    def searched_single_each(self) -> dict[str, Any]:
+        return self.single(self.tokens, search=True)
 
     def scratch(self, tokens: Callable[[float], float]) -> dict[str, Any]:
         result = {}
@@ -372,30 +367,37 @@ def lines(seeds: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def goals(seeds: dict[str, Any], budgets: list[str]) -> dict[str, Any]:
-    """Per goal and budget, what was reached: means over the seeds that have all of it."""
+def goals(seeds: dict[str, Any], budgets: list[str], ours: str, single: str) -> dict[str, Any]:
+    """Per budget, how `ours` stands to other ways: means over the seeds that have them."""
+
+    def mean(method: str, budget: str, of: dict[str, Any]) -> float:
+        return statistics.mean(s[method][budget] for s in of.values())
+
     result: dict[str, Any] = {}
-    needed = ("slice", "elastic", "single, shared", "single, each")
-    whole = [s for s in seeds.values() if all(name in s for name in needed)]
+    whole = {n: s for n, s in seeds.items() if all(m in s for m in (ours, f"{single}, shared", f"{single}, each"))}
     if not whole:
         return result
-    mean = {name: {b: statistics.mean(s[name][b] for s in whole) for b in budgets} for name in needed}
-    result["full against parent, percent"] = round(
-        100 * statistics.mean(s["elastic"]["1"] / s["parent"]["loss"] - 1 for s in whole), 3
-    )
+    parent = statistics.mean(s["parent"]["loss"] for s in whole.values())
+    result["full against parent, percent"] = round(100 * (mean(ours, "1", whole) / parent - 1), 3)
     for b in budgets:
-        ours, start, shared, each = (mean[name][b] for name in ("elastic", "slice", "single, shared", "single, each"))
+        loss, start = mean(ours, b, whole), mean("slice", b, whole)
+        shared, each = mean(f"{single}, shared", b, whole), mean(f"{single}, each", b, whole)
         entry = {
-            "elastic - single, shared": round(ours - shared, 4),
-            "percent closed from slice to single, each": round(100 * (start - ours) / (start - each), 1),
-            "percent closed from single, shared to single, each": round(100 * (shared - ours) / (shared - each), 1),
+            f"{ours} - {single}, shared": round(loss - shared, 4),
+            f"percent closed from slice to {single}, each": round(100 * (start - loss) / (start - each), 1),
+            f"percent closed from {single}, shared to each": round(100 * (shared - loss) / (shared - each), 1),
         }
         for name in ("scratch, tokens", "scratch, compute"):
-            both = [s["elastic"][b] - s[name][b] for s in whole if name in s]
-            if both:
-                entry[f"elastic - {name}"] = round(statistics.mean(both), 4)
+            if both := {n: s for n, s in whole.items() if name in s}:
+                entry[f"{ours} - {name}"] = round(mean(ours, b, both) - mean(name, b, both), 4)
         result[b] = entry
     return result
+
+
+def reached(seeds: dict[str, Any], budgets: list[str]) -> dict[str, Any]:
+    """The goals, for uniform and for searched rows, each against singles of the same shapes."""
+    pairs = {"elastic": "single", "searched": "searched single"}
+    return {ours: goals(seeds, budgets, ours, single) for ours, single in pairs.items()}
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
@@ -411,7 +413,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
                 cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
             table.add_row(name, str(max(map(len, losses.values()))), *cells)
         console.print(table)
-        console.print(goals(seeds, budgets))
+        console.print(reached(seeds, budgets))
 
 
 def main() -> None:
@@ -438,7 +440,7 @@ def main() -> None:
     result["options"] = {k: v for k, v in vars(options).items() if k in ("budgets", "parent_steps", "router_steps")}
     result |= {"recipe": RECIPE, "families": collected(options)}
     result["goals"] = {
-        family: goals(seeds, [str(b) for b in options.budgets]) for family, seeds in result["families"].items()
+        family: reached(seeds, [str(b) for b in options.budgets]) for family, seeds in result["families"].items()
     }
     show(Console(), result)
     if not options.no_save:

@@ -9,6 +9,7 @@ from helpers import CHOICES, difference, elastic_of, parent_of, run_python
 
 from flextron_trainer import convert
 from flextron_trainer.convert import _elastic_config, _ranked_heads, _take, origin_of
+from flextron_trainer.frontier import mean_loss
 from flextron_trainer.importance import Importance, fingerprint, measure
 from modeling_flextron import count_parameters
 
@@ -279,3 +280,23 @@ def test_the_parent_and_its_licence_are_remembered(tmp_path):
     assert origin_of(str(folder)) == ("parent", None)
     assert origin_of("them/unreachable") == ("them/unreachable", None)
     assert elastic_of("mha").config.parent_name is None
+
+
+def test_searched_rows_beat_the_uniform_ones_within_their_budgets():
+    parent = parent_of("mha")
+    same = {
+        "mlp": [1, 0.75, 0.5, 0.25],
+        "heads": [1, 0.5],
+        "hidden": [1],
+        "depth": [1],
+        "budgets": [1, 0.7, 0.5],
+        "sequence_length": 24,
+    }
+    uniform, searched = (convert(parent, DATA, **same, search_evaluations=count) for count in (0, 40))
+    assert searched.config.frontier[0] == uniform.config.frontier[0]
+    for one, other in zip(uniform.config.frontier[1:], searched.config.frontier[1:], strict=True):
+        losses = [mean_loss(searched, searched.resolve_budget(row["subnetwork"]), [DATA]) for row in (one, other)]
+        assert losses[1] < losses[0] and other["name"] == one["name"]
+        assert other["non_embedding_parameters"] <= float(other["name"]) * searched.config.parent_size()
+    with pytest.raises(ValueError, match="search_evaluations"):
+        convert(parent, None, **same, search_evaluations=40)

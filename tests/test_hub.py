@@ -204,7 +204,7 @@ class TestPush:
     def test_card(self, hub, pushed):
         card = card_of(hub, "me/elastic")
         frontier = json.loads(hub.files("me/elastic")["config.json"])["frontier"]
-        assert len(card.data.eval_results) == len(frontier) and "mine" not in card.data.tags
+        assert len(card.data.eval_results) == 2 * len(frontier) and "mine" not in card.data.tags
         assert "mine" in card_of(hub, "me/elastic", pushed["first"]["oid"]).data.tags
         assert 'from_pretrained("me/elastic", trust_remote_code=True' in card.text
 

@@ -153,6 +153,10 @@ def convert(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 512")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in a forward pass: 8")] = None,
     order: Annotated[str | None, typer.Option(help="importance; random or reverse are controls.")] = None,
+    search_evaluations: Annotated[
+        int | None,
+        typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
@@ -189,6 +193,7 @@ def convert(
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "order": order,
+        "search_evaluations": search_evaluations,
         "seed": seed,
     }
     options |= {name: value for name, value in given.items() if value is not None}

@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
-from modeling_flextron.subnetwork import parse_budget, row_cost, uniform_subnetworks
+from modeling_flextron.subnetwork import cost_of, parse_budget, uniform_subnetworks
+
+from .search import search
 
 LEAST_OF_A_BUDGET = 0.9  # of what the largest uses: what is saved beyond that would be lost before any training
 
@@ -42,23 +44,31 @@ def _is_a_name(text: str) -> bool:
 
 
 def choose_rows(
-    config: FlextronConfig, budgets: dict[str, Any], loss: Callable[[SubNetwork], float] | None
+    config: FlextronConfig,
+    budgets: dict[str, Any],
+    loss: Callable[[SubNetwork], float] | None,
+    evaluations: int = 0,
+    seed: int = 0,
 ) -> list[dict]:
     """For each budget the best uniform sub-network within it and within the next larger row.
 
     Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss` of those that use
     most of the budget, whichever axes they cut; without losses, the largest. Rows nest, so that a model loaded at one
-    can go down to all smaller ones.
+    can go down to all smaller ones. With `evaluations`, a search that asks for so many losses for each budget takes
+    the place of the best uniform one: its layers differ, and its rows need not nest.
     """
     rows, inside = list[dict](), config.built
     uniform = uniform_subnetworks(config)
     limits = {name: _limit(config, budget) for name, budget in budgets.items()}
-    for name, (kind, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / _full_cost(config, item[1][0])):
+    for name, (kind, limit) in sorted(
+        limits.items(), key=lambda item: -item[1][1] / cost_of(config, item[1][0])(config.built)
+    ):
+        cost = cost_of(config, kind)
         allowed = [s for s in uniform if inside.contains(s)]
-        fitting = [s for s in allowed if row_cost(config, config.row("", s), kind) <= limit]
+        fitting = [s for s in allowed if cost(s) <= limit]
         fitting = [s for s in fitting if misfit(config, s) is None] or fitting
         if not fitting:
-            fitting = [min(allowed, key=lambda s: row_cost(config, config.row("", s), kind))]
+            fitting = [min(allowed, key=cost)]
             name = _name_of_smallest(config, name, budgets[name], fitting[0])
         largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
         largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
@@ -68,6 +78,11 @@ def choose_rows(
         if loss is not None and len(largest) > 1:
             losses = {s: loss(s) for s in tqdm(largest[:16], desc=f"Budget {name}")}
             best = min(losses, key=lambda s: losses[s])
+        inside = best
+        if evaluations and loss is not None and best != config.built and cost(best) <= limit:
+            best, _ = search(
+                config, loss, limit, cost=cost, evaluations=evaluations, seed=seed, description=f"Searching {name}"
+            )
         row = config.row(name, best)
         if any(row["subnetwork"] == other["subnetwork"] for other in rows):
             warnings.warn(
@@ -75,7 +90,6 @@ def choose_rows(
             )
             continue
         rows.append(row)
-        inside = best
     return rows
 
 
@@ -93,10 +107,6 @@ def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: 
 def _limit(config: FlextronConfig, budget: Any) -> tuple[str, float]:
     parsed = parse_budget(budget)
     return parsed.kind, parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
-
-
-def _full_cost(config: FlextronConfig, kind: str) -> int:
-    return row_cost(config, config.row("", config.built), kind)
 
 
 @torch.no_grad()
