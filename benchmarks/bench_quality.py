@@ -65,8 +65,8 @@ LENGTH = 128
 SHARE = 0.0763  # of the parent's tokens: Flextron, abstract
 METHODS = (
     "recipes", "slice", "elastic", "searched", "single, shared", "single, each", "searched single, shared",
-    "searched single, each", "random order", "cross entropy", "mlp only", "routed", "token routed", "minitron", "torch_pruning", "fastnas", "autonas", "scratch, compute",
-    "scratch, tokens",
+    "searched single, each", "random order", "cross entropy", "mlp only", "routed", "token routed", "minitron",
+    "torch_pruning", "fastnas", "autonas", "scratch, compute", "scratch, tokens",
 )  # fmt: skip
 PEERS = {"minitron": "minitron", "torch_pruning": "torch_pruning", "fastnas": "modelopt", "autonas": "modelopt"}
 RECIPE = {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "subnetworks_per_step": 4, "ce_weight": 0.5}
