@@ -1,6 +1,6 @@
 """When a small sub-network pays as the draft of the large one (`generate(assistant_model=model.share(b))`).
 
-    python benchmarks/bench_drafting.py                      # one CPU thread: trains for 15 minutes once, measures 5
+    python benchmarks/bench_drafting.py                      # one CPU thread; trains once
     python benchmarks/bench_drafting.py --parent-steps 40 --elastic-steps 10 --prompts 3 --no-save      # a quick look
 
 A LLaMA of 13 M parameters and eight layers is trained on the sources of Python's standard library, made elastic with
@@ -24,16 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import against, interleaved, machine, save
+from common import against, interleaved, machine, save, stdlib_blocks
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from flextron_trainer.data import collator, load_text, pack
-from flextron_trainer.demo import settings, train_tokenizer
+from flextron_trainer.data import collator
+from flextron_trainer.demo import settings
 from flextron_trainer.evaluation import evaluate_frontier
 from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.checkpoint import write_config
 from modeling_flextron.drafting import LENGTHS, Watch, constant, expected_acceptance, share_draft, tokens_per_cycle
 from modeling_flextron.latency import LatencyTable
 from modeling_flextron.subnetwork import weight_bytes
@@ -53,13 +54,9 @@ CHOICES = {
 
 def trained(folder: Path, parent_steps: int, elastic_steps: int) -> tuple[FlextronForCausalLM, torch.Tensor]:
     """The elastic model, trained here or read from an earlier run, and held-out blocks `[N, LENGTH]`."""
-    documents = load_text("stdlib").shuffle(seed=0)
-    few = len(documents) // 20
-    tokenizer = train_tokenizer(documents.select(range(few, few + 400))["text"], vocab_size=2048)
-    held_out = pack(documents.select(range(few)), tokenizer, LENGTH).shuffle(seed=0)
+    rows, held_out, tokenizer = stdlib_blocks(LENGTH, documents=1200, vocab_size=2048)
     if not (folder / "config.json").is_file():
-        rows = pack(documents.select(range(few, few + 1200)), tokenizer, LENGTH).shuffle(seed=0)
-        train(folder, tokenizer, rows, held_out.select(range(64)), parent_steps, elastic_steps)
+        train(folder, tokenizer, rows.shuffle(seed=0), held_out.select(range(64)), parent_steps, elastic_steps)
     return FlextronForCausalLM.from_pretrained(folder).eval(), torch.tensor(held_out["input_ids"])
 
 
@@ -119,7 +116,7 @@ def measured_table(model: FlextronForCausalLM, folder: Path, context: int) -> No
     table = LatencyTable.measure(model, context=context, rounds=8, checks=3)
     table.save(folder / table.file_name)
     model.config.latency_tables = {table.file_name: table.summary}
-    model.config.save_pretrained(folder)
+    write_config(model, folder)
 
 
 class Drafting:

@@ -1,6 +1,6 @@
 """What loading a size costs: bytes downloaded, bytes read from the disk, memory and seconds, for every way to load it.
 
-    python benchmarks/bench_loading.py                   # CPU, 3 minutes
+    python benchmarks/bench_loading.py                   # CPU, 2 minutes
     python benchmarks/bench_loading.py --rounds 2 --no-save     # a quick look
 
 A family of 82 M parameters in float32 (327 MB; hidden 768, 12 layers, MLP 2048, vocabulary 8192, tied) with four rows.

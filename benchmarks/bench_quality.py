@@ -39,11 +39,12 @@ from typing import Any
 
 import numpy
 import torch
-from common import machine, save
+from common import machine, save, stdlib_blocks, write_json
 from datasets import DatasetDict
 from rich.console import Console
 from rich.table import Table
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -56,10 +57,11 @@ from transformers import (
 )
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from flextron_trainer.data import collator, load_text, pack
-from flextron_trainer.demo import settings, train_tokenizer
+from flextron_trainer.data import collator
+from flextron_trainer.demo import settings
 from flextron_trainer.evaluation import evaluate_model
 from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.checkpoint import write_beside
 
 LENGTH = 128
 SHARE = 0.0763  # of the parent's tokens: Flextron, abstract
@@ -87,14 +89,11 @@ RECIPES = {
 def texts(work: str) -> tuple:
     """Training blocks, held-out blocks for the tables and others for choices, and their tokenizer; kept in `work`."""
     folder = Path(work) / "text"
-    if not (folder / "tokenizer.json").is_file():
-        documents = load_text("stdlib").shuffle(seed=0)
-        few = len(documents) // 20
-        tokenizer = train_tokenizer(documents.select(range(few, few + 400))["text"])
-        held_out = pack(documents.select(range(few)), tokenizer, LENGTH).shuffle(seed=0)
-        rows = pack(documents.select(range(few, len(documents))), tokenizer, LENGTH)
-        DatasetDict(rows=rows, held_out=held_out.select(range(352))).save_to_disk(folder)
-        tokenizer.save_pretrained(folder)
+    if not folder.is_dir():
+        rows, held_out, tokenizer = stdlib_blocks(LENGTH)
+        with write_beside(folder) as beside:
+            DatasetDict(rows=rows, held_out=held_out.select(range(352))).save_to_disk(beside)
+            tokenizer.save_pretrained(beside)
     blocks = DatasetDict.load_from_disk(folder)
     held_out = blocks["held_out"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -123,7 +122,7 @@ class Study:
         self.rows, self.held_out, self.choosing, self.tokenizer = texts(options.work)
         self.parent_tokens = 16 * LENGTH * options.parent_steps
         self.tokens = int(SHARE * self.parent_tokens)
-        self.parent, self.parent_loss = self.train_parent()
+        self.parent = self.train_parent()
 
     def loss(self, model: Any, budget: Any = None) -> float:
         """Held-out loss."""
@@ -136,9 +135,9 @@ class Study:
             "per_device_train_batch_size": rows, "disable_tqdm": True,
         }  # fmt: skip
 
-    def train_parent(self) -> tuple[Any, float]:
+    def train_parent(self) -> Any:
         """Train the parent, or read it."""
-        note, model = self.folder / "parent.json", untrained(self.family, self.tokenizer)
+        note = self.folder / "parent.json"
         if not note.is_file():
             set_seed(self.seed)
             model = untrained(self.family, self.tokenizer)
@@ -148,9 +147,8 @@ class Study:
             trainer.train()
             model.save_pretrained(self.folder / "parent")
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            note.write_text(json.dumps({"loss": self.loss(model), "training_losses": losses}))
-        parent = type(model).from_pretrained(self.folder / "parent").eval()
-        return parent, json.loads(note.read_text())["loss"]
+            write_json(note, {"loss": self.loss(model), "training_losses": losses})
+        return AutoModelForCausalLM.from_pretrained(self.folder / "parent").eval()
 
     def convert(self, **arguments) -> FlextronForCausalLM:
         """The elastic model, not trained."""
@@ -195,38 +193,45 @@ class Study:
             make().save_pretrained(folder)
         return FlextronForCausalLM.from_pretrained(folder).eval()
 
+    def sliced(self, search: bool = False) -> FlextronForCausalLM:
+        """The elastic model, not trained, with uniform rows or with searched ones."""
+        name = "sliced-searched" if search else "sliced"
+        return self.kept(name, lambda: self.convert(search_evaluations=192 if search else 0))
+
     def pruned(self, name: str, search: bool = False) -> Any:
-        """The untrained slice as a model of its own."""
-        folder = "sliced-searched" if search else "sliced"
-        self.kept(folder, lambda: self.convert(search_evaluations=192 if search else 0))
-        return FlextronForCausalLM.from_pretrained(self.folder / folder, flextron_budget=name)
+        """The untrained slice of a row as a model of its own."""
+        family = self.sliced(search)
+        row = next(row for row in family.frontier if row["name"] == name)
+        return FlextronForCausalLM.from_pretrained(family.name_or_path, flextron_budget=row["subnetwork"])
 
     # ------------------------------------------------------------------------------------------- the methods
 
     def recipes(self) -> dict[str, Any]:
         def losses(model: Any) -> dict[str, float]:
-            return {b: evaluate_model(model.eval(), self.choosing, 32, b)["loss"] for b in self.names}
+            rows = model.eval().frontier
+            return {row["name"]: evaluate_model(model, self.choosing, 32, row["subnetwork"])["loss"] for row in rows}
 
-        self.elastic()
         result = {"parent": {"1": evaluate_model(self.parent, self.choosing, 32)["loss"]}}
-        result["recipe"] = losses(self.kept("elastic", self.convert))
+        result["recipe"] = losses(self.trained())
         for name, changed in RECIPES.items():
             result[name] = losses(self.train(self.convert(), **changed))
             print(name, result, flush=True)
         return result
 
     def slice(self) -> dict[str, Any]:
-        model = self.kept("sliced", self.convert)
+        model = self.sliced()
         costs = {row["name"]: row["non_embedding_parameters"] for row in model.config.frontier}
         return self.family_losses(model) | {"non_embedding_parameters": costs}
 
+    def trained(self) -> FlextronForCausalLM:
+        """The elastic model, trained."""
+        return self.kept("elastic", lambda: self.train(self.convert()))
+
     def elastic(self) -> dict[str, Any]:
-        return self.family_losses(self.kept("elastic", lambda: self.train(self.convert())))
+        return self.family_losses(self.trained())
 
     def searched(self) -> dict[str, Any]:
-        self.pruned("1", search=True)
-        sliced = partial(FlextronForCausalLM.from_pretrained, self.folder / "sliced-searched")
-        model = self.kept("searched", lambda: self.train(sliced()))
+        model = self.kept("searched", lambda: self.train(self.sliced(search=True)))
         return self.family_losses(model) | {"rows": model.config.frontier}
 
     def mlp_only(self) -> dict[str, Any]:
@@ -306,30 +311,13 @@ class Study:
         return result | {"held_out_cost": cost}
 
     def peer(self, name: str) -> dict[str, Any]:
-        """Prune with another program in its own environment; measure what it made, as it is and distilled."""
-        calibration, out = self.folder / "calibration.npy", self.folder / name
-        numpy.save(calibration, numpy.array(self.rows.select(range(256))["input_ids"]))
-        script = Path(__file__).parent / "peers" / f"{name}.py"
-        python = Path(self.options.peers) / PEERS[name] / "bin" / "python"
-        command = [python, script, self.folder / "parent", out, "--calibration", calibration, "--seed", self.seed]
-        command += ["--ratio", *self.options.budgets]
-        if name == "autonas":
-            train = self.folder / "train.npy"
-            numpy.save(train, numpy.array(self.rows.shuffle(seed=self.seed + 1).select(range(4096))["input_ids"]))
-            rows = RECIPE["per_device_train_batch_size"]
-            command += ["--train", train, "--steps", int(self.tokens // (rows * LENGTH)), "--batch-size", rows]
-            command += ["--learning-rate", RECIPE["learning_rate"]]
-        note = out / "said.json"
-        if not note.is_file():
-            done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE, check=True)
-            said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            note.write_text(json.dumps(said))
-        result: dict[str, Any] = {"said": json.loads(note.read_text())}
+        """What another program made of the parent, as it is and distilled."""
+        result: dict[str, Any] = {"said": self.peer_says(name)}
         for entry in result["said"]:
             budget = str(entry["ratio_asked"])
             if entry["ratio"] > float(budget):  # it cannot be made that small
                 continue
-            model = type(self.parent).from_pretrained(out / budget)
+            model = AutoModelForCausalLM.from_pretrained(self.folder / name / budget)
             result[budget] = self.loss(model)
             if name != "autonas":
                 same = {"mlp": [1], "heads": [1], "hidden": [1], "depth": [1], "budgets": [1]}
@@ -337,6 +325,27 @@ class Study:
                 trained = self.alone(whole, self.tokens // len(self.options.budgets))
                 result.setdefault("distilled", {})[budget] = self.loss(trained)
         return result
+
+    def peer_says(self, name: str) -> list[dict[str, Any]]:
+        """Prune with another program in its own environment, unless it was; what it says of each ratio."""
+        out = self.folder / name
+        note, calibration = out / "said.json", self.folder / "calibration.npy"
+        if note.is_file():
+            return json.loads(note.read_text())
+        numpy.save(calibration, numpy.array(self.rows.select(range(256))["input_ids"]))
+        python = Path(self.options.peers) / PEERS[name] / "bin" / "python"
+        script = Path(__file__).parent / "peers" / f"{name}.py"
+        command = [python, script, self.folder / "parent", out, "--calibration", calibration, "--seed", self.seed]
+        command += ["--ratio", *self.options.budgets]
+        if name == "autonas":
+            train, rows = self.folder / "train.npy", RECIPE["per_device_train_batch_size"]
+            numpy.save(train, numpy.array(self.rows.shuffle(seed=self.seed + 1).select(range(4096))["input_ids"]))
+            command += ["--train", train, "--steps", int(self.tokens // (rows * LENGTH)), "--batch-size", rows]
+            command += ["--learning-rate", RECIPE["learning_rate"]]
+        done = subprocess.run([str(part) for part in command], text=True, stdout=subprocess.PIPE, check=True)
+        said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        write_json(note, said)
+        return said
 
     def measure(self, method: str) -> dict[str, Any]:
         """Run a method by its name in the table."""
@@ -436,9 +445,9 @@ def main() -> None:
     for family in options.families:
         for seed in options.seeds:
             measure(family, seed, methods, options)
-    result: dict[str, Any] = {"benchmark": "quality", "machine": machine("cpu"), "options": vars(options)}
-    result["options"] = {k: v for k, v in vars(options).items() if k in ("budgets", "parent_steps", "router_steps")}
-    result |= {"recipe": RECIPE, "families": collected(options)}
+    chosen = {name: getattr(options, name) for name in ("budgets", "parent_steps", "router_steps")}
+    result: dict[str, Any] = {"benchmark": "quality", "machine": machine("cpu"), "options": chosen, "recipe": RECIPE}
+    result["families"] = collected(options)
     result["goals"] = {
         family: reached(seeds, [str(b) for b in options.budgets]) for family, seeds in result["families"].items()
     }
@@ -457,9 +466,7 @@ def measure(family: str, seed: int, methods: list[str], options: argparse.Namesp
     for method in missing:
         start = time.time()
         measured[method] = study.measure(method)
-        beside = note.with_suffix(".part")
-        beside.write_text(json.dumps(measured, indent=1))
-        beside.replace(note)
+        write_json(note, measured)
         print(f"{family} {seed} {method}: {measured[method]} ({time.time() - start:.0f} s)", flush=True)
 
 

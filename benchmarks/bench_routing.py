@@ -31,14 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, save
+from common import machine, save, stdlib_blocks
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from flextron_trainer.data import collator, load_text, pack
-from flextron_trainer.demo import settings, train_tokenizer
+from flextron_trainer.data import collator
+from flextron_trainer.demo import settings
 from flextron_trainer.evaluation import evaluate_model
 from flextron_trainer.frontier import mean_loss
 from flextron_trainer.search import fill, search
@@ -53,11 +53,8 @@ METHODS = ("uniform", "random", "search", "surrogate", "surrogate search", "gumb
 @cache
 def texts(seed: int) -> tuple:
     """Training blocks, held-in and held-out blocks, and their tokenizer."""
-    documents = load_text("stdlib").shuffle(seed=0)
-    few = len(documents) // 20
-    tokenizer = train_tokenizer(documents.select(range(few, few + 400))["text"])
-    held_out = pack(documents.select(range(few)), tokenizer, LENGTH).shuffle(seed=0)
-    rows = pack(documents.select(range(few, few + 800)), tokenizer, LENGTH).shuffle(seed=seed)
+    rows, held_out, tokenizer = stdlib_blocks(LENGTH, documents=800)
+    rows = rows.shuffle(seed=seed)
     return rows, rows.select(range(64)), held_out.select(range(128)), tokenizer
 
 

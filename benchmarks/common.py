@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing and the machine (from the package), peak memory, and where results go."""
+"""What every benchmark shares: timing and the machine (from the package), text, peak memory, and where results go."""
 
 import json
 from collections.abc import Callable
@@ -6,13 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedTokenizerFast
 
 from flextron_trainer.bench import against, interleaved, machine
+from flextron_trainer.data import load_text, pack
+from flextron_trainer.demo import train_tokenizer
+from modeling_flextron.checkpoint import write_file_beside
 
-__all__ = ["against", "interleaved", "machine", "peak_bytes", "save"]
+__all__ = ["against", "interleaved", "machine", "peak_bytes", "save", "stdlib_blocks", "write_json"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def stdlib_blocks(
+    length: int, documents: int | None = None, vocab_size: int = 1024
+) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
+    """The sources of Python's standard library as blocks of tokens: to train on, held out; and their tokenizer.
+
+    Args:
+        length: Tokens in a block.
+        documents: How many files to train on; None for all that are not held out.
+        vocab_size: Of the tokenizer.
+    """
+    files = load_text("stdlib").shuffle(seed=0)
+    few = len(files) // 20
+    tokenizer = train_tokenizer(files.select(range(few, few + 400))["text"], vocab_size)
+    stop = len(files) if documents is None else few + documents
+    held_out = pack(files.select(range(few)), tokenizer, length).shuffle(seed=0)
+    return pack(files.select(range(few, stop)), tokenizer, length), held_out, tokenizer
 
 
 def peak_bytes(run: Callable[[], object], device: str, *models: torch.nn.Module) -> int:
@@ -39,9 +62,11 @@ def peak_bytes(run: Callable[[], object], device: str, *models: torch.nn.Module)
 
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write a result file; call it again as more is measured, so that a stop loses nothing."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(result, indent=1) + "\n")
-    beside.replace(path)
+    return write_json(RESULTS / f"{name}.json", result)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a file at once, so that a stop leaves the one before."""
+    with write_file_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n")
     return path

@@ -7,6 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME
 
 from .errors import invalid
 
@@ -56,6 +60,19 @@ def write_file_beside(target: str | os.PathLike) -> Iterator[Path]:
         path = Path(folder) / target.name
         yield path
         os.replace(path, target)
+
+
+def write_config(model: Any, folder: str | os.PathLike, config: Any = None) -> None:
+    """Write a config into the folder of a saved model, with the code that reads it; the weights stay.
+
+    Args:
+        model: Whose code it is.
+        folder: Of the model.
+        config: By default that of the model.
+    """
+    custom_object_save(model, folder)
+    with write_file_beside(Path(folder) / CONFIG_NAME) as path:
+        (config or model.config).to_json_file(path)
 
 
 def _umask() -> int:

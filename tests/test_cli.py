@@ -63,6 +63,7 @@ def test_all_verbs_are_listed():
 
 
 def test_evaluate_writes_and_plots(elastic):
+    (elastic / "errors.py").write_text("# of an older version")
     result = flextron(
         "evaluate", "elastic", "text", "--write", "--plot", "frontier.png", "--sequence-length", 32,
         "--max-samples", 8, "--device", "cpu",
@@ -70,6 +71,7 @@ def test_evaluate_writes_and_plots(elastic):
     config = json.loads((elastic / "config.json").read_text())
     assert [row["loss"] for row in config["frontier"]] == [entry["loss"] for entry in result["results"].values()]
     assert Path("frontier.png").stat().st_size > 1000
+    assert "older" not in (elastic / "errors.py").read_text()  # a config lies beside the code that reads it
     card = (elastic / "README.md").read_text()
     assert all(f"{row['loss']:.4f}" in card for row in config["frontier"]) and "(frontier.png)" in card
     one = flextron(

@@ -1,5 +1,6 @@
 """Conversion: ranking, permutation, choices, the frontier. What it refuses is in test_bad_input.py."""
 
+import math
 from itertools import pairwise
 
 import datasets
@@ -12,6 +13,7 @@ from flextron_trainer.convert import _elastic_config, _ranked_heads, _take, orig
 from flextron_trainer.frontier import mean_loss
 from flextron_trainer.importance import Importance, fingerprint, measure
 from modeling_flextron import count_parameters
+from modeling_flextron.subnetwork import smallest_subnetwork
 
 DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
 
@@ -282,7 +284,7 @@ def test_the_parent_and_its_licence_are_remembered(tmp_path):
     assert elastic_of("mha").config.parent_name is None
 
 
-def test_searched_rows_beat_the_uniform_ones_within_their_budgets():
+def test_searched_rows_beat_the_uniform_ones_within_their_budgets(monkeypatch):
     parent = parent_of("mha")
     same = {
         "mlp": [1, 0.75, 0.5, 0.25],
@@ -298,5 +300,8 @@ def test_searched_rows_beat_the_uniform_ones_within_their_budgets():
         losses = [mean_loss(searched, searched.resolve_budget(row["subnetwork"]), [DATA]) for row in (one, other)]
         assert losses[1] < losses[0] and other["name"] == one["name"]
         assert other["non_embedding_parameters"] <= float(other["name"]) * searched.config.parent_size()
+    worse = lambda config, *_, **__: (smallest_subnetwork(config), math.inf)  # noqa: E731
+    monkeypatch.setattr("flextron_trainer.frontier.search", worse)
+    assert convert(parent, DATA, **same, search_evaluations=40).config.frontier == uniform.config.frontier
     with pytest.raises(ValueError, match="search_evaluations"):
         convert(parent, None, **same, search_evaluations=40)

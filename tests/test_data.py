@@ -65,7 +65,7 @@ def test_load_text(tmp_path):
     datasets.Dataset.from_dict({"text": ["p"]}).to_parquet(tmp_path / "rows.parquet")
     assert load_text(str(tmp_path / "rows.parquet"))["text"][:] == ["p"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no text files"):
+    with pytest.raises(ValueError, match="no text that could be read"):
         load_text(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="no such file"):
         load_text(str(tmp_path / "nowhere"))

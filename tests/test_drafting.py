@@ -164,6 +164,19 @@ def test_auto_drafts_only_where_that_pays(model, prompt, plain, with_table, monk
         assert model.drafts.seen == {(model.built, subnetwork): watch.kept(length)}
 
 
+def test_rows_count_by_their_sizes_and_not_by_their_names(with_table, monkeypatch):
+    named = elastic_of("gqa-wide-heads")
+    full, first, second = named.config.frontier[:3]
+    first["name"], second["name"] = second["name"], first["name"]
+    full["loss"], first["loss"], second["loss"] = 3.0, 3.08, 9.0
+    found = {}
+    monkeypatch.setattr("modeling_flextron.drafting.best_draft", lambda token, drafts, cycles: found.update(drafts))
+    with_table(more=0.0)
+    named.drafts.choose(named, named.built)
+    accepted = [found[named.resolve_budget(row["subnetwork"])][1] for row in (first, second)]
+    assert accepted == [expected_acceptance(3.0, 3.08), expected_acceptance(3.0, 9.0)]
+
+
 def test_auto_learns_from_what_was_kept_and_forgets(model, with_table):
     with_table(more=0.3)
     model.drafts.choose(model, model.built)

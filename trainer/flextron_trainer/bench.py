@@ -225,7 +225,9 @@ def bench(
     if context + STEPS > model.config.max_position_embeddings:
         rule = f"The model has {model.config.max_position_embeddings} positions, and {STEPS} are for tokens it makes."
         raise invalid("context", context, rule, "Pass fewer tokens.")
-    names = {str(budget): budget for budget in budgets or [row["name"] for row in model.frontier]}
+    names = {row["name"]: row["subnetwork"] for row in model.frontier}
+    if budgets is not None:
+        names = {str(budget): budget for budget in budgets}
     sizes = {name: model.resolve_budget(budget) for name, budget in names.items()}
     dtype = model.dtype
     del model  # its files are mapped, and could not be dropped from the cache of the system

@@ -361,7 +361,7 @@ def evaluate(
     Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
     """
     from modeling_flextron import FlextronForCausalLM, count_parameters
-    from modeling_flextron.checkpoint import write_file_beside
+    from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
     from modeling_flextron.model_card import metric_columns, plot_frontier, table_of_cells, write_model_card
 
@@ -414,12 +414,12 @@ def evaluate(
     lines = zip(results, *columns.values(), strict=True)
     print(table_of_cells(["budget", *columns], list(lines)), file=sys.stderr)
     if write:
-        with write_file_beside(Path(model) / "config.json") as path:
-            loaded.config.to_json_file(path)
+        write_config(loaded, model)
         write_model_card(loaded, model)
     if plot is not None:
         static = {name: result for name, result in results.items() if not name.startswith("auto")}
-        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(budget_value(name))) for name in static}
+        meant = asked or {row["name"]: row["subnetwork"] for row in loaded.frontier}
+        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(meant[name])) for name in static}
         plot_frontier({model: [(sizes[name], result["loss"]) for name, result in static.items()]}, plot)
     finish(model=model, dataset=dataset, results=results)
 
@@ -445,7 +445,7 @@ def measure(
     import torch
 
     from modeling_flextron import FlextronConfig, FlextronForCausalLM
-    from modeling_flextron.checkpoint import write_file_beside
+    from modeling_flextron.checkpoint import write_config
     from modeling_flextron.latency import FOLDER, LatencyTable
 
     must_be_a_model(folder)
@@ -453,15 +453,12 @@ def measure(
         torch.set_num_threads(threads)
     model: Any = FlextronForCausalLM.from_pretrained(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
     progress = folder / FOLDER / ".rounds.json"
-    table = LatencyTable.measure(
-        model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress
-    )  # fmt: skip
+    table = LatencyTable.measure(model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress)
     table.save(folder / table.file_name)
     config = FlextronConfig.from_pretrained(folder)
     config.latency_tables[table.file_name] = table.summary
-    with write_file_beside(folder / "config.json") as path:
-        config.to_json_file(path)
-    rows = {row["name"]: model.resolve_budget(row["name"]) for row in model.frontier}
+    write_config(model, folder, config)
+    rows = {row["name"]: model.resolve_budget(row["subnetwork"]) for row in model.frontier}
     finish(
         table=str(folder / table.file_name),
         device=table.device,
@@ -493,6 +490,7 @@ def bench(
     import torch
     from rich.console import Console
 
+    from modeling_flextron.checkpoint import write_file_beside
     from modeling_flextron.errors import invalid
 
     from .bench import bench as run
@@ -514,7 +512,8 @@ def bench(
     )
     result["model"] = model
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with write_file_beside(json_file) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console = Console(stderr=True)
     for table in tables(result):
         console.print(table)

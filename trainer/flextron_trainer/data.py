@@ -82,7 +82,9 @@ def _rows_of(source: Path, files: list[Path], errors: str, streaming: bool) -> A
     """One row for each file that is text; by their sizes and times `datasets` knows whether it has read them before."""
     states = tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     if next(_read(states, errors), None) is None:
-        raise invalid("dataset", str(source), "The folder holds no text files.", "Pass one that does.")
+        raise invalid(
+            "dataset", str(source), "There is no text that could be read.", "Pass a text file, or a folder of them."
+        )
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     features = datasets.Features({"text": datasets.Value("string")})
     return kind.from_generator(_read, features=features, gen_kwargs={"states": states, "errors": errors})

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
-from modeling_flextron.subnetwork import cost_of, parse_budget, uniform_subnetworks
+from modeling_flextron.subnetwork import Cost, cost_of, parse_budget, uniform_subnetworks
 
 from .search import search
 
@@ -60,10 +60,7 @@ def choose_rows(
     rows, inside = list[dict](), config.built
     uniform = uniform_subnetworks(config)
     limits = {name: _limit(config, budget) for name, budget in budgets.items()}
-    for name, (kind, limit) in sorted(
-        limits.items(), key=lambda item: -item[1][1] / cost_of(config, item[1][0])(config.built)
-    ):
-        cost = cost_of(config, kind)
+    for name, (cost, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / item[1][0](config.built)):
         allowed = [s for s in uniform if inside.contains(s)]
         fitting = [s for s in allowed if cost(s) <= limit]
         fitting = [s for s in fitting if misfit(config, s) is None] or fitting
@@ -80,9 +77,9 @@ def choose_rows(
             best = min(losses, key=lambda s: losses[s])
         inside = best
         if evaluations and loss is not None and best != config.built and cost(best) <= limit:
-            best, _ = search(
-                config, loss, limit, cost=cost, evaluations=evaluations, seed=seed, description=f"Searching {name}"
-            )
+            options: dict[str, Any] = {"evaluations": evaluations, "seed": seed, "description": f"Searching {name}"}
+            found, value = search(config, loss, limit, cost=cost, **options)
+            best = found if value < loss(best) else best
         row = config.row(name, best)
         if any(row["subnetwork"] == other["subnetwork"] for other in rows):
             warnings.warn(
@@ -104,9 +101,10 @@ def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: 
     return name if name != str(budget) else f"{math.ceil(fraction * 1000) / 1000:g}"
 
 
-def _limit(config: FlextronConfig, budget: Any) -> tuple[str, float]:
+def _limit(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
+    """What a budget counts, and how much of it there may be."""
     parsed = parse_budget(budget)
-    return parsed.kind, parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
+    return cost_of(config, parsed.kind), parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
 
 
 @torch.no_grad()
