@@ -1,5 +1,7 @@
 """A Hub on this machine: enough of its HTTP interface to create, push, load, pin, branch and open pull requests.
 
+Datasets are repos too, named `datasets/me/name`, for reading.
+
     with HubServer() as hub:
         run_python(code, env=hub.environment(home))
         hub.requests  # (method, path, Range) of what was asked for
@@ -88,7 +90,8 @@ class HubServer(ThreadingHTTPServer):
         """Variables of a process that uses this Hub as its owner, with its cache in `home`."""
         switches = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
         variables = {f"HF_HUB_DISABLE_{name}": "1" for name in switches} | {"DISABLE_SAFETENSORS_CONVERSION": "1"}
-        variables |= {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        variables |= {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
+        variables |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
         return variables | changes
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -141,17 +144,17 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/whoami-v2", "whoami"),
-        ("GET", r"/api/models/([^/]+/[^/]+)", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
+        ("GET", r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)", "info"),
+        ("GET", r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/revision/([^/]+)", "info"),
+        ("GET", r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
         ("GET", r"/api/models/([^/]+/[^/]+)/refs", "list_refs"),
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/lfs/([0-9a-f]{64})", "upload"),
-        ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
-        ("HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("GET", r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("HEAD", r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     def log_message(self, *args):
@@ -241,6 +244,10 @@ class Handler(BaseHTTPRequestHandler):
             files = {path: b for path, b in at[0].commits[at[1]].files.items() if path.startswith(prefix)}
             if not files:
                 return self.answer(404, {"error": "no such folder"}, {"X-Error-Code": "EntryNotFound"})
+            if self.query.get("recursive", ["false"])[0].lower() != "true":
+                inner = {path.removeprefix(prefix).partition("/")[0] for path in files if "/" in path[len(prefix) :]}
+                entries += [{"type": "directory", "path": prefix + name, "oid": "0" * 40} for name in sorted(inner)]
+                files = {path: content for path, content in files.items() if "/" not in path[len(prefix) :]}
             for path, content in files.items():
                 oid = oid_of(path, content)
                 lfs = {"lfs": {"oid": oid, "size": len(content), "pointerSize": 1}} if path.endswith(LFS) else {}
