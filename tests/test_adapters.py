@@ -219,6 +219,13 @@ def test_a_size_that_skips_the_adapted_layers_changes_nothing(saved, tmp_path):
     assert not all(map(torch.equal, before, (p for p in model.parameters() if p.requires_grad)))
 
 
+def test_pushing_an_adapter_of_a_sharded_model_is_refused(saved, tmp_path, monkeypatch):
+    run = flextron_trainer(tmp_path, model=adapted(family(saved)), hub_model_id="me/adapter")
+    monkeypatch.setattr(type(run), "_sharded", True)
+    with pytest.raises(ValueError, match=r"divided among processes\. `save_model"):
+        run.push_to_hub()
+
+
 def plain(folder, **changes):
     ours = arguments(folder)
     kept = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "logging_steps", "report_to")

@@ -4,6 +4,7 @@ All cases run in one `accelerate launch` of two processes on gloo with the confi
 each against one process with the global batch.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from helpers import difference, elastic_of
 from hub_server import HubServer
+from safetensors.torch import load_file
 from test_trainer import environment
 from training import VARIANT, losses, trainer
 
@@ -34,7 +36,7 @@ RUNS = {
     "joint-gumbel": {"stage": "joint", "router_method": "gumbel", **ROUTERS},
     "joint-token": {"stage": "joint", "router_method": "token", **ROUTERS},
 }
-SHARDED = ("random", "self", "accumulated", "surrogate", "gumbel", "joint-token")
+ADAPTED = {"adapted": [3], "sampler": "uniform", "subnetworks_per_step": 1, "max_steps": 6}
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "sampler": "random"}
 
 
@@ -61,8 +63,10 @@ def launched(tmp_path_factory):
     begin = folder / "begin"
     elastic_of(VARIANT).save_pretrained(begin)
     cases = {name: options(begin, **changes) for name, changes in RUNS.items()}
-    cases |= {f"sharded-{name}": {**cases[name], "sharded": True} for name in SHARDED}
+    cases |= {f"sharded-{name}": {**cases[name], "sharded": True} for name in RUNS}
     cases["sharded-random"]["hub_model_id"] = "me/sharded"
+    if importlib.util.find_spec("peft"):
+        cases["adapted"] = options(begin, **ADAPTED)
     alone(folder / "one", options(begin, **SAVES)).train()
     cases["saves"] = options(begin, **SAVES)
     cases["resumes"] = options(begin, **SAVES, resume=str(folder / "one" / "checkpoint-2"))
@@ -95,7 +99,7 @@ def test_6_two_processes_train_as_one(launched, tmp_path, name):
     run = alone(tmp_path, options(launched / "begin", **RUNS[name]))
     run.train()
     metrics = run.evaluate()
-    for case in (name, f"sharded-{name}") if name in SHARDED else (name,):
+    for case in (name, f"sharded-{name}"):
         first, second = history(launched, case), history(launched, case, 1)
         assert first["draws"] == second["draws"] == [[str(draw) for draw in run.draws(step)] for step in range(6)]
         same_curve(losses(run), first["losses"])
@@ -108,6 +112,19 @@ def test_6_two_processes_train_as_one(launched, tmp_path, name):
         assert {row["name"]: row["subnetwork"] for row in final.config.frontier} == {
             row["name"]: row["subnetwork"] for row in run.model.config.frontier
         }
+
+
+def test_a_size_that_skips_all_adapted_layers(launched, tmp_path):
+    """It has a loss and no gradient in any process, and the steps after it learn."""
+    peft = pytest.importorskip("peft")
+    run = alone(tmp_path, options(launched / "begin", **ADAPTED))
+    run.train()
+    drawn = [draw.name for step in range(6) for draw in run.draws(step)]
+    assert "0.15" in drawn[:-1] and drawn[-1] != "0.15"
+    same_curve(losses(run), history(launched, "adapted")["losses"])
+    found = load_file(launched / "adapted" / "final" / "adapter_model.safetensors")
+    for name, tensor in peft.get_peft_model_state_dict(run.model).items():
+        assert difference(tensor, found[name]) < 1e-5, name
 
 
 def test_what_sharded_training_saves_is_remote_code_of_ours(launched):

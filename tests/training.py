@@ -41,6 +41,15 @@ def arguments(output: str | os.PathLike, **changes) -> FlextronTrainingArguments
     )
 
 
+def adapter_of(model: FlextronForCausalLM, layers: list[int]):
+    """A model with a LoRA in these layers alone, the same each time."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["up_proj"], layers_to_transform=layers)
+    return get_peft_model(model, config)
+
+
 def trainer(
     output: str | os.PathLike, *, variant=VARIANT, teacher="parent", model=None, begin=None, callbacks=None, **changes
 ) -> FlextronTrainer:
@@ -48,6 +57,8 @@ def trainer(
     parent = parent_of(variant)
     if begin is not None:
         model = FlextronForCausalLM.from_pretrained(begin)
+    if adapted := changes.pop("adapted", None):
+        model = adapter_of(model, adapted)
     return FlextronTrainer(
         model or elastic_of(variant),
         arguments(output, **changes),
