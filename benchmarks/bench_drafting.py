@@ -80,6 +80,7 @@ def train(folder: Path, tokenizer, rows, held_out, parent_steps: int, elastic_st
     ).train()
     evaluate_frontier(elastic, held_out, 32)
     elastic.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # for `bench_quantized.py`
 
 
 @torch.no_grad()
