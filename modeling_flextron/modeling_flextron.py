@@ -163,10 +163,11 @@ def check_cache(cache: Cache, subnetwork: SubNetwork, kv_heads: Callable[[int], 
             raise invalid("past_key_values", type(cache).__name__, rule, remedy)
     if kv_heads(1) > 1:
         return  # a parent with groups has the same KV heads at every budget
+    needed = {heads: kv_heads(heads) for heads in set(subnetwork.heads)}
     for i, heads in zip(subnetwork.layers, subnetwork.heads, strict=True):
         keys = cache.layers[i].keys if i in filled else None
-        if keys is not None and keys.ndim == 4 and keys.shape[1] != kv_heads(heads):
-            rule = f"It holds {keys.shape[1]} KV heads in layer {i}, and this sub-network has {kv_heads(heads)}."
+        if keys is not None and keys.ndim == 4 and keys.shape[1] != needed[heads]:
+            rule = f"It holds {keys.shape[1]} KV heads in layer {i}, and this sub-network has {needed[heads]}."
             remedy = "Keep the number of heads, or start again with the whole text and a new cache."
             raise invalid("past_key_values", type(cache).__name__, rule, remedy)
 
@@ -359,7 +360,7 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = norm(config)
         self.post_attention_layernorm = norm(config)
         self.parallel_residual = config.parallel_residual
-        self.dropout = nn.Dropout(config.residual_dropout)
+        self.residual_dropout = config.residual_dropout
 
     def forward(
         self,
@@ -375,23 +376,27 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
             return self._route(routing, hidden_states, mlp, hidden, **kwargs)
         attn_input = self.input_layernorm(hidden_states)
         attn_output, _ = self.self_attn(attn_input, hidden=hidden, observe=observe, **kwargs)
-        residual = hidden_states + self.dropout(attn_output)
+        residual = hidden_states + self.drop(attn_output)
 
         mlp_input = self.post_attention_layernorm(hidden_states if self.parallel_residual else residual)
-        output = residual + self.dropout(self.mlp(mlp_input, mlp, hidden, observe=observe))
+        output = residual + self.drop(self.mlp(mlp_input, mlp, hidden, observe=observe))
         if observe is not None:
             observe("layer", self.layer_idx, hidden_states, output)
             observe("hidden", self.layer_idx, attn_input, mlp_input)
         return output
+
+    def drop(self, states: torch.Tensor) -> torch.Tensor:
+        """Dropout of what the layer adds. No module, whose call costs as much as a small product in every layer."""
+        return nn.functional.dropout(states, self.residual_dropout) if self.training else states
 
     def _route(
         self, routing: Routing, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None, **kwargs
     ) -> torch.Tensor:
         """The same, where the sizes differ between tokens or are being learned: `routing` runs each part."""
         attn_input = routing.norm(self.input_layernorm, hidden_states)
-        residual = hidden_states + self.dropout(routing.attend(self.self_attn, attn_input, hidden=hidden, **kwargs))
+        residual = hidden_states + self.drop(routing.attend(self.self_attn, attn_input, hidden=hidden, **kwargs))
         mlp_input = routing.norm(self.post_attention_layernorm, hidden_states if self.parallel_residual else residual)
-        return residual + self.dropout(routing.feed(self.mlp, mlp_input, mlp, hidden))
+        return residual + self.drop(routing.feed(self.mlp, mlp_input, mlp, hidden))
 
 
 def quantizer(config: FlextronConfig) -> str | None:
