@@ -125,13 +125,19 @@ def train(folder: Path, settings: dict, told, resume: bool) -> None:
 
 
 def check_what_is_left(folder: Path, repo: str | None) -> None:
-    """What looks like a model is one, on disk and on the Hub."""
+    """What looks like a model is one, on disk and on the Hub.
+
+    But for a checkpoint that is old enough to be removed: transformers removes file by file, and may be killed there.
+    """
     from huggingface_hub import list_repo_files
 
     from modeling_flextron import FlextronForCausalLM
 
-    for config in folder.glob("checkpoint-*/config.json"):
-        FlextronForCausalLM.from_pretrained(config.parent)
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    whole = [path for path in newest_first if (path / "trainer_state.json").exists()][: COMMON["save_total_limit"]]
+    for checkpoint in newest_first[: newest_first.index(whole[-1]) + 1] if whole else newest_first:
+        if (checkpoint / "config.json").exists():
+            FlextronForCausalLM.from_pretrained(checkpoint)
     if repo is not None and "config.json" in list_repo_files(repo):
         FlextronForCausalLM.from_pretrained(repo, cache_dir=folder / "cache")
 
