@@ -61,3 +61,6 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
         (tmp_path / name).mkdir()
     trainer(tmp_path, **SAVES).train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.glob(".*")] == [".mine"]
+    (tmp_path / "checkpoint-4" / ".checkpoint-4-abc").mkdir()  # else it would be pushed with the checkpoint
+    trainer(tmp_path, **SAVES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not list(tmp_path.glob("checkpoint-*/.*"))

@@ -396,7 +396,7 @@ class FlextronTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
             if self.args.should_save:
-                self._sweep()
+                self._sweep(Path(self.args.output_dir))
         self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
         result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         if result is None:
@@ -442,9 +442,9 @@ class FlextronTrainer(Trainer):
         *before, this = saved.training_runs or [{}]
         config.training_runs = [*before, this | self.args.changed()]  # with the steps and tokens so far
 
-    def _sweep(self) -> None:
+    def _sweep(self, place: Path) -> None:
         """Remove what a killed run was about to save or to push: folders that never got their names."""
-        for folder in Path(self.args.output_dir).glob(".*"):
+        for folder in place.glob(".*"):
             if re.match(r"\.(push|checkpoint-\d+)-", folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -486,6 +486,7 @@ class FlextronTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             (folder / TRAINER_STATE).unlink(missing_ok=True)
+            self._sweep(folder)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
