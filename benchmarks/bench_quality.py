@@ -83,6 +83,19 @@ RECIPES = {
     "learning rate 0.001": {"learning_rate": 1e-3},
     "more text": {"ce_weight": 2.0},
 }  # fmt: skip
+BATCHES_OF_4 = {"per_device_train_batch_size": 4}
+SEARCHED_RECIPES = {
+    "learning rate 0.004": {"learning_rate": 4e-3},
+    "batches of 4": BATCHES_OF_4,
+    "batches of 4, 0.003, less text": {**BATCHES_OF_4, "learning_rate": 3e-3, "ce_weight": 0.25},
+    "the same, epsilon 1e-4": {**BATCHES_OF_4, "learning_rate": 3e-3, "ce_weight": 0.25, "adam_epsilon": 1e-4},
+    "the same, epsilon 1e-3": {**BATCHES_OF_4, "learning_rate": 3e-3, "ce_weight": 0.25, "adam_epsilon": 1e-3},
+    "0.008, epsilon 1e-3": {**BATCHES_OF_4, "learning_rate": 8e-3, "ce_weight": 0.25, "adam_epsilon": 1e-3},
+    "0.004, epsilon 3e-4": {**BATCHES_OF_4, "learning_rate": 4e-3, "adam_epsilon": 3e-4},
+    "0.003, epsilon 1e-4, more text": {
+        **BATCHES_OF_4, "learning_rate": 3e-3, "adam_epsilon": 1e-4, "ce_weight": 1.0
+    },
+}  # fmt: skip
 
 
 @cache
@@ -212,10 +225,11 @@ class Study:
             return {row["name"]: evaluate_model(model, self.choosing, 32, row["subnetwork"])["loss"] for row in rows}
 
         result = {"parent": {"1": evaluate_model(self.parent, self.choosing, 32)["loss"]}}
-        result["recipe"] = losses(self.trained())
-        for name, changed in RECIPES.items():
-            result[name] = losses(self.train(self.convert(), **changed))
-            print(name, result, flush=True)
+        for rows, recipes in (("uniform", RECIPES), ("searched", SEARCHED_RECIPES)):
+            for name, changed in {"recipe": {}, **recipes}.items():
+                model = self.convert() if rows == "uniform" else self.sliced(search=True)
+                result[f"{rows}, {name}"] = losses(self.train(model, **changed))
+                print(rows, name, result, flush=True)
         return result
 
     def slice(self) -> dict[str, Any]:
