@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import elastic_of, flextron
+from helpers import elastic_of, flextron, run_python
+from hub_server import HubServer, Repo
 
 from flextron_trainer.bench import Variants, against, logits_difference, tokens_per_second, variants_of, warnings
 from flextron_trainer.loading import Load, fetched_bytes, measure_loads
@@ -45,6 +46,24 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
     assert {(row["budget"], row["what"]) for row in result["speed"]} == {place[:2] for place in places}
     assert result["switching"]["set_budget_bytes"] == result["switching"]["share_bytes"] == 0
     assert {"threads", "versions", "device"} <= set(result["machine"]) and result["dtype"] == "float32"
+
+
+def test_the_verb_takes_a_hub_id(exported, tmp_path):
+    """And loads of a budget are downloads of its own bytes."""
+    _, root = exported
+    files = {path.name: path.read_bytes() for path in (root / "levels").iterdir()}
+    with HubServer() as hub:
+        hub.repos["me/elastic"] = Repo()
+        hub.repos["me/elastic"].add(files, "family", "main", None)
+        arguments = ["bench", "me/elastic", "--budgets", "0.6", "--rounds", "1", "--context", "8", "--device", "cpu"]
+        arguments += ["--threads", "1", "--batch-sizes", "1", "--json", str(tmp_path / "result.json")]
+        code = f"from flextron_trainer.cli import app; app({arguments!r})"
+        run_python(code, env=hub.environment(tmp_path / "home"))
+        assert not hub.unknown
+    fetched = {
+        row["how"]: row["fetched_bytes"] for row in json.loads((tmp_path / "result.json").read_text())["loading"]
+    }
+    assert fetched == {"budget": fetched_bytes(root / "levels", "0.6"), "slice": fetched_bytes(root / "levels", None)}
 
 
 def test_a_load_that_fails_says_why(exported):
