@@ -139,7 +139,7 @@ class LatencyTable:
         model: Any,
         *,
         batch: int = 1,
-        context: int = 512,
+        context: int | None = None,
         rounds: int = 15,
         checks: int = 10,
         seed: int = 0,
@@ -150,7 +150,8 @@ class LatencyTable:
         Args:
             model: A `FlextronForCausalLM` with all its sizes in memory, on its device and in its dtype.
             batch: Sequences at the same time.
-            context: Tokens that are read in `"prefill"`, and that are in the cache in `"decode"`.
+            context: Tokens that are read in `"prefill"`, and that are in the cache in `"decode"`; None for 512, or as
+                many as the model has room for.
             rounds: How often each network is timed; every round times all of them in a random order.
             checks: Random sub-networks whose time is predicted and measured.
             seed: Of the order, the tokens and the random sub-networks.
@@ -160,9 +161,10 @@ class LatencyTable:
         Raises:
             ValueError: a number is not positive, or the context is longer than the model allows.
         """
+        config, kind = model.config, model.device.type
+        context = min(512, config.max_position_embeddings - 1) if context is None else context
         for name, value in (("batch", batch), ("context", context), ("rounds", rounds), ("checks", checks)):
             require_int(name, value)
-        config, kind = model.config, model.device.type
         if context >= config.max_position_embeddings:
             rule = f"The model has {config.max_position_embeddings} positions, and one is for the next token."
             raise invalid("context", context, rule, "Pass fewer tokens.")

@@ -55,14 +55,14 @@ def test_the_verb_takes_a_hub_id(exported, tmp_path):
     with HubServer() as hub:
         hub.repos["me/elastic"] = Repo()
         hub.repos["me/elastic"].add(files, "family", "main", None)
-        arguments = ["bench", "me/elastic", "--budgets", "0.6", "--rounds", "1", "--context", "8", "--device", "cpu"]
+        arguments = ["bench", "me/elastic", "--budgets", "0.6", "--rounds", "1", "--device", "cpu"]
         arguments += ["--threads", "1", "--batch-sizes", "1", "--json", str(tmp_path / "result.json")]
         code = f"from flextron_trainer.cli import app; app({arguments!r})"
         run_python(code, env=hub.environment(tmp_path / "home"))
         assert not hub.unknown
-    fetched = {
-        row["how"]: row["fetched_bytes"] for row in json.loads((tmp_path / "result.json").read_text())["loading"]
-    }
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["context"] == 112  # of its 128 positions
+    fetched = {row["how"]: row["fetched_bytes"] for row in result["loading"]}
     assert fetched == {"budget": fetched_bytes(root / "levels", "0.6"), "slice": fetched_bytes(root / "levels", None)}
 
 

@@ -195,7 +195,7 @@ def bench(
     folder: Path,
     budgets: Sequence[Any] | None = None,
     *,
-    context: int = 512,
+    context: int | None = None,
     batch_sizes: Sequence[int] = (1, 8),
     rounds: int = 15,
     device: str = "cpu",
@@ -206,7 +206,8 @@ def bench(
     Args:
         folder: Of the model, in levels or plain.
         budgets: Sizes to measure; None for the rows of the frontier.
-        context: Tokens that are read in a prefill, and in the cache while more are made.
+        context: Tokens that are read in a prefill, and in the cache while more are made; None for 512, or as many as
+            the model has room for.
         batch_sizes: Sequences at the same time.
         rounds: How often everything is timed.
         device, dtype: Where and in which dtype it runs.
@@ -219,9 +220,11 @@ def bench(
     Raises:
         ValueError: a number is not positive, the context is too long, or a budget means nothing here.
     """
-    for name, value in (("context", context), ("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
+    for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
         require_int(name, value)
     model: Any = FlextronForCausalLM.from_pretrained(folder, dtype=dtype)
+    context = min(512, model.config.max_position_embeddings - STEPS) if context is None else context
+    require_int("context", context)
     if context + STEPS > model.config.max_position_embeddings:
         rule = f"The model has {model.config.max_position_embeddings} positions, and {STEPS} are for tokens it makes."
         raise invalid("context", context, rule, "Pass fewer tokens.")

@@ -428,7 +428,9 @@ def evaluate(
 def measure(
     folder: Annotated[Path, typer.Argument(help="Folder of a Flextron model.", show_default=False)],
     batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
-    context: Annotated[int, typer.Option(help="Tokens read, and tokens in the cache while one more is made.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens read and kept while one more is made; default: 512, if they fit.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="How often each network is timed.")] = 15,
     dtype: Annotated[str, typer.Option(help="Dtype to measure in; auto is that of the weights.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
@@ -471,7 +473,9 @@ def measure(
 def bench(
     model: Model,
     budgets: Annotated[str | None, typer.Option(help="Budgets to measure: 1,0.5,0.25; default: all rows.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens read, and tokens in the cache while more are made.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens read and kept while more are made; default: 512, if they fit.")
+    ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Sequences at the same time.")] = "1,8",
     rounds: Annotated[int, typer.Option(help="How often everything is timed.")] = 15,
     dtype: Annotated[str, typer.Option(help="Dtype to measure in; auto is that of the weights.")] = "auto",
