@@ -196,8 +196,9 @@ def main() -> None:
     speeds = against(drafting.timed(options.rounds), "plain")
     losses = {row["name"]: row["loss"] for row in model.frontier}
     size = {name: weight_bytes(model.config, model.resolve_budget(name)) for name in losses}
+    chosen = {name: value for name, value in vars(options).items() if name not in ("work", "no_save")}
     result: dict[str, Any] = {
-        "benchmark": "drafting", "machine": machine("cpu"), "options": vars(options), "verify": v,
+        "benchmark": "drafting", "machine": machine("cpu"), "options": chosen, "verify": v,
         "table": model.latency_table.drafting, "chosen": model.drafts.chosen and [
             model.drafts.chosen[0].to_dict(), model.drafts.chosen[1]
         ],

@@ -83,19 +83,18 @@ RECIPES = {
     "learning rate 0.001": {"learning_rate": 1e-3},
     "more text": {"ce_weight": 2.0},
 }  # fmt: skip
-BATCHES_OF_4 = {"per_device_train_batch_size": 4}
+FASTER = {"per_device_train_batch_size": 4, "learning_rate": 3e-3, "ce_weight": 0.25}
 SEARCHED_RECIPES = {
     "learning rate 0.004": {"learning_rate": 4e-3},
-    "batches of 4": BATCHES_OF_4,
-    "batches of 4, 0.003, less text": {**BATCHES_OF_4, "learning_rate": 3e-3, "ce_weight": 0.25},
-    "the same, epsilon 1e-4": {**BATCHES_OF_4, "learning_rate": 3e-3, "ce_weight": 0.25, "adam_epsilon": 1e-4},
-    "the same, epsilon 1e-3": {**BATCHES_OF_4, "learning_rate": 3e-3, "ce_weight": 0.25, "adam_epsilon": 1e-3},
-    "0.008, epsilon 1e-3": {**BATCHES_OF_4, "learning_rate": 8e-3, "ce_weight": 0.25, "adam_epsilon": 1e-3},
-    "0.004, epsilon 3e-4": {**BATCHES_OF_4, "learning_rate": 4e-3, "adam_epsilon": 3e-4},
-    "0.003, epsilon 1e-4, more text": {
-        **BATCHES_OF_4, "learning_rate": 3e-3, "adam_epsilon": 1e-4, "ce_weight": 1.0
-    },
-}  # fmt: skip
+    "batches of 4": {"per_device_train_batch_size": 4},
+    "faster": FASTER,
+    "faster, epsilon 1e-4": FASTER | {"adam_epsilon": 1e-4},
+    "faster, epsilon 1e-3": FASTER | {"adam_epsilon": 1e-3},
+    "faster, learning rate 0.008, epsilon 1e-3": FASTER | {"learning_rate": 8e-3, "adam_epsilon": 1e-3},
+    "faster, learning rate 0.004, epsilon 3e-4, text 0.5": FASTER
+    | {"learning_rate": 4e-3, "adam_epsilon": 3e-4, "ce_weight": 0.5},
+    "faster, epsilon 1e-4, text 1": FASTER | {"adam_epsilon": 1e-4, "ce_weight": 1.0},
+}
 
 
 @cache
@@ -225,11 +224,15 @@ class Study:
             return {row["name"]: evaluate_model(model, self.choosing, 32, row["subnetwork"])["loss"] for row in rows}
 
         result = {"parent": {"1": evaluate_model(self.parent, self.choosing, 32)["loss"]}}
-        for rows, recipes in (("uniform", RECIPES), ("searched", SEARCHED_RECIPES)):
-            for name, changed in {"recipe": {}, **recipes}.items():
-                model = self.convert() if rows == "uniform" else self.sliced(search=True)
-                result[f"{rows}, {name}"] = losses(self.train(model, **changed))
-                print(rows, name, result, flush=True)
+        result["uniform, recipe"] = losses(self.trained())
+        result["searched, recipe"] = losses(self.trained(search=True))
+        skipping = self.convert(search_evaluations=192, depth=[1, 0.875, 0.75, 0.625, 0.5])
+        result["searched, layers may be skipped"] = losses(self.train(skipping))
+        for search, recipes in ((False, RECIPES), (True, SEARCHED_RECIPES)):
+            for name, changed in recipes.items():
+                trained = self.train(self.sliced(search), **changed)
+                result[f"{'searched' if search else 'uniform'}, {name}"] = losses(trained)
+                print(name, result, flush=True)
         return result
 
     def slice(self) -> dict[str, Any]:
@@ -237,15 +240,15 @@ class Study:
         costs = {row["name"]: row["non_embedding_parameters"] for row in model.config.frontier}
         return self.family_losses(model) | {"non_embedding_parameters": costs}
 
-    def trained(self) -> FlextronForCausalLM:
+    def trained(self, search: bool = False) -> FlextronForCausalLM:
         """The elastic model, trained."""
-        return self.kept("elastic", lambda: self.train(self.convert()))
+        return self.kept("searched" if search else "elastic", lambda: self.train(self.sliced(search)))
 
     def elastic(self) -> dict[str, Any]:
         return self.family_losses(self.trained())
 
     def searched(self) -> dict[str, Any]:
-        model = self.kept("searched", lambda: self.train(self.sliced(search=True)))
+        model = self.trained(search=True)
         return self.family_losses(model) | {"rows": model.config.frontier}
 
     def mlp_only(self) -> dict[str, Any]:

@@ -50,6 +50,20 @@ def device_name(kind: str) -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def context_length(config: Any, context: int | None, made: int) -> int:
+    """How many tokens to read before `made` more: `context`, or when that is None 512, or as many as there is room for.
+
+    Raises:
+        ValueError: it is not positive, or the model has too few positions.
+    """
+    context = min(512, config.max_position_embeddings - made) if context is None else context
+    require_int("context", context)
+    if context + made > config.max_position_embeddings:
+        rule = f"The model has {config.max_position_embeddings} positions, and tokens it makes need {made}."
+        raise invalid("context", context, rule, "Pass fewer tokens.")
+    return context
+
+
 @dataclass(frozen=True)
 class LatencyTable:
     """Measured times of the parts of a model on one device.
@@ -161,13 +175,10 @@ class LatencyTable:
         Raises:
             ValueError: a number is not positive, or the context is longer than the model allows.
         """
-        config, kind = model.config, model.device.type
-        context = min(512, config.max_position_embeddings - 1) if context is None else context
-        for name, value in (("batch", batch), ("context", context), ("rounds", rounds), ("checks", checks)):
+        for name, value in (("batch", batch), ("rounds", rounds), ("checks", checks)):
             require_int(name, value)
-        if context >= config.max_position_embeddings:
-            rule = f"The model has {config.max_position_embeddings} positions, and one is for the next token."
-            raise invalid("context", context, rule, "Pass fewer tokens.")
+        config, kind = model.config, model.device.type
+        context = context_length(config, context, made=1)
         conditions: dict[str, Any] = {
             "kind": kind, "threads": torch.get_num_threads() if kind == "cpu" else None,
             "dtype": str(model.dtype).removeprefix("torch."), "attention": config._attn_implementation,

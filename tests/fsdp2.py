@@ -22,7 +22,7 @@ from training import VARIANT, losses
 
 from modeling_flextron import FlextronForCausalLM
 
-CASES = (*(name for name in RUNS if name.split("-")[-1] not in ("surrogate", "gumbel")), "saves")
+CASES = (*(name for name in RUNS if not name.endswith(("surrogate", "gumbel"))), "saves")
 
 # An optimizer without any state is not loaded by torch; a large epsilon keeps rounding small.
 MOMENTS = {"optim": "adamw_torch", "adam_epsilon": 1e-3}

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_of_the_owner"
+READ = r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"  # what models and datasets share
 LFS = (".safetensors", ".bin", ".png", ".pt", ".pth")
 
 
@@ -144,9 +145,9 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
         ("GET", r"/api/whoami-v2", "whoami"),
-        ("GET", r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)", "info"),
-        ("GET", r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/revision/([^/]+)", "info"),
-        ("GET", r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?", "tree"),
+        ("GET", READ, "info"),
+        ("GET", READ + r"/revision/([^/]+)", "info"),
+        ("GET", READ + r"/tree/([^/]+)(?:/(.+))?", "tree"),
         ("GET", r"/api/models/([^/]+/[^/]+)/refs", "list_refs"),
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
         ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),

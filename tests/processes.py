@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
-from training import adapter_of, losses, trainer
+from training import losses, trainer
 from transformers.distributed import DistributedConfig
 
 from modeling_flextron import FlextronForCausalLM
@@ -23,8 +23,6 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
     begin = changes.pop("begin")
     how = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharded else {}
     model = FlextronForCausalLM.from_pretrained(begin, **how)
-    if adapted := changes.pop("adapted", None):
-        model = adapter_of(model, adapted)
     if refused := changes.pop("refused", None):
         with pytest.raises(ValueError, match=refused):
             trainer(folder / name, model=model, **changes)

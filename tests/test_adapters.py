@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import all_sizes, difference, elastic_of, run_python
-from training import arguments, losses, rows
+from training import arguments, losses, rows, with_adapter
 from training import trainer as flextron_trainer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -25,8 +25,7 @@ def randomise(model, seed=0):
 
 
 def adapted(base, targets="all-linear", **settings):
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **settings)
-    return randomise(peft.get_peft_model(base, config))
+    return randomise(with_adapter(base, targets, **settings))
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def evaluations(run) -> list[dict[str, float]]:
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     run = trainer(tmp_path, **SAVES)
     run.train()
-    for name in (".push-abc", ".checkpoint-8-abc", ".mine"):
+    for name in (".push-abc", ".checkpoint-8-abc", f".{tmp_path.name}-abc", ".mine"):
         (tmp_path / name).mkdir()
     trainer(tmp_path, **SAVES).train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.glob(".*")] == [".mine"]

@@ -41,8 +41,7 @@ def clock(monkeypatch):
 
 def saved_with_table(model, folder, **changes):
     model.save_pretrained(folder)
-    table = LatencyTable.measure(model, rounds=1)
-    assert table.conditions["context"] == 127  # of its 128 positions
+    table = LatencyTable.measure(model, rounds=1, context=8)
     for key, value in changes.items():
         object.__setattr__(table, key, value)
     table.save(folder / table.file_name)
@@ -89,6 +88,10 @@ def test_what_drafting_adds_is_told_apart():
     table = module._drafting(rounds, decode=4.5)
     assert table == {"loop": 0.5, "more": {"1": 0.0, "2": 1.0, "4": 2.0, "8": 3.0}}
     assert module._drafting([*rounds, {}], decode=4.5) == {}
+
+
+def test_the_context_is_what_the_model_has_room_for(clock):
+    assert LatencyTable.measure(elastic_of("mha"), rounds=1).conditions["context"] == 127
 
 
 def test_an_interrupted_measurement_goes_on(clock, tmp_path):

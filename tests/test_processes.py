@@ -36,7 +36,13 @@ RUNS = {
     "joint-gumbel": {"stage": "joint", "router_method": "gumbel", **ROUTERS},
     "joint-token": {"stage": "joint", "router_method": "token", **ROUTERS},
 }
-ADAPTED = {"adapted": [3], "sampler": "uniform", "subnetworks_per_step": 1, "max_steps": 6}
+ADAPTER = {"target_modules": ["up_proj"], "layers_to_transform": [3]}
+ADAPTED = {
+    "adapter": ADAPTER,
+    "sampler": "uniform",
+    "subnetworks_per_step": 1,
+    "max_steps": 6,
+}
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "sampler": "random"}
 
 

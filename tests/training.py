@@ -41,24 +41,27 @@ def arguments(output: str | os.PathLike, **changes) -> FlextronTrainingArguments
     )
 
 
-def adapter_of(model: FlextronForCausalLM, layers: list[int]):
-    """A model with a LoRA in these layers alone, the same each time."""
+def with_adapter(model: FlextronForCausalLM, target_modules: str | list[str] = "all-linear", **settings):
+    """A model with a LoRA, the same each time."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["up_proj"], layers_to_transform=layers)
-    return get_peft_model(model, config)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=target_modules, **settings))
 
 
 def trainer(
-    output: str | os.PathLike, *, variant=VARIANT, teacher="parent", model=None, begin=None, callbacks=None, **changes
-) -> FlextronTrainer:
-    """A trainer of `model`, or of the one saved in `begin`, or of a fresh one; `teacher="parent"` is its parent."""
+    output: str | os.PathLike, *, variant=VARIANT, teacher="parent", model=None, begin=None, adapter=None,
+    callbacks=None, **changes,
+) -> FlextronTrainer:  # fmt: skip
+    """A trainer of `model`, or of the one saved in `begin`, or of a fresh one; `teacher="parent"` is its parent.
+
+    `adapter`: settings of a LoRA, which is trained alone.
+    """
     parent = parent_of(variant)
     if begin is not None:
         model = FlextronForCausalLM.from_pretrained(begin)
-    if adapted := changes.pop("adapted", None):
-        model = adapter_of(model, adapted)
+    if adapter is not None:
+        model = with_adapter(model, **adapter)
     return FlextronTrainer(
         model or elastic_of(variant),
         arguments(output, **changes),

@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from modeling_flextron import FlextronForCausalLM, count_parameters
-from modeling_flextron.errors import invalid, require_int
+from modeling_flextron.errors import require_int
 from modeling_flextron.extraction import misfit
-from modeling_flextron.latency import device_name
+from modeling_flextron.latency import context_length, device_name
 from modeling_flextron.token_routing import is_routed
 
 from .loading import Load, fetched_bytes, measure_loads
@@ -223,11 +223,7 @@ def bench(
     for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
         require_int(name, value)
     model: Any = FlextronForCausalLM.from_pretrained(folder, dtype=dtype)
-    context = min(512, model.config.max_position_embeddings - STEPS) if context is None else context
-    require_int("context", context)
-    if context + STEPS > model.config.max_position_embeddings:
-        rule = f"The model has {model.config.max_position_embeddings} positions, and {STEPS} are for tokens it makes."
-        raise invalid("context", context, rule, "Pass fewer tokens.")
+    context = context_length(model.config, context, made=STEPS)
     names = {row["name"]: row["subnetwork"] for row in model.frontier}
     if budgets is not None:
         names = {str(budget): budget for budget in budgets}

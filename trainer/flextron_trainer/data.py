@@ -53,7 +53,7 @@ def load_text(source: str, split: str = "train", streaming: bool = False) -> Any
         rule = f"There is no such file or folder, and the Hub gave no dataset of this name: {reason}."
         if path.is_file():
             rule = f"It cannot be read as {kind}: {reason}."
-        raise invalid("dataset", source, rule, "Check the path or the id.") from error
+        raise invalid("dataset", source, rule, "Check the path, or the id and the split.") from error
     return rows
 
 

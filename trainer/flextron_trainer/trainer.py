@@ -445,7 +445,7 @@ class FlextronTrainer(Trainer):
     def _sweep(self, place: Path) -> None:
         """Remove what a killed run was about to save or to push: folders that never got their names."""
         for folder in place.glob(".*"):
-            if re.match(r"\.(push|checkpoint-\d+)-", folder.name):
+            if re.match(rf"\.(push|checkpoint-\d+|{re.escape(place.name)})-", folder.name):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
