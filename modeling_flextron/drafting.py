@@ -103,7 +103,10 @@ class Drafts:
         self.seen: dict[tuple[SubNetwork, SubNetwork], tuple[float, float]] = {}
         self.chosen: tuple[SubNetwork, int] | None = None
 
-    def choose(self, model: Any, verifier: SubNetwork) -> None:
+    def __deepcopy__(self, memo: dict) -> "Drafts":
+        return Drafts()  # a twin has seen nothing; and what another thread is writing to cannot be copied
+
+    def choose(self, model: Any, verifier: SubNetwork) -> tuple[SubNetwork, int] | None:
         """Choose by the latency table, by measured losses, and by what was seen; without times, plain decoding.
 
         What was seen fades with every call, so that a draft that did badly on one text is tried again on a later one.
@@ -113,7 +116,7 @@ class Drafts:
         if table is None or not table.drafting:
             what = "This model has no latency table" if table is None else "The latency table has no times of drafting"
             logger.warning_once(f'{what}: `draft_budget="auto"` decodes without drafts. Run `flextron measure` first.')
-            return
+            return None
         self.seen = {pair: (MEMORY * kept, MEMORY * tried) for pair, (kept, tried) in self.seen.items()}
         loop = table.drafting["loop"]
         losses = {model.resolve_budget(row["subnetwork"]): row["loss"] for row in model.frontier}
@@ -124,12 +127,34 @@ class Drafts:
             drafts[draft] = table.predict(draft) + loop, (kept + WEIGHT * expected) / (tried + WEIGHT)
         token = table.predict(verifier) + loop
         cycles = {int(length): token + more for length, more in table.drafting["more"].items()}
-        self.chosen = best_draft(token, drafts, cycles)
+        self.chosen = best = best_draft(token, drafts, cycles)
+        return best  # what others read may change before this call reads it again
 
     def add(self, verifier: SubNetwork, draft: SubNetwork, kept: int, decided: int) -> None:
         """Count what became of drafted tokens."""
         before = self.seen.get((verifier, draft), (0.0, 0.0))
         self.seen[verifier, draft] = before[0] + kept, before[1] + decided
+
+
+def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse what a generation config cannot say here.
+
+    Raises:
+        ValueError: it has a budget, which transformers would drop; or asks to draft by leaving layers out, which
+            transformers does by changing the model.
+    """
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    for config in (given, model.generation_config):
+        for name in ("flextron_budget", "draft_budget"):
+            if getattr(config, name, None) is not None:
+                rule = "A budget is an argument of `generate`, and no part of a generation config."
+                remedy = f"Pass `generate(..., {name}=...)`, and set the attribute to None."
+                raise invalid(f"generation_config.{name}", getattr(config, name), rule, remedy)
+        early = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
+        if early is not None:
+            rule = "Layers are left out by a budget."
+            remedy = "Pass `draft_budget=` with a smaller budget, for instance {'layers': N} of an elastic depth."
+            raise invalid("assistant_early_exit", early, rule, remedy)
 
 
 def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -149,15 +174,15 @@ def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: 
     verifier = model.resolve_budget(flextron_budget)
     if draft_budget != "auto":
         draft = share_draft(model, _resolve(model, draft_budget, verifier), **kwargs)
-        return model.generate(*args, flextron_budget=flextron_budget, assistant_model=draft, **kwargs)
+        return model.generate(*args, flextron_budget=verifier, assistant_model=draft, **kwargs)
     drafts: Drafts = model.drafts
-    drafts.choose(model, verifier)
-    if drafts.chosen is None:
-        return model.generate(*args, flextron_budget=flextron_budget, **kwargs)
-    subnetwork, length = drafts.chosen
+    chosen = drafts.choose(model, verifier)
+    if chosen is None:
+        return model.generate(*args, flextron_budget=verifier, **kwargs)
+    subnetwork, length = chosen
     draft = share_draft(model, subnetwork, **constant(length))
     watch = Watch(kwargs.pop("streamer", None))
-    result = model.generate(*args, flextron_budget=flextron_budget, assistant_model=draft, streamer=watch, **kwargs)
+    result = model.generate(*args, flextron_budget=verifier, assistant_model=draft, streamer=watch, **kwargs)
     drafts.add(verifier, subnetwork, *watch.kept(length))
     return result
 

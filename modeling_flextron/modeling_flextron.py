@@ -50,7 +50,7 @@ from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .checkpoint import write_beside
 from .configuration_flextron import FlextronConfig
-from .drafting import Drafts, generate_drafted
+from .drafting import Drafts, check_generation, generate_drafted
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
@@ -59,6 +59,7 @@ from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
 from .model_card import write_model_card
 from .subnetwork import SubNetwork, resolve
+from .switching import run_at, size_around
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -459,12 +460,16 @@ class FlextronPreTrainedModel(PreTrainedModel):
 
     @property
     def subnetwork(self) -> SubNetwork:
-        """The sub-network that runs when no budget is passed."""
-        return self.base_model._subnetwork  # one place, so that the decoder alone runs it too
+        """The sub-network that runs when no budget is passed: of the `at_budget` block around, else the default."""
+        decoder = self.base_model  # one place, so that the decoder alone runs it too
+        return size_around(decoder) or decoder._subnetwork
 
     @property
     def last_routing(self) -> TokenRouting | None:
-        """What the tokens of the last forward pass chose, where they did; see `TokenRouting.average`."""
+        """What the tokens of the last forward pass chose, where they did; see `TokenRouting.average`.
+
+        Of the last pass of any caller: a report of what was done, from which nothing that runs is read.
+        """
         return self.base_model._last_routing
 
     @property
@@ -486,6 +491,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """
         if budget is None:
             return self.subnetwork
+        if budget is self.built:
+            return budget
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
         subnetwork = budget if held else resolve(self.config, budget)
         if not self.switchable and subnetwork != self.built:
@@ -497,20 +504,26 @@ class FlextronPreTrainedModel(PreTrainedModel):
     def set_budget(self, budget: Any) -> None:
         """Run this sub-network from now on. Nothing is copied; None goes back to everything that is loaded.
 
+        This is the default of the model object, for everyone who calls it without a budget, so it is for an object
+        with one caller. Several pass their budget with each call, use `at_budget`, or call a twin each (`share`).
+
         Raises:
-            ValueError: as `resolve_budget`.
+            ValueError: as `resolve_budget`; or inside an `at_budget` block, which goes before the default.
         """
+        if size_around(self.base_model) is not None:
+            rule = "Inside an `at_budget` block its size runs, whatever the default is."
+            raise invalid("budget", budget, rule, "Call `set_budget` outside of the block.")
         self.base_model._subnetwork = self.built if budget is None else self.resolve_budget(budget)
 
     @contextmanager
     def at_budget(self, budget: Any) -> Iterator[None]:
-        """Run this sub-network inside the `with` block."""
-        before = self.subnetwork
-        self.set_budget(budget)
-        try:
+        """Run this sub-network inside the `with` block; None for everything that is loaded.
+
+        The block is that of one thread (or asyncio task): other callers of the model see nothing of it, and a thread
+        that is started inside, as for a streamer, does not either: pass `flextron_budget=` to what that one calls.
+        """
+        with run_at(self.base_model, self.built if budget is None else self.resolve_budget(budget)):
             yield
-        finally:
-            self.base_model._subnetwork = before
 
     def share(self, budget: Any):
         """A second model object at `budget` on the same parameters, for instance as `assistant_model`.
@@ -794,7 +807,6 @@ class FlextronModel(FlextronPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         if routing is None and is_routed(subnetwork):
             routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, length))
-            self._last_routing = routing
 
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
             hidden_states = self.layers[layer](
@@ -812,6 +824,8 @@ class FlextronModel(FlextronPreTrainedModel):
             )
         if use_cache and len(subnetwork.layers) < len(built.layers):
             fill_skipped(past_key_values, subnetwork.layers)
+        if isinstance(routing, TokenRouting):
+            self._last_routing = routing  # now that it is complete: others may be looking
         hidden_states = self.norm(hidden_states) if routing is None else routing.norm(self.norm, hidden_states)
         return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
 
@@ -887,22 +901,25 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         return None  # what is allocated before the first token cannot know the budget
 
     def generate(self, *args, flextron_budget: Any = None, draft_budget: Any = None, **kwargs):
-        """As `GenerationMixin.generate`, at `flextron_budget`; `set_budget` stays as it is.
+        """As `GenerationMixin.generate`, at `flextron_budget`; other callers of the model see nothing of it.
 
         A list of budgets has one for each sequence; each is continued as if it were alone. A smaller `draft_budget`
         drafts, which changes no greedy output; with `"auto"` the size and the length of drafts that are fastest by the
         latency table and by what earlier calls kept of them, or none (`drafts.chosen`).
+
+        Raises:
+            ValueError: a budget means nothing here, or stands in a generation config; or `assistant_early_exit`.
         """
+        check_generation(self, args, kwargs)
         if draft_budget is not None:
             return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
-        if flextron_budget is None:
-            return super().generate(*args, **kwargs)
         if is_list(flextron_budget):
             return generate_each(self, flextron_budget, args, kwargs)
+        subnetwork = self.resolve_budget(flextron_budget)  # once: a default that changes meanwhile is for later calls
         if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
-            with self.at_budget(flextron_budget):
+            with self.at_budget(subnetwork):
                 return super().generate(*args, **kwargs)
-        return super().generate(*args, flextron_budget=self.resolve_budget(flextron_budget), **kwargs)
+        return super().generate(*args, flextron_budget=subnetwork, **kwargs)
 
     def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.

@@ -1,5 +1,7 @@
 """Drafts by a smaller sub-network: the text stays, the fastest draft is chosen, and none where plain decoding wins."""
 
+import functools
+
 import pytest
 import torch
 from helpers import elastic_of
@@ -153,7 +155,13 @@ def test_auto_drafts_only_where_that_pays(model, prompt, plain, with_table, monk
         for row in model.frontier[1:]:
             model.drafts.add(model.built, model.resolve_budget(row["name"]), 0, 100000)
     runs, run = [], type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, *args, **kw: runs.append(self) or run(self, *args, **kw))
+
+    @functools.wraps(run)
+    def forward(self, *args, **kwargs):
+        runs.append(self)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forward)
     watch = Watch()
     assert torch.equal(plain, model.generate(prompt, draft_budget="auto", streamer=watch, **GREEDY))
     assert sum(watch.sizes) == plain.numel()  # the streamer of the caller gets everything

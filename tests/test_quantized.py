@@ -115,13 +115,24 @@ def test_one_graph_for_each_row_at_inference():
     model, graphs = two_layers(), Graphs()
     expected = [logits(model, row["name"]) for row in model.frontier]
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    sizes = [model.resolve_budget(row["name"]) for row in model.frontier]
     for repeat in range(3):
-        for row, logit in zip(model.frontier, expected, strict=True):
-            with model.at_budget(row["name"]), torch.no_grad():
-                assert difference(compiled(IDS).logits, logit) < 1e-5
+        for size, logit in zip(sizes, expected, strict=True):
+            with torch.no_grad():
+                assert difference(compiled(IDS, flextron_budget=size).logits, logit) < 1e-5
         if repeat == 0:
             first = graphs.count
     assert graphs.count == first <= len(model.frontier)  # a graph may serve two rows, with their sizes as symbols
+
+
+def test_a_compiled_model_runs_at_the_size_of_the_block_around():
+    torch._dynamo.reset()
+    model = two_layers()
+    compiled = torch.compile(model, backend="eager")
+    for row in (*model.frontier, *model.frontier):
+        with model.at_budget(row["name"]), torch.no_grad():
+            assert difference(compiled(IDS).logits, logits(model, row["name"])) < 1e-5
+    assert difference(compiled(IDS).logits, logits(model, "1")) < 1e-5
 
 
 def test_one_graph_for_each_row_in_training():
