@@ -1,0 +1,37 @@
+"""docs/refused.md is true: every entry has a message of the code and a test that asks for the refusal."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROWS = [
+    [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+    for line in (ROOT / "docs" / "refused.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ") and "::" in line
+]
+
+
+def messages() -> str:
+    """All strings of the two packages, of those with values in them the parts between."""
+    files = [*(ROOT / "modeling_flextron").glob("*.py"), *(ROOT / "trainer" / "flextron_trainer").rglob("*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_there_are_entries():
+    assert len(ROWS) > 3 and all(len(row) == 5 for row in ROWS), [row for row in ROWS if len(row) != 5]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[-1].strip("`"))
+def test_an_entry_has_a_message_and_a_test(row):
+    *_, words, test = row
+    assert words.strip("`") in messages()
+    file, name = test.strip("`").split("::")
+    source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    functions = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    assert name in functions, f"{file} has no {name}"
+    assert re.search(r"raises|refuse|exit_code|returncode", ast.unparse(functions[name]))
