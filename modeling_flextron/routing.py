@@ -114,8 +114,8 @@ def repaired(
             return cost(choices.after(step).subnetwork(config)) - now
         sizes = {"mlp": choices.mlp[step.layer], "heads": choices.heads[step.layer]}
         after = {**sizes, step.axis: step.size}
-        more = cost.layer(choices.hidden, after["mlp"], after["heads"])
-        return more - cost.layer(choices.hidden, sizes["mlp"], sizes["heads"])
+        more = cost.at(step.layer, choices.hidden, after["mlp"], after["heads"])
+        return more - cost.at(step.layer, choices.hidden, sizes["mlp"], sizes["heads"])
 
     for up in (False, True):
         while up or now > limit:

@@ -109,16 +109,22 @@ class Cost:
 
     Args:
         rest: Hidden size -> what is outside of the layers.
-        layer: Hidden size, `mlp` and `heads` -> what is in a layer.
+        layer: Hidden size, `mlp` and `heads` -> what is in a layer, whichever it is.
+        cache: Index of a layer and its `heads` -> what is in that layer besides: windows differ between layers.
     """
 
     rest: Callable[[int], float]
     layer: Callable[[int, Any, int], Any]
+    cache: Callable[[int, int], float] = lambda layer, heads: 0
+
+    def at(self, layer: int, hidden: int, mlp: Any, heads: int) -> Any:
+        """Of one layer, given its index."""
+        return self.layer(hidden, mlp, heads) + self.cache(layer, heads)
 
     def __call__(self, subnetwork: SubNetwork) -> Any:
         """Of a whole sub-network."""
-        sizes = zip(subnetwork.mlp, subnetwork.heads, strict=True)
-        return self.rest(subnetwork.hidden) + sum(self.layer(subnetwork.hidden, mlp, heads) for mlp, heads in sizes)
+        places = zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True)
+        return self.rest(subnetwork.hidden) + sum(self.at(i, subnetwork.hidden, mlp, heads) for i, mlp, heads in places)
 
 
 def parameters_of(config, embeddings: bool = True) -> Cost:
@@ -148,11 +154,11 @@ def parameters_of(config, embeddings: bool = True) -> Cost:
 def memory_of(config) -> Cost:
     """Bytes of the weights in the dtype of the config, and of the KV cache that memory budgets reserve."""
     weights, size, context = parameters_of(config), bytes_per_value(config.dtype), memory_context(config)
-
-    def layer(hidden: int, mlp: int, heads: int) -> float:
-        return size * (weights.layer(hidden, mlp, heads) + 2 * config.kv_heads(heads) * config.head_dim * context)
-
-    return Cost(lambda hidden: size * weights.rest(hidden), layer)
+    return Cost(
+        lambda hidden: size * weights.rest(hidden),
+        lambda hidden, mlp, heads: size * weights.layer(hidden, mlp, heads),
+        lambda layer, heads: size * _kv_values(config, heads) * cached_tokens(config, layer, context),
+    )
 
 
 def count_parameters(config, subnetwork: SubNetwork, embeddings: bool = True) -> int:
@@ -169,7 +175,21 @@ def count_parameters(config, subnetwork: SubNetwork, embeddings: bool = True) ->
 
 def kv_values_per_token(config, subnetwork: SubNetwork) -> int:
     """Numbers that the KV cache keeps for one token, over all kept layers."""
-    return sum(2 * config.kv_heads(heads) * config.head_dim for heads in subnetwork.heads)
+    return sum(_kv_values(config, heads) for heads in subnetwork.heads)
+
+
+def _kv_values(config, heads: int) -> int:
+    """Numbers that the KV cache keeps for one token in a layer that runs `heads` query heads."""
+    return 2 * config.kv_heads(heads) * config.head_dim
+
+
+def cached_tokens(config, layer: int, context: int, static: bool = False) -> int:
+    """Tokens that the KV cache of a layer keeps of `context`; see `kv_cache_bytes`."""
+    if config.layer_types[layer] != "sliding_attention":
+        return context
+    if static:
+        return min(context, config.sliding_window)
+    return min(context, config.sliding_window - 1 or context)  # a window of one keeps everything
 
 
 def weight_bytes(config, subnetwork: SubNetwork, dtype: torch.dtype | None = None) -> int:
@@ -177,9 +197,23 @@ def weight_bytes(config, subnetwork: SubNetwork, dtype: torch.dtype | None = Non
     return count_parameters(config, subnetwork) * bytes_per_value(dtype or config.dtype)
 
 
-def kv_cache_bytes(config, subnetwork: SubNetwork, context: int, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the KV cache of one sequence of `context` tokens."""
-    return kv_values_per_token(config, subnetwork) * context * bytes_per_value(dtype or config.dtype)
+def kv_cache_bytes(
+    config, subnetwork: SubNetwork, context: int, dtype: torch.dtype | None = None, static: bool = False
+) -> int:
+    """Bytes of the KV cache of one sequence of `context` tokens, of which sliding layers keep their windows.
+
+    Args:
+        config: The `FlextronConfig` of the model that contains it.
+        subnetwork: What fills the cache.
+        context: Tokens that were read; of a static cache those that it has room for.
+        dtype: Of keys and values (default: the dtype of the config).
+        static: Of a `StaticCache` instead of a `DynamicCache`, which keeps one token less of a window.
+    """
+    values = sum(
+        _kv_values(config, heads) * cached_tokens(config, layer, context, static)
+        for layer, heads in zip(subnetwork.layers, subnetwork.heads, strict=True)
+    )
+    return values * bytes_per_value(dtype or config.dtype)
 
 
 def flops_per_token(config, subnetwork: SubNetwork, context: int = 0) -> int:
@@ -304,8 +338,12 @@ def resolve(config, budget: Any) -> SubNetwork:
     return _within(config, budget, parsed)
 
 
-def cost_of(config, kind: str) -> Cost:
-    """What a kind of budget limits: non-embedding parameters of a `fraction`, `parameters`, `memory`, `latency`."""
+def cost_of(config, kind: str, asked: Any, argument: str = "flextron_budget") -> Cost:
+    """What a kind of budget limits: non-embedding parameters of a `fraction`, `parameters`, `memory`, `latency`.
+
+    Raises:
+        ValueError: there is no latency table; the message names what was `asked` for in which `argument`.
+    """
     if kind == "memory":
         return memory_of(config)
     if kind != "latency":
@@ -313,7 +351,7 @@ def cost_of(config, kind: str) -> Cost:
     table = config.latency_table()
     if table is None:
         raise invalid(
-            "flextron_budget", "latency", "This model has no latency table, which a latency budget needs.",
+            argument, asked, "This model has no latency table, which a latency budget needs.",
             "Make one on this machine with `flextron measure`, or pass a fraction such as 0.5.",
         )  # fmt: skip
     return table.cost()
@@ -325,17 +363,22 @@ def row_cost(config, row: dict, kind: str) -> int:
         return row["non_embedding_parameters"]
     if kind == "parameters":
         return row["parameters"]
-    return (row["parameters"] + row["kv_values_per_token"] * memory_context(config)) * bytes_per_value(config.dtype)
+    if row["subnetwork"] is not None:
+        return memory_of(config)(_exact(config, row["subnetwork"]))
+    # Its layers are not known here: each keeps as many tokens as those of what is built do on average.
+    cache = kv_cache_bytes(config, config.built, memory_context(config))
+    cache = cache * row["kv_values_per_token"] // kv_values_per_token(config, config.built)
+    return row["parameters"] * bytes_per_value(config.dtype) + cache
 
 
 def memory_context(config) -> int:
-    """Tokens of KV cache that memory budgets reserve: no more than a table of positions allows."""
-    return min(config.flextron_context, config.max_position_embeddings if config.learned_positions else math.inf)
+    """Tokens of KV cache that memory budgets reserve: no more than the model has positions."""
+    return min(config.flextron_context, config.max_position_embeddings)
 
 
 def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
     """The sub-network for a limit on what it costs: the best row of the frontier, or what the router chooses."""
-    cost = cost_of(config, parsed.kind)
+    cost = cost_of(config, parsed.kind, budget)
     limit = parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
 
     def row_of(row: dict) -> float:

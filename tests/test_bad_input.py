@@ -271,7 +271,7 @@ def test_messages_say_what_is_needed():
     config = FlextronConfig(**GROUPED)
     with pytest.raises(ValueError, match=r"smallest row of the frontier, '1', costs .* non-embedding parameters"):
         config.resolve(0.01)
-    with pytest.raises(ValueError, match="flextron measure"):
+    with pytest.raises(ValueError, match=r"`flextron_budget`='25ms' .*flextron measure"):
         config.resolve("25ms")
     with pytest.raises(ValueError, match="flextron train --stage router"):
         config.resolve("auto")

@@ -67,7 +67,7 @@ def test_choices_are_encoded_and_decoded(config):
         assert tuple(kept.nonzero().flatten().tolist()) == config.kept_layers(choices.depth)
 
 
-@pytest.mark.parametrize("variant", ["mha-tied-biased", "gqa-wide-heads", "gpt2", "neox"])
+@pytest.mark.parametrize("variant", ["mha-tied-biased", "gqa-wide-heads", "qwen2", "gpt2", "neox"])
 def test_expected_costs_are_exact_for_real_networks_and_have_gradients(variant):
     config = elastic_of(variant).config
     places = Places(config)

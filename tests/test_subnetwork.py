@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import all_sizes, elastic_of
+from transformers import DynamicCache, StaticCache
 
 from modeling_flextron import (
     FlextronConfig,
@@ -14,7 +15,7 @@ from modeling_flextron import (
     kv_cache_bytes,
     weight_bytes,
 )
-from modeling_flextron.subnetwork import parse_budget
+from modeling_flextron.subnetwork import memory_of, parse_budget, row_cost
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,54 @@ def test_gqa_keeps_its_cache_and_mha_shrinks_it():
     assert [mha.kv_heads(heads) for heads in (4, 2)] == [4, 2]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 20], ids=["within the windows", "beyond them"])
+def test_kv_bytes_are_those_of_the_caches_of_transformers(elastic, length):
+    """At every size, also of a model that holds a part; windows are of 7 tokens."""
+    ids = torch.arange(1, length + 1)[None]
+    part = type(elastic)(elastic.config.narrowed(elastic.resolve_budget({"mlp": [96, 48, 24], "layers": 3})))
+    for model in (elastic, part):
+        for sub in all_sizes(model, 3):
+            for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=length)):
+                model(ids, past_key_values=cache, use_cache=True, flextron_budget=sub)
+                filled = [layer for layer in cache.layers if layer.is_initialized]
+                real = sum(tensor.nbytes for layer in filled for tensor in (layer.keys, layer.values))
+                static = isinstance(cache, StaticCache)
+                assert kv_cache_bytes(model.config, sub, length, torch.float32, static=static) == real
+
+
+def test_memory_budgets_know_windows_and_positions():
+    mistral = FlextronConfig(  # the shape of Mistral-7B-v0.1
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096, dtype="bfloat16",
+        layer_types=["sliding_attention"] * 32, flextron_context=32768,
+    )  # fmt: skip
+    cache = 2 * 32 * 8 * 128 * 2
+    assert kv_cache_bytes(mistral, mistral.built, 32768) == 4095 * cache
+    assert kv_cache_bytes(mistral, mistral.built, 32768, static=True) == 4096 * cache
+    expected = weight_bytes(mistral, mistral.built) + 4095 * cache
+    assert memory_of(mistral)(mistral.built) == row_cost(mistral, mistral.frontier[0], "memory") == expected
+    assert mistral.resolve(f"{expected / 2**20}MiB") == mistral.built
+    short = FlextronConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, dtype="float32",
+    )  # fmt: skip
+    assert memory_of(short)(short.built) == weight_bytes(short, short.built) + kv_cache_bytes(short, short.built, 512)
+
+
+@pytest.mark.parametrize("variant", ["mha", "gqa-wide-heads", "mistral", "qwen2"])
+def test_rows_that_are_not_held_still_cost_memory(variant):
+    """By the numbers that they have beside their names, for a message that says how to reload."""
+    model = elastic_of(variant)
+    config = model.config
+    part = config.narrowed(config.resolve({**config.frontier[1]["subnetwork"], "layers": len(config.layer_types)}))
+    row = part.frontier[0]
+    assert row["subnetwork"] is None
+    assert row_cost(part, row, "memory") == row_cost(config, config.frontier[0], "memory")
+    with pytest.raises(ValueError, match=f"means row {row['name']!r}, which is not among the weights"):
+        part.resolve("1GiB")
+
+
 class TestResolve:
     @pytest.fixture(scope="class")
     def model(self):
@@ -101,7 +150,7 @@ class TestResolve:
     def test_memory_is_weights_and_cache(self, model):
         config = model.config
         small = config.resolve("small")
-        need = weight_bytes(config, small) + kv_cache_bytes(config, small, config.flextron_context)
+        need = weight_bytes(config, small) + kv_cache_bytes(config, small, 128)  # all its positions
         assert config.resolve(f"{need / 2**20}MiB") == small
         with pytest.raises(ValueError, match="smallest row of the frontier, 'small', costs"):
             config.resolve(f"{need / 2**20 - 0.001}MiB")
@@ -109,7 +158,7 @@ class TestResolve:
     def test_memory_depends_on_dtype_and_context(self, model):
         values = model.config.to_dict()
         medium = model.config.resolve("medium")
-        need = weight_bytes(model.config, medium) + kv_cache_bytes(model.config, medium, 4096)
+        need = weight_bytes(model.config, medium) + kv_cache_bytes(model.config, medium, 128)
         half = FlextronConfig.from_dict({**values, "dtype": "bfloat16"})
         assert half.resolve(f"{need / 2 / 2**20}MiB") == half.resolve("medium")
         short = FlextronConfig.from_dict(values, flextron_context=0)

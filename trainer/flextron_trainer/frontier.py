@@ -104,7 +104,8 @@ def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: 
 def _limit(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
     """What a budget counts, and how much of it there may be."""
     parsed = parse_budget(budget)
-    return cost_of(config, parsed.kind), parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
+    whole = config.parent_size() if parsed.kind == "fraction" else 1
+    return cost_of(config, parsed.kind, budget), parsed.value * whole
 
 
 @torch.no_grad()

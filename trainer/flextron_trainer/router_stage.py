@@ -52,7 +52,8 @@ class RouterStage:
     def __init__(self, model: FlextronForCausalLM, args: FlextronTrainingArguments, steps: int):
         self.model, self.args, self.steps = model, args, max(1, steps)
         config = model.config
-        self.cost = cost_of(config, "fraction" if args.router_cost == "parameters" else "latency")
+        kind = "fraction" if args.router_cost == "parameters" else "latency"
+        self.cost = cost_of(config, kind, args.router_cost, "router_cost")
         self.whole = float(self.cost(config.built))
         self.budgets = self._budgets()
         self.learner: SurrogateLearner | None = None

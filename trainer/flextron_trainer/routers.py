@@ -90,12 +90,15 @@ class ExpectedCost:
             )
             / full
         )
+        cache = [[float(cost.cache(layer, a)) for a in heads] for layer in range(places.layers)]
+        self.cache = torch.tensor(cache) / full  # [layers, heads]
 
     def __call__(self, flat: torch.Tensor) -> torch.Tensor:
         """Expected cost `[N]`."""
         hidden, _, *rest = self.places.split(flat)
         mlp = torch.stack(rest[: self.places.layers], dim=1) @ self.mlp.T.to(flat)  # [N, layers, hidden]
-        heads = torch.stack(rest[self.places.layers :], dim=1) @ self.heads.T.to(flat)
+        chosen = torch.stack(rest[self.places.layers :], dim=1)
+        heads = chosen @ self.heads.T.to(flat) + (chosen * self.cache.to(flat)).sum(dim=-1, keepdim=True)
         layers = (self.places.keep(flat)[..., None] * (mlp + heads)).sum(dim=1)
         return (hidden * (self.rest.to(flat) + layers)).sum(dim=-1)
 
