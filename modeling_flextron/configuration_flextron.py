@@ -12,6 +12,8 @@ import copy
 import math
 import os
 import re
+import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -22,10 +24,14 @@ from .errors import invalid, require_int
 from .families import family_of
 from .latency import LatencyTable, copy_tables, table_of
 from .levels import check_levels, index_name, level_of
+from .measured import Measured, check_measured, forget, record, unmeasured
 from .routing import StaticRouter, check_static_router, narrowed_router
 from .subnetwork import (
     AXES,
+    TOLERANCE,
+    Budget,
     SubNetwork,
+    budget_of_name,
     count_parameters,
     kv_values_per_token,
     parse_budget,
@@ -42,7 +48,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_flextron.FlextronForSequenceClassification",
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
-ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", "loss", "metrics")
+ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", *unmeasured())
 TABLE_FIELDS = ("device", "kind", "dtype", "batch", "context")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NORMS = ("rms", "layer")
@@ -93,7 +99,8 @@ class FlextronConfig(PreTrainedConfig):
             in the order in which depth drops them.
         frontier: Recommended sub-networks, largest first. A row holds `name`, `subnetwork` (or None when only a
             larger checkpoint has its weights), exact `parameters`, `non_embedding_parameters` and
-            `kv_values_per_token`, the evaluation `loss` in nats per token when it was measured, and free `metrics`.
+            `kv_values_per_token`, the evaluation `loss` in nats per token when it was measured, free `metrics`, and
+            in `measured` what these were measured on (`record` writes them, `forget_measurements` erases them).
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
         flextron_budget: Which sub-network to build: a value of the budget grammar, see `subnetwork.py`.
         flextron_context: Tokens of KV cache that memory budgets reserve.
@@ -290,7 +297,7 @@ class FlextronConfig(PreTrainedConfig):
 
     # ------------------------------------------------------------------------------------------- changing
 
-    def row(self, name: str, subnetwork: SubNetwork, loss: float | None = None) -> dict[str, Any]:
+    def row(self, name: str, subnetwork: SubNetwork) -> dict[str, Any]:
         """A row of the frontier with the exact costs of `subnetwork`."""
         return {
             "name": name,
@@ -298,12 +305,60 @@ class FlextronConfig(PreTrainedConfig):
             "parameters": count_parameters(self, subnetwork),
             "non_embedding_parameters": count_parameters(self, subnetwork, embeddings=False),
             "kv_values_per_token": kv_values_per_token(self, subnetwork),
-            "loss": loss,
-            "metrics": {},
+            **unmeasured(),
         }
 
+    def record(
+        self,
+        figures: Mapping[str, Mapping[str, float]],
+        *,
+        text: str | None,
+        split: str | None = None,
+        tokens: int | None = None,
+        version: str = VERSION,
+    ) -> None:
+        """Write figures that were just measured on one text, and what that was; today's date is written with them.
+
+        What another text gave under the same names is erased in all rows: a column is of one text.
+
+        Args:
+            figures: Name of a row, or `"auto:0.5"` -> name -> value: `loss` in nats per token, others as
+                `accuracy`, or `task/metric` where texts have metrics of the same name.
+            text: Name of the text or task: without a path, as everybody can read it; None where it is unknown.
+            split: Split of it.
+            tokens: How many tokens counted.
+            version: Of the code that measured.
+
+        Raises:
+            ValueError: these weights do not hold such a row.
+        """
+        rows = self._measurable()
+        held = [name for name, row in rows.items() if row.get("subnetwork", row) is not None]
+        for name in figures:
+            if name not in held:
+                rule = f"What can be measured are {', '.join(held)}."
+                raise invalid("figures", name, rule, "Write figures of the rows that these weights hold.")
+        record(rows, figures, Measured(text, split, tokens, time.strftime("%Y-%m-%d"), version))
+
+    def forget_measurements(self, only_routed: bool = False) -> None:
+        """Erase every measured figure, as the weights are about to change.
+
+        Args:
+            only_routed: Those of token routing alone: no other size runs its routers.
+        """
+        rows = self._measurable().values()
+        forget(row for row in rows if not only_routed or "target" in row)
+
+    def _measurable(self) -> dict[str, dict[str, Any]]:
+        """What has measured figures: the rows, and the targets of token routing as `"auto:0.5"`."""
+        targets = (self.token_routing or {"targets": []})["targets"]
+        rows = {row["name"]: row for row in self.frontier}
+        return rows | {f"auto:{entry['target']:g}": entry for entry in targets}
+
     def resize_vocabulary(self, before: int) -> None:
-        """Bring the costs in the frontier up to date when `vocab_size` was `before`."""
+        """Bring the frontier up to date when `vocab_size` was `before`: other costs, and figures of other logits."""
+        if self.vocab_size != before:
+            self.forget_measurements()
         for row in self.frontier:
             if row["subnetwork"] is None:  # its sizes are not known here, but what share of it are embeddings
                 embeddings = row["parameters"] - row["non_embedding_parameters"]
@@ -369,6 +424,8 @@ class FlextronConfig(PreTrainedConfig):
             check_static_router(self, self.static_router)
         if self.token_routing is not None:
             check_token_routing(self, self.token_routing)
+        if self.parent_non_embedding_parameters is not None:
+            require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
         self.frontier = self._full_frontier()
         self._check_frontier(update)
         if self.levels is not None:
@@ -376,8 +433,6 @@ class FlextronConfig(PreTrainedConfig):
         self.flextron_budget = _plain(self.flextron_budget)
         parse_budget(self.flextron_budget)
         require_int("flextron_context", self.flextron_context, minimum=0)
-        if self.parent_non_embedding_parameters is not None:
-            require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
         self._check_origin()
 
     def _check_origin(self) -> None:
@@ -393,6 +448,9 @@ class FlextronConfig(PreTrainedConfig):
         runs = self.training_runs
         if runs is not None and not (isinstance(runs, list) and all(isinstance(run, dict) for run in runs)):
             raise invalid("training_runs", runs, "It lists the arguments of every run.", "Pass a list of dicts.")
+        for run in runs or []:
+            for count in {"steps", "tokens"} & set(run):
+                require_int(f"training_runs[{count!r}]", run[count], minimum=0)
         version = self.flextron_version
         if version is not None and not (_is_text(version) and re.fullmatch(r"\d+(\.\d+)*", version)):
             raise invalid("flextron_version", version, "It is numbers with dots between.", "Leave it out.")
@@ -517,23 +575,31 @@ class FlextronConfig(PreTrainedConfig):
             raise invalid("frontier", self.frontier, "It is a list of rows.", "Pass None for the full size alone.")
         return self.frontier
 
+    def _may_mean(self, named: Budget, row: dict[str, Any]) -> bool:
+        """Whether a row costs what its name says. Embeddings, context and dtype do not count: they change later."""
+        whole = {"fraction": self.parent_size(), "parameters": 1}.get(named.kind)
+        return whole is None or row["non_embedding_parameters"] <= TOLERANCE * named.value * whole
+
     def _check_frontier(self, update: bool) -> None:
-        names = set()
+        names = set[str]()
+        meanings = set[Budget]()
         for i, row in enumerate(self.frontier):
             at = f"frontier[{i}]"
-            if not isinstance(row, dict) or set(row) != set(ROW_FIELDS):
+            if not isinstance(row, dict) or {*row, "measured"} != set(ROW_FIELDS):  # which older ones do not have
                 raise invalid(at, row, f"A row has the fields {', '.join(ROW_FIELDS)}.", "Build it with `config.row`.")
-            name, loss = row["name"], row["loss"]
+            name = row["name"]
             if not isinstance(name, str) or not name or name in names:
                 rule = "Every row has a name of its own."
                 raise invalid(f"{at}['name']", name, rule, "Pass a non-empty string that no other row has.")
             names.add(name)
-            if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
-                raise invalid(f"{at}['loss']", loss, "It is in nats per token.", "Pass a finite number or None.")
-            if not isinstance(row["metrics"], dict):
-                raise invalid(f"{at}['metrics']", row["metrics"], "It maps names to values.", "Pass a dict.")
+            check_measured(at, row)
             for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
                 require_int(f"{at}[{key!r}]", row[key])
+            meaning = budget_of_name(name)
+            if meaning is None or meaning in meanings or not self._may_mean(meaning, row):
+                rule = "A row is reached by its name, and this one means something else."
+                raise invalid(f"{at}['name']", name, rule, "Begin it with a letter, such as 'small'.")
+            meanings.add(meaning)
             if row["subnetwork"] is None:
                 continue
             if not isinstance(row["subnetwork"], dict):

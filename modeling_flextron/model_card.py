@@ -1,14 +1,15 @@
 """The README of a repo, written from what was measured, with a plot of the frontier beside it.
 
 It is a part of the model package, so that a model whose code came from the Hub pushes with its card too. All that it
-says is in the config, in the saved folder, or follows from the sizes.
+says is in the config, in the saved folder, or follows from the sizes. What others wrote there, such as names, gets in
+only through the functions of `markdown.py`.
 """
 
 import importlib.metadata
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from .configuration_flextron import VERSION, FlextronConfig
 from .extraction import stock_sizes
 from .latency import LatencyTable
 from .levels import row_bytes
+from .markdown import code, line_of_cells, literal, plain, table_of_cells
+from .measured import Measured, figures_of, measured_on
 from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
 
 TASKS = {
@@ -101,15 +104,19 @@ def write_model_card(
     """
     folder = Path(folder)
     title = (repo or folder.resolve().name).rpartition("/")[2]
-    measured = [row for row in model.frontier if row["loss"] is not None]
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in model.frontier:
+        if row["loss"] is not None:
+            label = f"{title}, on {measured_on(row, 'loss').label}"
+            curves.setdefault(label, []).append((row["parameters"], row["loss"]))
     saved, plotted = FlextronConfig.from_pretrained(folder), False
-    if measured:
+    if curves:
         with write_file_beside(folder / PLOT) as path:
-            plotted = plot_frontier({title: [(row["parameters"], row["loss"]) for row in measured]}, path)
+            plotted = plot_frontier(curves, path)
     else:
         (folder / PLOT).unlink(missing_ok=True)
     text = TEMPLATE.format(
-        title=title,
+        title=plain(title),
         parent=parent_of(model.config),
         paper=PAPER,
         frontier=frontier_table(model, row_bytes(folder, saved), _tables(model.config, folder)),
@@ -133,24 +140,51 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
         tables: Latency tables, each of which gets a column of speed.
     """
     context = memory_context(model.config)
-    metrics = metric_columns([row["metrics"] for row in model.frontier])
-    heads = ["budget", "parameters", "download", "weights", f"KV cache, {context} tokens", "loss", "perplexity"]
-    heads += [*metrics, *(f"tokens/s, {table.device}, {table.conditions['dtype']}" for table in tables)]
+    figures = _figure_columns(model.frontier)
+    heads = ["budget", "parameters", "download", "weights", f"KV cache, {context} tokens"]
+    heads += [head for head, _ in figures]
+    heads += [plain(f"tokens/s, {table.device}, {table.conditions['dtype']}") for table in tables]
     lines = []
     for i, (row, subnetwork) in enumerate(_rows(model)):
-        loss = row["loss"]
         cells = [
-            f"`{row['name']}`",
+            code(row["name"]),
             f"{count_parameters(model.config, subnetwork):,}",
             _size(downloads[row["name"]]),
             _size(weight_bytes(model.config, subnetwork, model.dtype)),
             _size(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
-            *(["not measured", ""] if loss is None else [f"{loss:.4f}", f"{math.exp(min(loss, 700)):.2f}"]),
-            *(column[i] for column in metrics.values()),
+            *(column[i] for _, column in figures),
             *(f"{table.conditions['batch'] / table.predict(subnetwork):,.1f}" for table in tables),
         ]
         lines.append(cells)
     return table_of_cells(heads, lines)
+
+
+def _figure_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Head, and a cell for each row: what was measured, one text in a column, the losses first."""
+    result = []
+    for name, on in sorted(_measured(rows), key=lambda pair: pair[0] != "loss"):
+        figures = [figures_of(row) if measured_on(row, name) == on else {} for row in rows]
+        where = "" if name.startswith(f"{on.text}/") else f" on {on.label}"
+        cells = [_score(each.get(name), each.get(f"{name}_stderr")) or "not measured" for each in figures]
+        result.append((plain(name + where), cells))
+        if name == "loss":
+            cells = [f"{_perplexity(each[name]):.2f}" if name in each else "" for each in figures]
+            result.append((plain("perplexity" + where), cells))
+    return result or [("loss", ["not measured"] * len(rows))]
+
+
+def _measured(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Measured]]:
+    """The numbers that rows have, and on what each was measured; standard errors stand behind theirs."""
+    found = dict[tuple[str, Measured], None]()
+    for row in rows:
+        for name, value in figures_of(row).items():
+            if _is_number(value) and not name.endswith("_stderr"):
+                found[name, measured_on(row, name)] = None
+    return list(found)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 def metric_columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -161,11 +195,6 @@ def metric_columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]
         for name in found
         if not name.endswith("_stderr")
     }
-
-
-def table_of_cells(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of names and numbers."""
-    return "\n".join([_line(heads), "|---|" + "---:|" * (len(heads) - 1), *map(_line, lines)])
 
 
 def plot_frontier(
@@ -194,19 +223,16 @@ def plot_frontier(
         )
     axes.set_xlabel("parameters (millions)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=150)
     return True
 
 
 def _rows(model) -> list[tuple[dict[str, Any], SubNetwork]]:
     return [(row, model.config.resolve(row["subnetwork"])) for row in model.frontier]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _is_number(value: object) -> bool:
@@ -242,7 +268,7 @@ def _range(sizes: tuple[int, ...]) -> str:
 
 def _shape(row: dict[str, Any], subnetwork: SubNetwork) -> str:
     sizes = (len(subnetwork.layers), subnetwork.hidden, _range(subnetwork.mlp), _range(subnetwork.heads))
-    return _line([f"`{row['name']}`", *map(str, sizes)])
+    return line_of_cells([code(row["name"]), *map(str, sizes)])
 
 
 def parent_of(config) -> str:
@@ -252,14 +278,14 @@ def parent_of(config) -> str:
     if _is_repo(config.parent_name):
         name = f"[{config.parent_name}](https://huggingface.co/{config.parent_name})"
     else:
-        name = config.parent_name
+        name = plain(config.parent_name)
     terms = config.parent_license or {}
     licence = terms.get("license_name") or terms.get("license")
-    return f"{name} (licence: {licence})" if licence else name
+    return f"{name} (licence: {plain(licence)})" if licence else name
 
 
 def _is_repo(name: str) -> bool:
-    return name.count("/") == 1
+    return re.fullmatch(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+", name) is not None
 
 
 def _tables(config, folder: Path) -> list[LatencyTable]:
@@ -267,15 +293,28 @@ def _tables(config, folder: Path) -> list[LatencyTable]:
 
 
 def _notes(model, plotted: bool) -> str:
-    notes = [f"Bytes are for {str(model.dtype).removeprefix('torch.')}; loss is in nats per token on held-out text."]
+    notes = [f"Bytes are for {str(model.dtype).removeprefix('torch.')}; losses are in nats per token."]
     if model.config.latency_tables:
         notes.append("Tokens per second are those of decoding, from the measured latency tables in `latency/`.")
-    if any("/" in name for row in model.frontier for name in row["metrics"]):
-        notes.append("Columns `task/metric` are scores of lm-eval with their standard errors.")
-    for entry in (model.config.token_routing or {"targets": []})["targets"]:
-        loss = "not measured" if entry["loss"] is None else f"{entry['loss']:.4f}"
+    targets = (model.config.token_routing or {"targets": []})["targets"]
+    for entry in targets:
+        loss = "not measured"
+        if entry["loss"] is not None:
+            loss = f"{entry['loss']:.4f} on {plain(measured_on(entry, 'loss').label)}"
         notes.append(f"`auto:{entry['target']:g}`, where every token chooses its sizes, has loss {loss}.")
-    return " ".join(notes) + (f"\n\n![loss against parameters]({PLOT})" if plotted else "")
+    sources: dict[Measured, list[str]] = {}
+    for name, on in _measured([*model.frontier, *targets]):
+        sources.setdefault(on, []).append(plain(name))
+    lines = [f"- {', '.join(dict.fromkeys(names))}: {_source(on)}" for on, names in sources.items()]
+    measured = "\n\nWhat was measured on what:\n\n" + "\n".join(lines) if lines else ""
+    return " ".join(notes) + measured + (f"\n\n![loss against parameters]({PLOT})" if plotted else "")
+
+
+def _source(on: Measured) -> str:
+    """What figures were measured on, when, and by which code."""
+    tokens = None if on.tokens is None else f"{on.tokens:,} tokens"
+    parts = (plain(on.label), tokens, on.date and plain(on.date), on.version and f"by Flextron {plain(on.version)}")
+    return ", ".join(part for part in parts if part)
 
 
 def _training(config) -> str:
@@ -283,7 +322,9 @@ def _training(config) -> str:
         return "Not trained after conversion: the smaller sizes are plain slices of the parent."
     parts = []
     for run in config.training_runs:
-        changed = "\n".join(f"- `{key}`: `{value}`" for key, value in run.items() if key not in ("tokens", "steps"))
+        changed = "\n".join(
+            f"- {code(key)}: {code(value)}" for key, value in run.items() if key not in ("tokens", "steps")
+        )
         amount = f" on {_tokens(run['tokens'])} tokens" if "tokens" in run else ""
         amount += f" in {run['steps']:,} steps" if "steps" in run else ""
         parts.append(f"`FlextronTrainer`{amount}, with these arguments that differ from their defaults:\n\n{changed}")
@@ -305,17 +346,20 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
     config, task = model.config, TASKS[model._auto_class]
     results = []
     for row in model.frontier:
-        scores = {} if row["loss"] is None else {"perplexity": math.exp(min(row["loss"], 700))}
-        scores |= {name: value for name, value in row["metrics"].items() if _is_number(value)}
-        for name, value in scores.items():
-            if name.endswith("_stderr"):
-                continue
+        for name, on in _measured([row]):
+            if on.text is None:
+                continue  # a claim that nobody could check
             data, _, metric = name.rpartition("/")
+            value = figures_of(row)[name]
+            if metric == "loss":
+                metric, value = "perplexity", _perplexity(value)
             results.append(
                 EvalResult(
                     task_type=task,
-                    dataset_type=data.partition("/")[0] or "text",
-                    dataset_name=data or "held-out text",
+                    dataset_type=on.text,
+                    dataset_name=data or on.text,
+                    dataset_split=on.split,
+                    dataset_args={key: getattr(on, key) for key in ("tokens", "date", "version")},
                     metric_type=metric,
                     metric_name=f"{metric} at flextron_budget={row['name']}",
                     metric_value=round(value, 4),
@@ -334,8 +378,8 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
 
 def _uses(model, repo: str, tokenizer: bool) -> dict[str, str]:
     """The snippets of the card, by their places in the template."""
-    names = [json.dumps(row["name"]) for row, _ in _rows(model)]
-    small, auto, where = names[-1], model._auto_class, f"{json.dumps(repo)}, trust_remote_code=True"
+    names = [literal(row["name"]) for row, _ in _rows(model)]
+    small, auto, where = names[-1], model._auto_class, f"{literal(repo)}, trust_remote_code=True"
     causal = auto == "AutoModelForCausalLM"
     run = "generate(**inputs, max_new_tokens=20" if causal else "model(**inputs"
     if tokenizer:
@@ -358,8 +402,8 @@ with model.at_budget({small}):
 model.set_budget({small})  # from now on
 model.set_budget(None)  # everything again"""
     draft = f"outputs = model.generate(**inputs, max_new_tokens=20, assistant_model=model.share({small}))"
-    causal_part = CAUSAL.format(draft=_code(draft), export=_code(_export(model, repo))) if causal else ""
-    return {"load": _code(load), "switch": _code(switch), "causal": causal_part}
+    causal_part = CAUSAL.format(draft=_block(draft), export=_block(_export(model, repo))) if causal else ""
+    return {"load": _block(load), "switch": _block(switch), "causal": causal_part}
 
 
 def _export(model, repo: str) -> str:
@@ -373,9 +417,9 @@ def _export(model, repo: str) -> str:
             continue
         name, pad = row["name"], ""
         break
-    target = json.dumps(f"{repo.rpartition('/')[2]}-{name}")
-    return f"model.extract({json.dumps(name)}{pad}).save_pretrained({target})"
+    folder = re.sub(r"[^\w.-]+", "-", f"{repo.rpartition('/')[2]}-{name}")
+    return f"model.extract({literal(name)}{pad}).save_pretrained({literal(folder)})"
 
 
-def _code(text: str) -> str:
+def _block(text: str) -> str:
     return f"```python\n{text}\n```"

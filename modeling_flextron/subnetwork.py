@@ -24,6 +24,7 @@ from .errors import invalid
 
 AXES = ("mlp", "heads", "hidden", "depth")
 CLOSE = 0.98  # a sub-network that uses so much of a budget uses it
+TOLERANCE = 1.01  # of what a row may cost of the budget by which it is called: norms do not halve
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,16 @@ def _parse_text(text: str) -> Budget:
     return Budget("name", stripped)
 
 
+def budget_of_name(name: str) -> Budget | None:
+    """What the name of a row means as a budget; None where the row cannot be reached by it, whatever its size."""
+    try:
+        parsed = parse_budget(name)
+    except ValueError:
+        return None
+    reached = parsed.value == name if parsed.kind == "name" else parsed.kind in ("fraction", "parameters", "memory")
+    return parsed if reached else None
+
+
 def _positive(text: str, number: float) -> float:
     if number <= 0:
         raise invalid("flextron_budget", text, "A budget must be positive.", _FORMS)
@@ -390,12 +401,13 @@ def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
     built = cost(config.built)
     others = [row for row in config.frontier if parsed.kind != "latency" and not row["subnetwork"]]
     rows = [row for row in config.frontier if row["subnetwork"]] + [row for row in others if row_of(row) > built]
-    fitting = {row["name"]: row for row in rows if row_of(row) <= limit}
+    own = [row for row in rows if budget_of_name(row["name"]) == parsed and row_of(row) <= TOLERANCE * limit]
+    fitting = {row["name"]: row for row in rows if row_of(row) <= limit} | {row["name"]: row for row in own}
     chosen = None
     if fitting:
         most = max(row["non_embedding_parameters"] for row in fitting.values())
-        alike = [row for row in fitting.values() if row["non_embedding_parameters"] >= CLOSE * most]
-        best = max(alike, key=lambda row: row["non_embedding_parameters"])
+        alike = [row for row in fitting.values() if row in own or row["non_embedding_parameters"] >= CLOSE * most]
+        best = max(own or alike, key=lambda row: row["non_embedding_parameters"])
         if all(row["loss"] is not None for row in alike):
             best = min(alike, key=lambda row: row["loss"])
         chosen = _held(config, budget, best)

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from .errors import invalid
+from .measured import check_measured, unmeasured
 from .subnetwork import SubNetwork, parameters_of
 
 FEW = 16  # tokens for which sorting costs more than it saves
-TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", "loss")
+TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", *unmeasured())
 
 
 @dataclass(frozen=True)
@@ -277,13 +278,20 @@ def check_token_routing(config: Any, stored: Any) -> None:
         if not isinstance(sizes, list) or not sizes or sorted(set(sizes), reverse=True) != sizes:
             raise invalid(f"token_routing[{axis!r}]", sizes, "The sizes descend strictly.", remedy)
     entries = stored["targets"]
-    if not isinstance(entries, list) or not entries or any(set(entry) != set(TARGET_FIELDS) for entry in entries):
+    older = unmeasured()  # had a loss alone
+    if (
+        not isinstance(entries, list)
+        or not entries
+        or any(not isinstance(entry, dict) or older.keys() | entry.keys() != set(TARGET_FIELDS) for entry in entries)
+    ):
         rule = f"It is a list of entries with {', '.join(TARGET_FIELDS)}."
         raise invalid("token_routing['targets']", entries, rule, remedy)
     targets = [entry["target"] for entry in entries]
     if sorted(set(targets)) != targets or not targets[0] > 0 or not targets[-1] <= 1:
         raise invalid("token_routing['targets']", targets, "The targets ascend between 0 and 1.", remedy)
-    for entry in entries:
+    for i, entry in enumerate(entries):
+        entry |= older | entry
+        check_measured(f"token_routing['targets'][{i}]", entry)
         if not config.built.contains(bounds_of(config, entry, entry["target"]).bounds):
             rule = f"The bounds of target {entry['target']} are not within the model."
             raise invalid("token_routing['targets']", entry, rule, remedy)

@@ -76,6 +76,19 @@ def test_depth_keeps_what_the_ranking_does_not_drop():
     assert config.kept_layers(3) == (0, 1, 2) and config.kept_layers(2) == (0, 2)
 
 
+def test_a_row_is_reached_by_its_own_name():
+    config = FlextronConfig(**SMALL)
+    sizes = {"0.9": 64, "0.95": 32, "40K": 64, "50000": 32, "9MB": 64, "10MiB": 32, "small": 32}
+    rows = [config.row(name, config.resolve({"mlp": mlp, "heads": 2})) for name, mlp in sizes.items()]
+    config = FlextronConfig(**SMALL, frontier=[*config.frontier, *rows])
+    for row in config.frontier:  # also those that are much smaller than what would fit into their budget
+        assert config.resolve(row["name"]) == config.resolve(row["subnetwork"])
+    for name, same in (("0.5", "0.50"), ("1K", "1000")):
+        two = [config.row(each, config.resolve({"mlp": 32, "heads": 2, "layers": 2})) for each in (name, same)]
+        with pytest.raises(ValueError, match=r"cannot be used\. A row is reached by its name"):
+            FlextronConfig(**SMALL, frontier=two)
+
+
 @pytest.mark.parametrize(("version", "word"), [("99.1", "the older"), ("0.0.9", "the newer"), (VERSION, None)])
 def test_says_which_code_runs(tmp_path, caplog, version, word):
     FlextronConfig(**SMALL).save_pretrained(tmp_path)

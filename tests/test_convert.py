@@ -202,6 +202,16 @@ class TestFrontier:
         assert 0 <= float(row["name"]) - fraction < 0.001
         assert elastic.resolve_budget(float(row["name"])) == elastic.resolve_budget(row["name"])
 
+    def test_a_row_made_for_a_budget_answers_to_it(self):
+        """Half of everything is a little more than half, because norms do not halve."""
+        elastic = convert(parent_of("mha"), DATA, mlp=[1, 0.5], heads=[1, 0.5], budgets=[1, 0.5])
+        row = elastic.frontier[-1]
+        assert row["name"] == "0.5" and 0.5 < row["non_embedding_parameters"] / elastic.config.parent_size() < 0.505
+        for budget in (0.5, "0.5", "0.50"):
+            assert elastic.resolve_budget(budget) == elastic.resolve_budget(row["subnetwork"]) != elastic.built
+        with pytest.raises(ValueError, match=r"smallest row of the frontier, '0\.5', costs"):
+            elastic.resolve_budget(0.499)
+
     def test_axes_are_mixed_by_loss_and_not_by_size(self, monkeypatch):
         """Among the largest networks within a budget the one with the lowest measured loss is taken."""
         import importlib

@@ -70,7 +70,7 @@ def test_plot(tmp_path):
 
 def test_card(tmp_path):
     elastic = elastic_of("mha")
-    evaluate_frontier(elastic, rows(2))
+    evaluate_frontier(elastic, rows(2), text="wiki")
     elastic.config.training_runs = [arguments(tmp_path, sampler="uniform").changed()]
     elastic.config.parent_name, elastic.config.parent_license = "them/parent", {"license": "apache-2.0"}
     elastic.save_pretrained(tmp_path)

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import elastic_of, flextron
 from huggingface_hub import ModelCard
 
 from flextron_trainer.demo import train_tokenizer
-from flextron_trainer.harness import flat_scores, task_manager
+from flextron_trainer.harness import evaluate_tasks, flat_scores, task_manager
+from modeling_flextron.configuration_flextron import VERSION
+from modeling_flextron.measured import measured_on
 from modeling_flextron.model_card import metric_columns, write_model_card
 
 FOUND = {
@@ -30,14 +33,15 @@ def test_scores_have_flat_names():
 
 def test_scores_are_in_the_card(tmp_path):
     elastic = elastic_of("mha")
-    for row in elastic.config.frontier[:2]:
-        row["metrics"] |= SCORES | {"note": "no number"}
+    for task in ("mc", "math", "group"):
+        scores = {name: value for name, value in SCORES.items() if name.startswith(task)}
+        elastic.config.record({row["name"]: scores for row in elastic.frontier[:2]}, text=task)
     elastic.save_pretrained(tmp_path)
     write_model_card(elastic, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert "| mc/acc | math/strict/exact_match | group/acc |" in card.text
-    assert card.text.count("| not measured |  | 0.5000 ± 0.2500 | 1.0000 | 0.7500 |") == 2
-    assert card.text.count("| not measured |  |  |  |  |") == 2 and "scores of lm-eval" in card.text
+    assert card.text.count("| 0.5000 ± 0.2500 | 1.0000 | 0.7500 |") == 2
+    assert card.text.count("| not measured | not measured | not measured |") == 2 and "- mc/acc: mc, " in card.text
     results = {
         (result.dataset_name, result.metric_type, result.metric_name): result.metric_value
         for result in card.data.eval_results
@@ -45,6 +49,33 @@ def test_scores_are_in_the_card(tmp_path):
     assert len(results) == 6  # no standard errors
     assert results["math/strict", "exact_match", "exact_match at flextron_budget=0.6"] == 1.0
     assert results["mc", "acc", "acc at flextron_budget=1"] == 0.5
+
+
+def test_scores_carry_their_task_its_split_and_what_ran_it(monkeypatch):
+    """With a stand-in for lm-eval, which is an optional package."""
+    runs = []
+
+    def simple_evaluate(harness, tasks, task_manager, limit):
+        runs.append(model.subnetwork)
+        return FOUND | {"configs": {"mc": {"test_split": None, "validation_split": "val"}, "math": {"test_split": "t"}}}
+
+    stand_in = SimpleNamespace(simple_evaluate=simple_evaluate)
+    monkeypatch.setitem(sys.modules, "lm_eval", stand_in)
+    monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **options: options))
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "7.0")
+    model = elastic_of("mha")
+    assert evaluate_tasks(model, None, ["mc", "math", "group"], None, budgets={"x": 0.6}) == {"x": SCORES}
+    assert all(row["metrics"] == {} for row in model.frontier)
+    evaluate_tasks(model, None, ["mc", "math", "group"], None)
+    assert runs[1:] == [model.resolve_budget(row["name"]) for row in model.frontier]
+    for row in model.frontier:
+        assert row["metrics"] == SCORES
+        on = {name: measured_on(row, name) for name in SCORES}
+        assert [(each.text, each.split) for each in on.values()] == [
+            ("mc", "val"), ("mc", "val"), ("math", "t"), ("group", None)
+        ]  # fmt: skip
+        assert {each.version for each in on.values()} == {f"{VERSION} with lm-eval 7.0"}
 
 
 def test_counts_and_numbers_in_a_table():

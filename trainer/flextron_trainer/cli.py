@@ -263,6 +263,7 @@ def train(
 
     from .arguments import FlextronTrainingArguments
     from .data import load_text, load_tokenizer, pack
+    from .evaluation import name_of
     from .plan import plan_memory
     from .presets import load_preset
     from .trainer import FlextronTrainer
@@ -303,20 +304,24 @@ def train(
     options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
     rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
     if eval_dataset is not None:
+        eval_text = name_of(eval_dataset)
         eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, **options)
     elif streaming:
+        eval_text = f"the first samples of {name_of(dataset)}, kept from training"
         eval_rows, rows = list(rows.take(STREAMED_EVAL_ROWS)), rows.skip(STREAMED_EVAL_ROWS)
         if next(iter(rows), None) is None:
             rule = f"Its first {len(eval_rows)} samples are for evaluation, and none is left to train on."
             raise invalid("dataset", dataset, rule, "Pass --eval-dataset, or leave out --streaming.")
     else:
+        eval_text = f"2 % of {name_of(dataset)}, kept from training"
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=arguments.data_seed or arguments.seed)
         rows, eval_rows = parts["train"], parts["test"]
     if streaming:
         rows = rows.shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=shuffle_buffer)
     trainer = FlextronTrainer(
-        model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
+        model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, eval_text=eval_text,
+        processing_class=tokenizer,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume or arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
     if arguments.push_to_hub:
@@ -363,10 +368,11 @@ def evaluate(
     from modeling_flextron import FlextronForCausalLM, count_parameters
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
-    from modeling_flextron.model_card import metric_columns, plot_frontier, table_of_cells, write_model_card
+    from modeling_flextron.markdown import table_of_cells
+    from modeling_flextron.model_card import metric_columns, plot_frontier, write_model_card
 
     from .data import load_text, load_tokenizer, pack
-    from .evaluation import evaluate_frontier, evaluate_model, routed_widths
+    from .evaluation import evaluate_frontier, evaluate_model, name_of, routed_widths
     from .harness import evaluate_tasks, task_manager
     from .plots import plot_routing
 
@@ -401,7 +407,7 @@ def evaluate(
             tokens = [tokenizer.decode([token]) for token in rows[0]["input_ids"]]
             plot_routing(tokens, widths, routing_report, f"{model} at {auto}")
         if asked is None:
-            results = evaluate_frontier(loaded, rows, batch_size)
+            results = evaluate_frontier(loaded, rows, batch_size, name_of(dataset))
         else:
             results = {text: evaluate_model(loaded, rows, batch_size, value) for text, value in asked.items()}
     if tasks:

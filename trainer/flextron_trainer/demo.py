@@ -33,7 +33,7 @@ from . import standalone
 from .arguments import FlextronTrainingArguments
 from .convert import convert
 from .data import collator, load_text, pack
-from .evaluation import evaluate_frontier, evaluate_model
+from .evaluation import evaluate_frontier, evaluate_model, name_of
 from .trainer import FlextronTrainer
 
 BUDGETS = (1, 0.75, 0.5, 0.25)
@@ -147,6 +147,7 @@ def run(
     rows = pack(train_text, tokenizer, SEQUENCE_LENGTH)
     eval_blocks = pack(eval_text, tokenizer, SEQUENCE_LENGTH).shuffle(seed=seed)
     eval_blocks = eval_blocks.select(range(min(eval_rows, len(eval_blocks))))
+    named = f"5 % of {name_of(dataset)}, held out"
 
     console.rule("2/6 parent")
     teacher: PreTrainedModel
@@ -160,7 +161,7 @@ def run(
     elastic = convert(
         teacher, rows.select(range(min(256, len(rows)))), budgets=BUDGETS, sequence_length=SEQUENCE_LENGTH
     )
-    before = evaluate_frontier(elastic, eval_blocks, 32)
+    before = evaluate_frontier(elastic, eval_blocks, 32, named)
 
     console.rule("4/6 elastic training")
     arguments = FlextronTrainingArguments(**settings(output / "run", device, elastic_steps, seed, learning_rate=2e-3))
@@ -170,7 +171,7 @@ def run(
     trainer.train()
 
     console.rule("5/6 evaluation")
-    after = evaluate_frontier(elastic, eval_blocks, 32)
+    after = evaluate_frontier(elastic, eval_blocks, 32, named)
     elastic.export(repo)
     tokenizer.save_pretrained(repo)
     write_model_card(elastic, repo)

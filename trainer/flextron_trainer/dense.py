@@ -9,6 +9,8 @@ from typing import Any
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.extraction import changes, stock_sizes
+from modeling_flextron.markdown import code, plain
+from modeling_flextron.measured import measured_on
 from modeling_flextron.model_card import parent_of, versions
 from modeling_flextron.subnetwork import SubNetwork
 
@@ -47,8 +49,8 @@ def export_dense(
             load_tokenizer(str(source)).save_pretrained(folder)
             _edit(folder / "tokenizer_config.json", tokenizer_for_other_readers)
             tokenizer = "The tokenizer is the parent's."
-        except ValueError as error:
-            tokenizer = f"No tokenizer was copied: {error}"
+        except ValueError:
+            tokenizer = "No tokenizer was copied: there was none."
         card = dense_card(config, Path(output).resolve().name, budget, given, stock, tokenizer)
         if changed:
             card += (
@@ -90,17 +92,21 @@ def dense_card(
 ) -> str:
     """The README of an exported model: what it is, of what, how good it was measured to be, how it was made."""
     rows = [row for row in config.frontier if row["subnetwork"] and config.resolve(row["subnetwork"]) == subnetwork]
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    losses = [
+        f"{row['loss']:.4f} nats per token on {plain(measured_on(row, 'loss').label)}, measured before the export"
+        for row in rows
+        if row["loss"] is not None
+    ]
     card = (files(__package__) / "templates" / "dense_card.md").read_text(encoding="utf-8")
     return card.format(
-        title=title,
+        title=plain(title),
         kind=type(stock).__name__,
         parent=parent_of(config),
-        budget="full" if budget is None else budget,
+        budget=code("full" if budget is None else budget),
         parameters=f"{stock.num_parameters():,}",
         share=f"{config.row('', subnetwork)['non_embedding_parameters'] / config.parent_size():.3g}",
         sizes=json.dumps(subnetwork.to_dict()),
-        loss=f"{losses[0]:.4f} nats per token, measured before the export" if losses else "not measured",
+        loss=losses[0] if losses else "not measured",
         tokenizer=tokenizer,
         versions=versions(),
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -75,24 +76,38 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
     return metric.compute() or {}
 
 
+def name_of(source: str) -> str:
+    """What a card calls a text: the id of a dataset on the Hub; of a file or folder its name, and not where it is."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else source
+
+
 def evaluate_frontier(
-    model: FlextronForCausalLM, rows: Sequence[dict[str, Any]], batch_size: int = 8
+    model: FlextronForCausalLM,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int = 8,
+    text: str | None = None,
+    split: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """`NextToken` for every row of the frontier and every target of token routing, written into the config as well.
+
+    Args:
+        model: The elastic model.
+        rows: As of `evaluate_model`.
+        batch_size: Rows in a forward pass.
+        text: What the card calls the text; None where it has no name.
+        split: Split of it.
 
     Returns:
         Name of the row, or `"auto:0.5"`, -> `loss`, `perplexity`, `accuracy`, `tokens`.
     """
-    results = {}
-    for row in model.config.frontier:
-        if row["subnetwork"] is not None:
-            results[row["name"]] = result = evaluate_model(model, rows, batch_size, row["subnetwork"])
-            row["loss"] = result["loss"]
-            row["metrics"] |= {"accuracy": result["accuracy"]}
-    for entry in (model.config.token_routing or {"targets": []})["targets"]:
-        budget = f"auto:{entry['target']:g}"
-        results[budget] = evaluate_model(model, rows, batch_size, budget)
-        entry["loss"] = results[budget]["loss"]
+    budgets = {row["name"]: row["subnetwork"] for row in model.config.frontier if row["subnetwork"] is not None}
+    routed = [f"auto:{entry['target']:g}" for entry in (model.config.token_routing or {"targets": []})["targets"]]
+    budgets |= {budget: budget for budget in routed}
+    results = {name: evaluate_model(model, rows, batch_size, budget) for name, budget in budgets.items()}
+    figures = {name: {key: found[key] for key in ("loss", "accuracy")} for name, found in results.items()}
+    tokens = int(next(iter(results.values()))["tokens"])
+    model.config.record(figures, text=text, split=split, tokens=tokens)
     return results
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
-from modeling_flextron.subnetwork import Cost, cost_of, parse_budget, uniform_subnetworks
+from modeling_flextron.subnetwork import TOLERANCE, Cost, budget_of_name, cost_of, parse_budget, uniform_subnetworks
 
 from .search import search
 
@@ -26,7 +26,8 @@ def named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
         budgets = {f"{budget:g}" if isinstance(budget, float) else str(budget): budget for budget in budgets}
     else:
         for name in budgets:
-            if not isinstance(name, str) or name != name.strip() or not _is_a_name(name):
+            named = budget_of_name(name) if isinstance(name, str) else None
+            if named is None or named.kind != "name":
                 rule = "The name of a row is not a budget of another kind."
                 raise invalid("budgets", name, rule, "Begin it with a letter, such as 'small'.")
     for name, budget in budgets.items():
@@ -34,13 +35,6 @@ def named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
             rule = "A row of the frontier has a budget of parameters or memory."
             raise invalid(f"budgets[{name!r}]", budget, rule, "Pass a fraction, a count or a size in bytes.")
     return dict(budgets)
-
-
-def _is_a_name(text: str) -> bool:
-    try:
-        return parse_budget(text).kind == "name"
-    except ValueError:
-        return False
 
 
 def choose_rows(
@@ -66,7 +60,8 @@ def choose_rows(
         fitting = [s for s in fitting if misfit(config, s) is None] or fitting
         if not fitting:
             fitting = [min(allowed, key=cost)]
-            name = _name_of_smallest(config, name, budgets[name], fitting[0])
+            if cost(fitting[0]) > TOLERANCE * limit:
+                name = _name_of_smallest(config, name, budgets[name], fitting[0])
         largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
         largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
         best = largest[0]

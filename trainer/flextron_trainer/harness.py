@@ -1,11 +1,14 @@
 """Scores of every sub-network on the tasks of EleutherAI's lm-eval, on one model that stays loaded."""
 
+import importlib.metadata
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.errors import invalid
 
 
@@ -62,24 +65,38 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     harness, results = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), {}
+    measured: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    settings: dict[str, dict[str, Any]] = {}
     rows = {row["name"]: row for row in model.config.frontier if row["subnetwork"] is not None}
     for name, budget in (budgets or {name: row["subnetwork"] for name, row in rows.items()}).items():
         with model.at_budget(budget):
             found: Any = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
         results[name] = flat_scores(found)
-        if budgets is None:
-            rows[name]["metrics"] |= results[name]
+        for task, scores in task_scores(found).items() if budgets is None else ():
+            measured[task][name], settings[task] = scores, found["configs"].get(task, {})  # a group has no settings
+    version = f"{VERSION} with lm-eval {importlib.metadata.version('lm-eval')}"
+    for task, figures in measured.items():
+        split = settings[task].get("test_split") or settings[task].get("validation_split")
+        model.config.record(figures, text=task, split=split, version=version)
     return results
 
 
 def flat_scores(found: Mapping[str, Any]) -> dict[str, float]:
     """What `lm_eval.simple_evaluate` returns, as `task/metric` or `task/filter/metric` -> value."""
+    return {name: value for scores in task_scores(found).values() for name, value in scores.items()}
+
+
+def task_scores(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The same by task; of a group the group's own."""
     inner = {name for members in found["group_subtasks"].values() for name in members}
-    scores = {}
+    result = {}
     for task, values in found["results"].items():
+        scores = {}
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             # Some metrics have no standard error, and say so in words.
             if task not in inner and comma and isinstance(value, (int, float)) and math.isfinite(value):
                 scores["/".join([task, *([kind] if kind != "none" else []), metric])] = float(value)
-    return scores
+        if scores:
+            result[task] = scores
+    return result

@@ -20,7 +20,7 @@ def plot_routing(
     """
     figure = Figure(figsize=(14, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     text, *maps = figure.subplots(1 + len(widths), 1, height_ratios=[2] + [1] * len(widths))
     mlp = widths["mlp"]
     mean = [sum(layer[i] for layer in mlp) / len(mlp) for i in range(len(tokens))]
@@ -29,8 +29,8 @@ def plot_routing(
     for i, (token, width) in enumerate(zip(tokens, mean, strict=True)):
         shade = 0.9 * (width - low) / (high - low or 1)
         text.text(
-            i % per_line, -(i // per_line), token.replace("\n", "\\n").replace("$", "\\$")[:9], fontsize=8,
-            family="monospace", ha="center", va="center",
+            i % per_line, -(i // per_line), token.replace("\n", "\\n")[:9], fontsize=8,
+            family="monospace", ha="center", va="center", parse_math=False,
             bbox={"boxstyle": "round,pad=0.3", "facecolor": (1, 1 - shade, 1 - shade), "linewidth": 0},
         )  # fmt: skip
     text.set_xlim(-1, per_line)

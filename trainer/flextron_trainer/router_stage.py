@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.errors import invalid
+from modeling_flextron.measured import unmeasured
 from modeling_flextron.modeling_flextron import real_tokens
 from modeling_flextron.subnetwork import cost_of, parse_budget
 from modeling_flextron.token_routing import TokenRouter, bounds_of
@@ -276,7 +277,7 @@ def add_token_routers(model: FlextronForCausalLM, budgets: list[float]) -> None:
     sizes = {"mlp": spaced(config.choices("mlp"), TOKEN_SIZES), "heads": list(config.choices("heads"))}
     for target in reversed(targets):
         static[target] = subnetwork = config.resolve(target)
-        entry = {"target": target, **bounds_for(config, subnetwork, outer), "loss": None}
+        entry = {"target": target, **bounds_for(config, subnetwork, outer), **unmeasured()}
         outer = bounds_of(config, entry, target)
         entries.insert(0, entry)
     config.token_routing = {**sizes, "targets": entries}

@@ -56,6 +56,7 @@ class FlextronTrainer(Trainer):
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
             of a row do not see each other.
+        eval_text: What the card calls the text of `eval_dataset`.
 
     `evaluate()` measures every row of the frontier, returns `eval_loss_<row>` for each beside the `eval_loss` of the
     model's current budget, and writes the losses into `model.config.frontier`.
@@ -76,6 +77,8 @@ class FlextronTrainer(Trainer):
         model: PreTrainedModel | str | os.PathLike,
         args: FlextronTrainingArguments,
         teacher: PreTrainedModel | str | os.PathLike | None = None,
+        *,
+        eval_text: str | None = None,
         **kwargs,
     ):
         if not isinstance(args, FlextronTrainingArguments):
@@ -100,6 +103,7 @@ class FlextronTrainer(Trainer):
             )
         kwargs.setdefault("data_collator", collator(kwargs.get("processing_class")))
         self.in_place = isinstance(teacher, str) and teacher == "self"
+        self.eval_text = eval_text
         super().__init__(model=model, args=args, **kwargs)
         self.teacher = None if teacher is None or self.in_place else self._load_teacher(teacher)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
@@ -193,9 +197,8 @@ class FlextronTrainer(Trainer):
             return self._surrogate_step(inputs)
         step = self.state.global_step
         draws = self.draws(step) if self.routers is None else self.routers.draws(step, inputs)
-        if self.args.stage != "router":
-            for row in self.model.config.frontier:  # what was measured is no longer true
-                row["loss"], row["metrics"] = None, {}
+        if self.args.stage != "router" or self.args.router_method == "token":
+            self.model.config.forget_measurements(only_routed=self.args.stage == "router")
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
         for drawn in draws:
             self._show(drawn)
@@ -366,7 +369,7 @@ class FlextronTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         if description != "Evaluation" or f"{prefix}_loss" not in output.metrics:
             return output
-        current = self.model.subnetwork
+        current, found = self.model.subnetwork, dict[str, dict[str, float]]()
         for row in self.model.config.frontier:
             if row["subnetwork"] is None:
                 continue
@@ -374,14 +377,17 @@ class FlextronTrainer(Trainer):
             if self.model.resolve_budget(row["subnetwork"]) != current:
                 with self.model.at_budget(row["subnetwork"]):
                     metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
-            output.metrics[f"{prefix}_loss_{row['name']}"] = metrics[f"{prefix}_loss"]
-            if prefix == "eval":
-                loss = metrics["eval_loss"]
-                row["loss"] = loss if math.isfinite(loss) else None
+            output.metrics[f"{prefix}_loss_{row['name']}"] = loss = metrics[f"{prefix}_loss"]
+            found[row["name"]] = {"loss": loss}
         for entry in (self.model.config.token_routing or {"targets": []})["targets"]:
             with self.model.at_budget(f"auto:{entry['target']}"):
                 metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
-            output.metrics[f"{prefix}_loss_auto-{entry['target']:g}"] = entry["loss"] = metrics[f"{prefix}_loss"]
+            output.metrics[f"{prefix}_loss_auto-{entry['target']:g}"] = loss = metrics[f"{prefix}_loss"]
+            found[f"auto:{entry['target']:g}"] = {"loss": loss}
+        if prefix == "eval":
+            text = self.eval_text if dataloader.dataset is self.eval_dataset else None  # another one is not named
+            text = "the training rows" if dataloader.dataset is self.train_dataset else text
+            self.model.config.record(found, text=text)
         return output
 
     def _load_best_model(self) -> None:

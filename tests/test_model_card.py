@@ -1,0 +1,159 @@
+"""The card: every figure with its text, nothing that a name could plant, only claims that can be checked."""
+
+import math
+import re
+import time
+
+import pytest
+import yaml
+from helpers import elastic_of
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from flextron_trainer.dense import export_dense
+from flextron_trainer.plots import plot_routing
+from flextron_trainer.router_stage import add_token_routers
+from modeling_flextron.configuration_flextron import VERSION
+from modeling_flextron.latency import LatencyTable
+from modeling_flextron.markdown import literal
+from modeling_flextron.model_card import plot_frontier, write_model_card
+
+HOSTILE = [
+    "x\n\n# Heading\n\n[link](https://evil.example)",
+    "x | y | z |\n|---|---|---|\n| a",
+    "```\n# Heading\n```python\nimport os",
+    "`x` [link](https://evil.example) ![image](https://evil.example/a.png) <img src=x onerror=alert(1)>",
+    "www.evil.example https://evil.example <https://evil.example> @someone a@evil.example",
+    'x"); import os; os.system("true") #',
+    "x\\",
+    "x\n---\nlicense: other\n---\n",
+    "{title} %s $\\frac$ &lt;b&gt; __b__ ~~s~~",
+    "\u202egpj\u2028\x00\x1b[31m\ud800",
+    "../../../home/x",
+    "名前 é 🦙",
+]
+
+
+def parsed(text: str) -> tuple[list[str], str]:
+    """The structure of a text in Markdown, without what is written in it, and the words that are not code."""
+    kinds, words = [], []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        kinds += [token.type + token.tag + token.info]
+        for child in token.children or ():
+            if child.type in ("text", "code_inline"):
+                words += [child.content] if child.type == "text" else []
+            else:
+                kinds.append(child.type + str(child.attrs))
+    return kinds, " ".join(words)
+
+
+def card_with(names: list[str], folder) -> ModelCard:
+    """The card of a model whose every name is given."""
+    name = dict(enumerate(names))
+    model = elastic_of("mha")
+    add_token_routers(model, [0.35])
+    config = model.config
+    for i, row in enumerate(config.frontier):
+        row["name"] = f"n{name[i]}n"  # one that a row can have
+    figures = {"loss": 2.0, name[4]: 0.5, f"{name[5]}/acc": 0.25, f"{name[5]}/acc_stderr": 0.125}
+    rows = {row["name"]: figures for row in config.frontier}
+    config.record(rows, text=name[5], split=name[6], tokens=5, version=name[7])
+    config.record({"auto:0.35": {"loss": 2.0}}, text=name[5])
+    config.parent_name = name[8]
+    config.parent_license = {"license": name[9], "license_name": name[9], "license_link": name[9]}
+    config.training_runs = [{name[10]: name[10], "nested": {name[10]: [name[10]]}, "steps": 3, "tokens": 5}]
+    folder = folder / "model"
+    model.save_pretrained(folder)
+    table = LatencyTable.measure(model, context=4, rounds=1, checks=1)
+    object.__setattr__(table, "device", name[11])
+    (folder / "latency").mkdir()
+    table.save(folder / "latency" / "t.json")
+    config.latency_tables = {"latency/t.json": table.summary}
+    write_model_card(model, folder, "me/elastic", [name[4]])
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize("shift", range(len(HOSTILE)))
+def test_a_name_plants_nothing(tmp_path, monkeypatch, shift):
+    monkeypatch.setattr("modeling_flextron.latency._Runner.round", lambda self, networks, generator: {
+        mode: [1.0] * len(networks) for mode in ("decode", "prefill")
+    })  # fmt: skip
+    monkeypatch.setattr("modeling_flextron.latency._Runner.drafting", lambda self: {})
+    names = HOSTILE[shift:] + HOSTILE[:shift]
+    card = card_with(names, tmp_path / "hostile")
+    (tmp_path / "harmless").mkdir()
+    harmless = card_with([f"n{i}" for i in range(len(names))], tmp_path / "harmless")
+    (kinds, words), (expected, _) = parsed(card.text), parsed(harmless.text)
+    assert kinds == expected
+    assert not re.search(r"evil|someone|alert|\$|\x1b|\u202e", words)
+    programs = re.findall(r"```python\n(.*?)\n```", card.text, re.DOTALL)
+    for program in programs:
+        compile(program, "card", "exec")
+    assert len(programs) == 4 and literal(f"n{names[3]}n") in programs[0] and "evil" not in words
+    for name in names:
+        assert eval(literal(name)) == name
+    front = (tmp_path / "hostile" / "model" / "README.md").read_text().split("\n---\n", 1)[0].removeprefix("---\n")
+    assert set(yaml.safe_load(front)) == set(harmless.data.to_dict())  # and `safe_load` makes no objects
+
+
+def test_every_figure_stands_under_its_text(tmp_path):
+    model = elastic_of("mha")
+    add_token_routers(model, [0.35])
+    names = [row["name"] for row in model.frontier]
+    losses = dict(zip(names, (2.0, 2.125, 2.25, 2.5), strict=True))
+    figures = {name: {"loss": loss, "accuracy": 0.5} for name, loss in losses.items()} | {"auto:0.35": {"loss": 2.2}}
+    model.config.record(figures, text="wiki", split="test", tokens=12345)
+    model.config.record({"1": {"accuracy": 0.75}}, text="the training rows")
+    model.config.record({"0.6": {"code/loss": 3.0}}, text="code")
+    old = model.config.frontier[2]
+    old["metrics"]["arc/acc"] = 0.25  # as older versions wrote it
+    model.save_pretrained(tmp_path)
+    write_model_card(model, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    heads, rows = lines[0], lines[1:5]
+    assert heads[5:] == [
+        "loss on wiki (test)", "perplexity on wiki (test)", "accuracy on the training rows", "code/loss",
+        "arc/acc on an unknown text |",
+    ]  # fmt: skip
+    for row, loss in zip(rows, losses.values(), strict=True):
+        assert row[5:7] == [f"{loss:.4f}", f"{math.exp(loss):.2f}"]
+    assert [row[7:] for row in rows] == [
+        ["0.7500", "not measured", "not measured |"],
+        ["not measured", "3.0000", "not measured |"],
+        ["not measured", "not measured", "0.2500 |"],
+        ["not measured", "not measured", "not measured |"],
+    ]
+    today = time.strftime("%Y-%m-%d")
+    assert f"- loss: wiki (test), 12,345 tokens, {today}, by Flextron {VERSION}\n" in text
+    assert "- arc/acc: an unknown text\n" in text and "held-out" not in text
+    assert "`auto:0.35`, where every token chooses its sizes, has loss 2.2000 on wiki (test)." in text
+    claims = [
+        (claim.dataset_name, claim.dataset_split, claim.metric_type, claim.metric_value)
+        for claim in ModelCard.load(tmp_path / "README.md").data.eval_results
+    ]
+    assert sorted(claims, key=str) == sorted(
+        [
+            *[("wiki", "test", "perplexity", round(math.exp(loss), 4)) for loss in losses.values()],
+            ("the training rows", None, "accuracy", 0.75),
+            ("code", None, "perplexity", round(math.exp(3), 4)),
+        ],
+        key=str,
+    )  # and none of an unknown text
+
+
+def test_the_plot_takes_names_with_a_formula_in_them(tmp_path):
+    assert plot_frontier({"$\\frac$ _x": [(1, 2.0), (2, 1.0)]}, tmp_path / "plot.png", "$\\frac$")
+    plot_routing(
+        ["$\\frac$", "\\$"], {"mlp": [[0.5, 1.0]], "heads": [[0.5, 1.0]]}, tmp_path / "routing.png", "$\\frac$"
+    )
+
+
+def test_the_card_of_an_export_says_what_its_loss_was_measured_on(tmp_path):
+    model = elastic_of("mha")
+    model.config.record({"0.6": {"loss": 2.5}}, text="www.evil.example")
+    model.save_pretrained(tmp_path / "elastic")
+    export_dense(tmp_path / "elastic", tmp_path / "dense", "0.6")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "| loss | 2.5000 nats per token on `www.evil.example`, measured before the export |" in card
+    assert "| budget | `0.6` |" in card
