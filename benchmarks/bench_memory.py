@@ -51,7 +51,7 @@ def compare(size: str, setting: str, device: str) -> dict[str, float]:
     batch, length = shape[-2:]
     dense = parent(shape)
     rows = [{"input_ids": torch.randint(1, shape[5], (length,))} for _ in range(batch * 8)]
-    elastic = convert(dense, None, mlp=[1, 0.75, 0.5, 0.25], heads=[1, 0.5], budgets=[1, 0.75, 0.5, 0.25])
+    elastic = convert(dense, "weights", mlp=[1, 0.75, 0.5, 0.25], heads=[1, 0.5], budgets=[1, 0.75, 0.5, 0.25])
     teacher = changes.pop("teacher", dense)
     with tempfile.TemporaryDirectory() as folder:
         args = FlextronTrainingArguments(

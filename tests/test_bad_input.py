@@ -15,7 +15,6 @@ from transformers import (
     FalconConfig,
     GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
 )
 
@@ -181,12 +180,6 @@ def batches(data, **changes):
     return lambda: calibration_batches(data, **{**defaults, **changes})
 
 
-def other_vocabulary():
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    )
-
-
 CONVERSION = {
     "architecture": (bloom, "parent"),
     "fraction that does not divide": (converted(mlp=[1, 0.33]), "mlp"),
@@ -201,10 +194,12 @@ CONVERSION = {
     "no budgets": (converted(budgets=[]), "budgets"),
     "budgets as text": (converted(budgets="half"), "budgets"),
     "budget of latency": (converted(budgets=["25ms"]), "budgets['25ms']"),
+    "budgets in percent": (converted(budgets=[100, 50]), "budgets['100']"),
     "budget out of range": (converted(budgets=[2.5]), "flextron_budget"),
     "order": (converted(order="size"), "order"),
     "elastic already": (lambda: convert(elastic_of("mha"), [[1, 2]]), "parent"),
     "options for a model": (converted(dtype="float16"), "load_kwargs"),
+    "no calibration": (lambda: convert(parent_of("mha")), "calibration"),
     "empty calibration": (batches([]), "calibration"),
     "one token": (batches([[1]]), "calibration"),
     "text without tokenizer": (batches(["some text"]), "calibration"),
@@ -247,7 +242,6 @@ TRAINING = {
         trainer(args=arguments("unused", sampler="weighted", sampling_weights=[0.0] * 4)),
         "sampling_weights",
     ),
-    "teacher of another vocabulary": (trainer(teacher=other_vocabulary()), "teacher"),
     "teacher of another architecture": (
         trainer(teacher=BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=96))),
         "teacher",
@@ -321,7 +315,7 @@ def refused(folder, *words):
     """`flextron convert` names what is wrong in one message and writes nothing."""
     output = folder.parent / "output"
     with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
-        flextron("convert", folder, output, "--device", "cpu")
+        flextron("convert", folder, output, "--calibration", "weights", "--device", "cpu")
     assert not output.exists() and [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
@@ -403,7 +397,7 @@ def test_a_parent_without_a_tokenizer(tmp_path):
         with pytest.raises(ValueError, match=r"`tokenizer`=.*There is none"):
             flextron("convert", folder, tmp_path / "out", "--calibration", tmp_path / "text.txt")
         assert not (tmp_path / "out").exists()
-        flextron("convert", folder, tmp_path / f"elastic-{variant}", "--device", "cpu")
+        flextron("convert", folder, tmp_path / f"elastic-{variant}", "--calibration", "weights", "--device", "cpu")
         assert not list((tmp_path / f"elastic-{variant}").glob("tokenizer*"))
         with pytest.raises(ValueError, match=r"`tokenizer`=.*There is none"):
             flextron("generate", tmp_path / f"elastic-{variant}", "text")

@@ -240,8 +240,8 @@ def test_presets_are_defaults(work):
     preset["convert"] |= {"mlp": [1, 0.5], "heads": [1, 0.5], "hidden": [1], "depth": [1], "budgets": [1, 0.8]}
     preset["stages"]["elastic"] |= {"sequence_length": 32, "max_steps": 2, "bf16": False, "report_to": "none"}
     Path("mine.json").write_text(json.dumps(preset))
-    arguments = ("convert", "parent", "by-preset", "--preset", "mine.json", "--device", "cpu")
-    result = flextron(*arguments, "--heads", "1")
+    arguments = ("convert", "parent", "by-preset", "--preset", "mine.json", "--calibration", "weights")
+    result = flextron(*arguments, "--heads", "1", "--device", "cpu")
     config = json.loads(Path("by-preset/config.json").read_text())
     assert config["elastic"]["mlp"] == [96, 48] and config["elastic"]["heads"] == [8]
     assert [row["name"] for row in result["frontier"]] == ["1", "0.8"]

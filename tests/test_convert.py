@@ -46,10 +46,11 @@ def test_every_order_keeps_the_function(parent, ids, order):
 
 
 @torch.no_grad()
-def test_without_data_it_warns_and_ranks_by_weights(parent, ids):
-    with pytest.warns(UserWarning, match="no calibration data"):
-        elastic = convert(parent, **CHOICES)
-    assert difference(elastic(ids).logits, parent(ids).logits) < 1e-5
+def test_by_weights_only_when_asked_for(parent, ids):
+    with pytest.raises(ValueError, match=r"`calibration`=None cannot be used.*'weights' to do that all the same"):
+        convert(parent, **CHOICES)
+    elastic = convert(parent, "weights", **CHOICES)
+    assert difference(elastic(ids).logits, parent(ids).logits) < 2e-5
 
 
 def test_scores_sort_every_axis():
@@ -133,7 +134,7 @@ def test_layers_are_dropped_in_the_order_of_the_least_error():
                 parameter.zero_()
             if "layers.1." in name and ("o_proj" in name or "down_proj" in name):
                 parameter.mul_(0.01)
-    for data in (DATA, None):
+    for data in (DATA, "weights"):
         elastic = convert(parent, data, depth=[1, 0.5])
         assert elastic.config.elastic["layer_ranking"] == [2, 1]
 
@@ -193,6 +194,19 @@ class TestFrontier:
     def test_named_budgets_in_any_unit(self, parent):
         elastic = convert(parent, DATA, budgets={"all": 1, "half": "0.5", "tiny": 40_000, "phone": "1MiB"})
         assert {row["name"] for row in elastic.frontier} <= {"all", "half", "tiny", "phone"}
+
+    def test_the_full_network_is_always_a_row(self):
+        parent = parent_of("mha")
+        for budgets, names in (([0.5], ["1", "0.5"]), ({"half": 0.5}, ["1", "half"]), (["1.0", 0.5], ["1.0", "0.5"])):
+            elastic = convert(parent, DATA, budgets=budgets)
+            assert [row["name"] for row in elastic.frontier] == names
+            assert elastic.resolve_budget(names[0]) == elastic.config.built == elastic.resolve_budget(1)
+
+    @pytest.mark.parametrize("budgets", [[100, 50], ["100", "50"], [1, "1KiB"]])
+    def test_numbers_that_nothing_keeps_are_refused(self, budgets):
+        """Percents, most likely, before anything is measured."""
+        with pytest.raises(ValueError, match=r"`budgets\[.*The smallest sub-network costs [\d,]+ .*: 0\.5 is 50 %"):
+            convert(parent_of("mha"), DATA, budgets=budgets)
 
     def test_what_cannot_be_reached_becomes_the_smallest_with_a_warning(self, parent):
         with pytest.warns(UserWarning, match="do not reach budget 0.01"):
@@ -314,4 +328,4 @@ def test_searched_rows_beat_the_uniform_ones_within_their_budgets(monkeypatch):
     monkeypatch.setattr("flextron_trainer.frontier.search", worse)
     assert convert(parent, DATA, **same, search_evaluations=40).config.frontier == uniform.config.frontier
     with pytest.raises(ValueError, match="search_evaluations"):
-        convert(parent, None, **same, search_evaluations=40)
+        convert(parent, "weights", **same, search_evaluations=40)

@@ -1,6 +1,8 @@
 """Text to blocks of ids."""
 
+import bz2
 import copy
+import gzip
 import json
 
 import datasets
@@ -8,25 +10,75 @@ import pytest
 import torch
 from helpers import run_python
 from hub_server import HubServer, Repo
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training import trainer
 from transformers import PreTrainedTokenizerFast
 
-from flextron_trainer.data import calibration_batches, collator, load_text, pack
+from flextron_trainer.data import calibration_batches, collator, load_text, pack, tokens_of
+
+
+def words(begin: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer whose word `w7` is token 7; with `begin`, one that adds `<begin>`, token 0, as that of Llama does."""
+    tokens = {"<begin>" if begin else "<unk>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, 30)}}
+    model = Tokenizer(models.WordLevel(tokens, None if begin else "<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begin:
+        model.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>", bos_token="<begin>" if begin else None)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, 30)}}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    return words()
 
 
 def test_pack_joins_documents_and_drops_the_rest(tokenizer):
     rows = datasets.Dataset.from_dict({"text": ["w2 w3 w4", "w5 w6", "w7 w8 w9"]})
     blocks = pack(rows, tokenizer, 4)
     assert blocks["input_ids"][:] == [[2, 3, 4, 1], [5, 6, 1, 7]] and blocks["labels"][:] == blocks["input_ids"][:]
-    assert pack(rows, tokenizer, 3, num_proc=2)["input_ids"][:] == [[2, 3, 4], [1, 5, 6], [7, 8, 9]]  # two shards
+    assert pack(rows, tokenizer, 3, num_proc=2)["input_ids"][:] == [[2, 3, 4], [1, 5, 6], [1, 7, 8]]
+
+
+def test_blocks_are_those_of_the_whole_text(tokenizer):
+    """Whatever the batches, the processes or the shards that it is read in, no tail of one is lost."""
+    texts = [" ".join(f"w{2 + (i + j) % 28}" for j in range(i % 9)) for i in range(1200)]
+    stream = [token for text in texts for token in [*tokenizer(text).input_ids, 1]]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    for length, boundaries in ((64, False), (1024, True)):
+        whole = pack(rows, tokenizer, length, document_boundaries=boundaries)
+        assert whole["input_ids"][:] == [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+        assert pack(rows, tokenizer, length, num_proc=2, document_boundaries=boundaries)[:] == whole[:]
+        read = pack(rows.to_iterable_dataset(num_shards=5), tokenizer, length, document_boundaries=boundaries)
+        assert list(read) == list(whole) == list(read)  # a stream can be read again
+    short = datasets.Dataset.from_dict({"text": ["w2 w3 w4 w5"] * 5000})
+    assert len(pack(short, tokenizer, 1024)) == 24  # of 25,000 tokens
+
+
+def test_the_cache_holds_what_was_packed(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "w2 w3 w4"}\n' * 2000)
+    blocks = [pack(load_text(str(tmp_path / "rows.jsonl")), tokenizer, 64) for _ in range(2)]
+    assert blocks[0].cache_files and blocks[0].cache_files == blocks[1].cache_files and len(blocks[0]) == 125
+    assert pack(load_text(str(tmp_path / "rows.jsonl")), tokenizer, 128).cache_files != blocks[0].cache_files
+
+
+def test_documents_begin_and_end_as_the_model_sees_them():
+    """Also where the tokenizer adds a token in front: in training, calibration and evaluation."""
+    tokenizer, rows = words(begin=True), datasets.Dataset.from_dict({"text": ["w2 w3", "", "w4 w5 w6"]})
+    assert tokenizer("w2").input_ids == [0, 2]
+    expected = [[0, 2, 3, 1], [0, 1, 0, 4], [5, 6, 1]]
+    blocks = pack(rows, tokenizer, 4, document_boundaries=True)
+    assert blocks["input_ids"][:] == expected[:2] and blocks["position_ids"][:] == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert blocks["labels"][:] == [[-100, 2, 3, 1], [-100, 1, -100, 4]]
+    assert [row["input_ids"] for row in pack(rows.to_iterable_dataset(), tokenizer, 4)] == expected[:2]
+    options = {"vocab_size": 30, "sequence_length": 4, "batch_size": 8, "max_samples": 8}
+    for data in (rows, rows.to_iterable_dataset(), rows["text"][:], [{"text": text} for text in rows["text"]]):
+        (batch,) = calibration_batches(data, tokenizer=tokenizer, **options)
+        assert batch.tolist() == expected[:2]
+    assert tokens_of(tokenizer, ["w2 <end>"]) == [[0, 2, 1]]  # ended once
+    tokenizer.eos_token = None
+    assert tokens_of(tokenizer, ["w2"]) == [[0, 2]]
+    with pytest.raises(ValueError, match=r"`dataset`=None cannot be used\. Every row of its text column is a text"):
+        pack(datasets.Dataset.from_dict({"text": ["w2", None]}), tokenizer, 2)
 
 
 def test_a_stream_is_packed_as_it_is_read(tokenizer, tmp_path):
@@ -49,7 +101,7 @@ def test_another_column_is_found_when_it_is_the_only_one(tokenizer):
 
 
 def test_too_short_and_unclear_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="4 tokens, fewer than one block of 64"):
+    with pytest.raises(ValueError, match=r"'1 rows of text' .* before the first block of 64"):
         pack(datasets.Dataset.from_dict({"text": ["w2 w3 w4"]}), tokenizer, 64)
     with pytest.raises(ValueError, match="One column must hold the text"):
         pack(datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]}), tokenizer, 4)
@@ -71,6 +123,77 @@ def test_load_text(tmp_path):
         load_text(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="no such file"):
         load_text(str(tmp_path / "nowhere"))
+
+
+ROWS = [{"text": "line\none {}", "n": 1}, {"text": "two", "n": 2}]
+
+
+def shards(folder, names):
+    """Files whose rows are `ROWS`, in the format that their names say."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = datasets.Dataset.from_list(ROWS)
+        if "parquet" in name:
+            rows.to_parquet(path)
+        elif "json" in name.lower():
+            path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        else:
+            rows.to_csv(path, sep="," if "csv" in name else "\t")
+        if path.suffix in (".gz", ".bz2"):
+            path.write_bytes({".gz": gzip, ".bz2": bz2}[path.suffix].compress(path.read_bytes()))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.jsonl", "b.jsonl"],
+        ["a.JSON", "sub/b.jsonl.gz", "c[1].ndjson", "d.jsonl.bz2"],
+        ["train-0.parquet", "train-1.parquet"],
+        ["a.csv", "b.csv.gz"],
+        ["a.tsv"],
+    ],
+)
+def test_a_folder_of_shards_is_its_rows(tokenizer, tmp_path, names, streaming):
+    """For training and for calibration: no braces, no escapes."""
+    shards(tmp_path, names)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "notes.txt").write_text("hidden")
+    found = load_text(str(tmp_path), streaming=streaming)
+    assert [row["text"] for row in found] == [row["text"] for row in ROWS] * len(names)
+
+
+def test_what_is_not_one_kind_of_text_is_refused_by_name(tmp_path):
+    shards(tmp_path, ["a.jsonl", "sub/b.parquet"])
+    with pytest.raises(ValueError, match=r"several kinds of data, such as .*a\.jsonl.*b\.parquet.*'text/\*\.jsonl'"):
+        load_text(str(tmp_path))
+    (tmp_path / "sub" / "b.parquet").unlink()
+    (tmp_path / "README.md").write_text("about the rows")
+    with pytest.raises(ValueError, match=r"several kinds of data, such as .*README\.md.*a\.jsonl"):
+        load_text(str(tmp_path))
+    shards(tmp_path, ["more/b.jsonl"])
+    assert len(load_text(str(tmp_path / "*.jsonl"))) == 2 and len(load_text(str(tmp_path / "**" / "*.jsonl"))) == 4
+    shards(tmp_path, ["data/train-0.jsonl", "data/test-0.jsonl"])
+    with pytest.raises(ValueError, match=r"several splits, such as .*test-0\.jsonl.*train-0\.jsonl"):
+        load_text(str(tmp_path / "data"))
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"several kinds of data, such as .*\.arrow.*\.json"):
+        load_text(str(tmp_path / "saved"))
+    assert load_text(str(tmp_path / "saved" / "*.arrow"))["n"][:] == [1, 2]
+
+
+def test_what_is_no_text_is_named(tmp_path, caplog):
+    (tmp_path / "a.txt").write_bytes("\ufeffone".encode())
+    (tmp_path / "b.bin").write_bytes(b"one\x00two")
+    (tmp_path / "latin.txt").write_bytes("gr\xfcn".encode("latin-1"))
+    for name in ("b.bin", "latin.txt"):
+        with pytest.raises(ValueError, match=f"no text in UTF-8 that could be read, only .*{name}"):
+            load_text(str(tmp_path / name))
+    (tmp_path / "long.txt").write_bytes(b"-" * 5000 + b"\xff.")
+    assert load_text(str(tmp_path))["text"][:] == ["one", "-" * 5000 + "\ufffd."]
+    assert "left out" in caplog.text and "b.bin" in caplog.text and "latin.txt" in caplog.text
+    assert "long.txt is no UTF-8 at byte 5000" in caplog.text
 
 
 def test_text_is_tokenized_once(tokenizer, tmp_path):
@@ -134,7 +257,7 @@ for streaming in (False, True):
         ("broken.jsonl", "{", "cannot be read as json"),
         ("empty.csv", "", "cannot be read as csv"),
         ("empty.parquet", "", "cannot be read as parquet"),
-        ("empty.txt", "", "fewer than one block|ends before the first block"),
+        ("empty.txt", "", "ends before the first block"),
         ("two.jsonl", '{"a": "x", "b": "y"}', "One column must hold the text"),
     ],
 )
@@ -174,7 +297,7 @@ def test_calibration_reads_no_more_than_it_needs(tokenizer):
         endless(), tokenizer=tokenizer, vocab_size=30, sequence_length=3, batch_size=2, max_samples=5
     )
     assert [tuple(batch.shape) for batch in batches] == [(2, 3), (2, 3), (1, 3)]
-    assert batches[0].tolist() == [[2, 3, 4], [5, 2, 3]]
+    assert batches[0].tolist() == [[2, 3, 4], [5, 1, 2]]
 
 
 def test_calibration_text_in_any_column_name(tokenizer):
@@ -182,4 +305,10 @@ def test_calibration_text_in_any_column_name(tokenizer):
     (batch,) = calibration_batches(
         rows, tokenizer=tokenizer, vocab_size=30, sequence_length=2, batch_size=4, max_samples=5
     )
+    assert batch.tolist() == [[2, 3], [4, 5]]
+
+
+def test_calibration_does_not_see_padding(tokenizer):
+    rows = [{"input_ids": [2, 3, 0], "attention_mask": [1, 1, 0]}, {"input_ids": torch.tensor([4, 5, 6])}]
+    (batch,) = calibration_batches(rows, tokenizer=None, vocab_size=30, sequence_length=2, batch_size=4, max_samples=5)
     assert batch.tolist() == [[2, 3], [4, 5]]

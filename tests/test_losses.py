@@ -52,6 +52,26 @@ def test_value_and_gradients(chunk_size, with_teacher, kd_weight, ce_weight, tem
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [43, 57])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_a_teacher_with_fewer_or_more_tokens(tokens, ce_weight):
+    """The KL is that of the tokens that both have, renormalised; others get no gradient from it."""
+    hidden, weight, targets, teacher_hidden, _ = inputs()
+    teacher_weight = torch.randn(tokens, 9, dtype=torch.float64)
+    common = min(50, tokens)
+    expected = naive(
+        hidden, weight[:common], targets, teacher_hidden, teacher_weight[:common], 1.0, 0.0, 2.0
+    ) + ce_weight * F.cross_entropy(hidden @ weight.T, targets)
+    gradients = torch.autograd.grad(expected, (hidden, weight))
+    found = chunked_loss(
+        hidden, weight, targets, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, ce_weight=ce_weight,
+        temperature=2.0, chunk_size=10,
+    )  # fmt: skip
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad(found, (hidden, weight)), gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
 def test_normalizer_and_missing_targets():
     hidden, weight, targets, *_ = inputs()
     one = chunked_loss(hidden, weight, targets, ce_weight=1.0)

@@ -25,7 +25,7 @@ Boundaries = Annotated[
 ]
 STREAMED_EVAL_ROWS = 64
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
-DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, or a dataset id on the Hub."
+DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, a pattern such as 'text/*.jsonl', or a Hub dataset id."
 
 
 def finish(**result: Any) -> None:
@@ -143,7 +143,9 @@ def convert(
     parent: Annotated[str, typer.Argument(help="Folder or Hub id of a trained model.", show_default=False)],
     output: Output,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for the options below: {PRESETS}")] = None,
-    calibration: Annotated[str | None, typer.Option(help=f"Text to rank with: {DATA} None: by weight norms.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"Text to rank with: {DATA} 'weights': none, rank by the norms of the weights.")
+    ] = None,
     mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes; default: sixteenths.")] = None,
     heads: Annotated[str | None, typer.Option(help="Query heads; default: quarters.")] = None,
     hidden: Annotated[str | None, typer.Option(help="Residual channels; default: all, for GPT as heads.")] = None,
@@ -188,7 +190,7 @@ def convert(
         "heads": numbers("heads", heads),
         "hidden": numbers("hidden", hidden),
         "depth": numbers("depth", depth),
-        "budgets": budgets and [part.strip() for part in budgets.split(",")],
+        "budgets": None if budgets is None else [part.strip() for part in budgets.split(",")],
         "max_samples": max_samples,
         "sequence_length": sequence_length,
         "batch_size": batch_size,
@@ -197,10 +199,11 @@ def convert(
         "seed": seed,
     }
     options |= {name: value for name, value in given.items() if value is not None}
+    text = None if calibration in (None, "weights") else load_text(calibration)
     elastic = run(
         parent,
-        None if calibration is None else load_text(calibration),
-        tokenizer=None if calibration is None else load_tokenizer(parent),
+        calibration if text is None else text,
+        tokenizer=None if text is None else load_tokenizer(parent),
         importance=output / "importance.safetensors",
         device=device_or_default(device),
         dtype=dtype_named(dtype),
@@ -299,7 +302,7 @@ def train(
         raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
     if streaming and num_proc is not None:
         rule = "A stream is tokenized as it is read, in the process that reads it."
-        raise invalid("num_proc", num_proc, rule, "Leave it out, or pass --dataloader_num_workers.")
+        raise invalid("num_proc", num_proc, rule, "Leave it out, or pass --dataloader_num_workers 1.")
     tokenizer = load_tokenizer(model)
     options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
     rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)

@@ -6,7 +6,6 @@ that no second copy of it exists at any time.
 
 import copy
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -75,14 +74,16 @@ def convert(
     Args:
         parent: A model, a Hub id or a folder. A model stays as it is; one loaded here is taken apart.
         calibration: Text or token ids that are typical of the model's use: a list, a `datasets.Dataset`, a
-            streamed one, or a tensor `[N, S]`. None ranks by the norms of the weights, with a warning.
+            streamed one, or a tensor `[N, S]`. `"weights"` ranks by the norms of the weights, which of a language model
+            that was really trained makes something worse than a random order, and chooses rows by size alone.
         mlp, heads, hidden, depth: Allowed sizes on each axis, descending, the full one first: fractions of the
             parent's size, or sizes. None for the default: sixteenths for `mlp` and quarters for `heads` where the
             parent's sizes allow them, and the full size alone for `hidden` and `depth`. Families whose stock class
             has hidden / heads channels in a head (GPT-2, GPT-NeoX) get a hidden size for every number of heads.
         budgets: What the rows of the frontier may cost at most, in units of the budget grammar. A mapping also
-            names the rows; otherwise a row is called as its budget is written. A budget that the choices cannot
-            reach gets the smallest sub-network, with a warning, and is called by the fraction that this costs.
+            names the rows; otherwise a row is called as its budget is written. The full network has a row in any case,
+            called "1" where no budget means it. Of a fraction that the choices cannot reach the smallest sub-network
+            takes the place, with a warning, and is called by the fraction that this costs; so of whatever has a name.
         tokenizer: For text; by default that of `parent` when it is an id or a folder.
         importance: File to keep the scores in (`importance.safetensors`). A later conversion of the same parent
             with the same data and other choices reads them.
@@ -100,14 +101,18 @@ def convert(
         The elastic model in the parent's dtype, in evaluation mode, with its frontier.
 
     Raises:
-        ValueError: an unsupported architecture, sizes that do not divide, empty calibration data, ids outside the
-            parent's vocabulary, a budget below the smallest sub-network, or a checkpoint with missing or
-            unexpected tensors.
+        ValueError: an unsupported architecture, sizes that do not divide, no calibration data, ids outside the
+            parent's vocabulary, a number or size in a list of `budgets` that no sub-network keeps, or a checkpoint with
+            missing or unexpected tensors.
     """
+    if calibration is None:
+        rule = "Without text units are ranked by the norms of their weights, which can be worse than a random order."
+        raise invalid("calibration", None, rule, "Pass some text, or 'weights' to do that all the same.")
+    by_weights = isinstance(calibration, str) and calibration == "weights"
     if order not in ORDERS:
         raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'importance' to get a good model.")
     require_int("search_evaluations", search_evaluations, minimum=0)
-    if search_evaluations and calibration is None:
+    if search_evaluations and by_weights:
         rule = "The search asks for losses on calibration data, and there is none."
         raise invalid(
             "search_evaluations", search_evaluations, rule, "Pass `calibration=` with some text, or leave it."
@@ -122,10 +127,10 @@ def convert(
     elif load_kwargs:
         raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
     config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
-    named, origin = named_budgets(budgets), origin_of(parent.name_or_path)
+    named, origin = named_budgets(config, budgets), origin_of(parent.name_or_path)
 
     batches: list[torch.Tensor] = []
-    if calibration is not None:
+    if not by_weights:
         if tokenizer is None and owned:
             tokenizer = _tokenizer_of(source)
         batches = calibration_batches(
@@ -135,12 +140,6 @@ def convert(
             sequence_length=min(sequence_length, config.max_position_embeddings),
             batch_size=batch_size,
             max_samples=max_samples,
-        )
-    else:
-        warnings.warn(
-            "convert() got no calibration data: units are ranked by the norms of their weights, which is much worse"
-            " than by their activations, and the frontier is chosen by size alone. Pass `calibration=` with some text.",
-            stacklevel=2,
         )
 
     elastic = _take(parent, config, release=owned).to(device or parent.device)
@@ -178,7 +177,7 @@ def elastic_config(
         ValueError: as in `convert`.
     """
     config = _elastic_config(parent, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
-    config.frontier = choose_rows(config, named_budgets(budgets), None)
+    config.frontier = choose_rows(config, named_budgets(config, budgets), None)
     config.validate()
     return config
 

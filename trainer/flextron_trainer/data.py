@@ -1,8 +1,7 @@
-"""Text in, blocks of token ids out: for calibration and for training. Reading and caching are left to `datasets`."""
+"""Text in, blocks of token ids out: for calibration, training and evaluation. Caching is left to `datasets`."""
 
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import datasets
@@ -13,48 +12,11 @@ from transformers import AutoTokenizer
 from modeling_flextron.errors import invalid, require_int
 
 from .losses import IGNORED
+from .reading import load_text
 
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-
-
-def load_text(source: str, split: str = "train", streaming: bool = False) -> Any:
-    """Read a text dataset. What `pack` makes of it is kept on disk, and made anew only when files have changed.
-
-    Args:
-        source: A folder (its text files, one row each), a `.jsonl`, `.parquet`, `.csv` or plain text file, the id
-            of a dataset on the Hub, or `"stdlib"` for the sources of Python's own standard library.
-        split: Split of a Hub dataset.
-        streaming: Read rows when they are asked for, for text that does not fit on the disk.
-
-    Returns:
-        A `datasets.Dataset`, or an `IterableDataset` when it is streamed.
-
-    Raises:
-        ValueError: nothing to read there.
-    """
-    path = Path(source)
-    if source == "stdlib":
-        return _files_as_rows(Path(sysconfig.get_paths()["stdlib"]), "*.py", streaming)
-    if path.is_dir():
-        return _files_as_rows(path, "*", streaming)
-    kind = FORMATS.get(path.suffix)
-    if path.is_file() and kind is None:
-        return _rows_of(path, [path], "replace", streaming)
-    if not path.is_file() and source.startswith(("/", ".")):
-        raise invalid("dataset", source, "There is no such file or folder.", "Check the path.")
-    try:
-        if path.is_file():
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-        else:
-            rows = datasets.load_dataset(source, split=split, streaming=streaming)
-        next(iter(rows), None)  # of a stream nothing has been read yet
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error) or "it is empty"
-        rule = f"There is no such file or folder, and the Hub gave no dataset of this name: {reason}."
-        if path.is_file():
-            rule = f"It cannot be read as {kind}: {reason}."
-        raise invalid("dataset", source, rule, "Check the path, or the id and the split.") from error
-    return rows
+__all__ = [
+    "blocks_of", "calibration_batches", "collator", "load_text", "load_tokenizer", "pack", "text_column", "tokens_of",
+]  # fmt: skip
 
 
 def load_tokenizer(source: str) -> Any:
@@ -71,31 +33,6 @@ def load_tokenizer(source: str) -> Any:
     except (OSError, ValueError) as error:
         problem = str(error).splitlines()[0]
     raise invalid("tokenizer", str(source), f"There is none: {problem}.", "Save the parent's tokenizer there.")
-
-
-def _files_as_rows(folder: Path, pattern: str, streaming: bool) -> Any:
-    files = [path for path in sorted(folder.rglob(pattern)) if path.is_file() and "site-packages" not in path.parts]
-    return _rows_of(folder, files, "strict", streaming)
-
-
-def _rows_of(source: Path, files: list[Path], errors: str, streaming: bool) -> Any:
-    """One row for each file that is text; by their sizes and times `datasets` knows whether it has read them before."""
-    states = tuple((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    if next(_read(states, errors), None) is None:
-        raise invalid(
-            "dataset", str(source), "There is no text that could be read.", "Pass a text file, or a folder of them."
-        )
-    kind = datasets.IterableDataset if streaming else datasets.Dataset
-    features = datasets.Features({"text": datasets.Value("string")})
-    return kind.from_generator(_read, features=features, gen_kwargs={"states": states, "errors": errors})
-
-
-def _read(states: tuple[tuple[str, int, int], ...], errors: str) -> Iterator[dict[str, str]]:
-    for path, _, _ in states:
-        try:
-            yield {"text": Path(path).read_text(encoding="utf-8", errors=errors)}
-        except (UnicodeDecodeError, OSError):
-            continue  # not text
 
 
 def text_column(dataset) -> str:
@@ -121,10 +58,50 @@ def text_column(dataset) -> str:
     return strings[0]
 
 
+def tokens_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Texts as a model sees them in use, for training, calibration and evaluation alike.
+
+    Each begins as `tokenizer(text)` does, so with a begin-of-text token where the tokenizer adds one, and ends with the
+    end-of-text token if there is one.
+
+    Raises:
+        ValueError: a row that is no text.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise invalid("dataset", text, "Every row of its text column is a text.", "Drop the rows without one.")
+    end = tokenizer.eos_token_id
+    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts).input_ids]
+
+
+def blocks_of(documents: Iterable[list[int]], length: int, rest: bool = False) -> Iterator[tuple[list[int], list[int]]]:
+    """Documents, one behind the other, cut into blocks of `length` tokens.
+
+    Args:
+        documents: Token ids; read as they are needed.
+        length: Tokens in a block.
+        rest: Give what is left at the end, too, instead of dropping it.
+
+    Yields:
+        Token ids of a block, and the place of each in its document.
+    """
+    ids: list[int] = []
+    places: list[int] = []
+    for document in documents:
+        ids.extend(document)
+        places.extend(range(len(document)))
+        whole = len(ids) - len(ids) % length
+        for start in range(0, whole, length):
+            yield ids[start : start + length], places[start : start + length]
+        del ids[:whole], places[:whole]
+    if rest and ids:
+        yield ids, places
+
+
 def pack(
     dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = None, document_boundaries: bool = False
 ) -> Any:
-    """Tokenize a text dataset and cut it into blocks of equal length, documents joined by the end-of-text token.
+    """Tokenize a text dataset and cut it into blocks of equal length, one document (see `tokens_of`) behind the other.
 
     A block may hold the end of one document and the beginning of the next, and attention does not stop between them
     unless `document_boundaries` says so.
@@ -132,7 +109,7 @@ def pack(
     Args:
         dataset: Rows of text, see `text_column`; of a streamed dataset blocks are made as they are read.
         tokenizer: A Hugging Face tokenizer.
-        sequence_length: Tokens in a block; what is left at the end is dropped.
+        sequence_length: Tokens in a block; what is left behind the last document is dropped.
         num_proc: Processes to tokenize with.
         document_boundaries: Keep the documents of a block apart: `position_ids` that begin at 0 in every document,
             from which transformers makes masks, and no label for a document's first token, as nothing foretells it.
@@ -140,7 +117,7 @@ def pack(
 
     Returns:
         A dataset, streamed if the text is, of `input_ids` and `labels`, equal but for boundaries, as a causal language
-        model takes them.
+        model takes them. It is the same for any `num_proc`, streamed or not; a stream is read by one worker.
 
     Raises:
         ValueError: the text is shorter than one block.
@@ -152,42 +129,31 @@ def pack(
     if not callable(tokenizer):
         remedy = "Load it with `AutoTokenizer.from_pretrained`."
         raise invalid("tokenizer", tokenizer, "It is a Hugging Face tokenizer.", remedy)
-    column = text_column(dataset)
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    column, streamed = text_column(dataset), isinstance(dataset, datasets.IterableDataset)
 
     def tokenize(rows: dict[str, list]) -> dict[str, list]:
-        return {"input_ids": [ids + separator for ids in tokenizer(rows[column], add_special_tokens=False).input_ids]}
+        return {"input_ids": tokens_of(tokenizer, rows[column])}
 
-    def cut(rows: dict[str, list]) -> dict[str, list]:
-        ids = [token for row in rows["input_ids"] for token in row]
-        stops = range(sequence_length, len(ids) + 1, sequence_length)
-        blocks = [ids[stop - sequence_length : stop] for stop in stops]
-        if not document_boundaries:
-            return {"input_ids": blocks, "labels": blocks}
-        places = [place for row in rows["input_ids"] for place in range(len(row))]
-        positions = [_from_zero(places[stop - sequence_length : stop]) for stop in stops]
-        labels = [
-            [token if place else IGNORED for token, place in zip(block, within, strict=True)]
-            for block, within in zip(blocks, positions, strict=True)
-        ]
-        return {"input_ids": blocks, "labels": labels, "position_ids": positions}
+    def blocks(tokens: Any) -> Iterator[dict[str, list[int]]]:
+        documents = chain.from_iterable(rows["input_ids"] for rows in tokens.iter(1000))
+        for ids, places in blocks_of(documents, sequence_length):
+            if not document_boundaries:
+                yield {"input_ids": ids, "labels": ids}
+                continue
+            positions = _from_zero(places)
+            labels = [token if position else IGNORED for token, position in zip(ids, positions, strict=True)]
+            yield {"input_ids": ids, "labels": labels, "position_ids": positions}
 
-    if isinstance(dataset, datasets.IterableDataset):
-        tokens = dataset.map(tokenize, batched=True, remove_columns=list(dataset.column_names or next(iter(dataset))))
-        blocks = tokens.map(cut, batched=True)
-        if next(iter(blocks), None) is None:
-            rule = f"It ends before the first block of {sequence_length} tokens."
-            remedy = "Pass more text or a smaller `sequence_length`."
-            raise invalid("dataset", "a stream of text", rule, remedy)
-        return blocks
-    tokens = dataset.map(
-        tokenize, batched=True, remove_columns=dataset.column_names, num_proc=num_proc, desc="Tokenizing"
-    )
-    blocks = tokens.map(cut, batched=True, num_proc=num_proc, desc="Packing")
-    if len(blocks) == 0:
-        rule = f"It has {sum(map(len, tokens['input_ids'])):,} tokens, fewer than one block of {sequence_length}."
-        raise invalid("dataset", f"{len(dataset)} rows of text", rule, "Pass more text or a smaller `sequence_length`.")
-    return blocks
+    options: dict[str, Any] = {} if streamed else {"num_proc": num_proc, "desc": "Tokenizing"}
+    before = list(dataset.column_names or next(iter(dataset)))
+    tokens = dataset.map(tokenize, batched=True, remove_columns=before, **options)
+    first = next(blocks(tokens), None)
+    if first is None:
+        rule = f"It ends before the first block of {sequence_length} tokens."
+        remedy = "Pass more text or a smaller `sequence_length`."
+        raise invalid("dataset", "a stream of text" if streamed else f"{len(dataset)} rows of text", rule, remedy)
+    features = datasets.Features({name: datasets.List(datasets.Value("int64")) for name in first})
+    return type(dataset).from_generator(blocks, features=features, gen_kwargs={"tokens": tokens})
 
 
 def _from_zero(places: list[int]) -> list[int]:
@@ -234,8 +200,9 @@ def calibration_batches(
     """Token batches `[B, S]` for calibration, read from the front of any kind of data.
 
     Args:
-        data: Rows of text (strings, or dicts with a text column), rows with `input_ids`, tensors of ids `[S]`, or
-            one tensor `[N, S]`; a list, a dataset, or a streamed one.
+        data: Rows of text (strings, or dicts with a text column, see `tokens_of`), rows with `input_ids`, of which what
+            an `attention_mask` hides does not count, tensors of ids `[S]`, or one tensor `[N, S]`; a list, a dataset,
+            or a streamed one.
         tokenizer: For text.
         vocab_size: Of the parent; a larger id is refused.
         sequence_length: Tokens in a sample; shorter rows are joined.
@@ -248,21 +215,14 @@ def calibration_batches(
     for name, value in (("batch_size", batch_size), ("max_samples", max_samples)):
         require_int(name, value)
     require_int("sequence_length", sequence_length, minimum=2)
-    blocks: list[torch.Tensor] = []
-    rest: list[int] = []
-    for ids in _token_rows(data, tokenizer):
-        rest.extend(ids)
-        while len(rest) >= sequence_length and len(blocks) < max_samples:
-            blocks.append(torch.tensor(rest[:sequence_length]))
-            rest = rest[sequence_length:]
-        if len(blocks) == max_samples:
-            break
-    if not blocks and len(rest) > 1:
-        blocks = [torch.tensor(rest)]
-    if not blocks:
-        remedy = "Pass some text, or None to rank by the norms of the weights."
+    found = islice(blocks_of(_token_rows(data, tokenizer), sequence_length, rest=True), max_samples)
+    blocks = [ids for ids, _ in found]
+    if len(blocks) > 1 and len(blocks[-1]) < sequence_length:
+        blocks.pop()
+    if not blocks or len(blocks[0]) < 2:
+        remedy = "Pass some text, or 'weights' to rank by the norms of the weights."
         raise invalid("calibration", data, "It holds no tokens.", remedy)
-    samples = torch.stack(blocks)
+    samples = torch.tensor(blocks)
     if samples.min() < 0 or samples.max() >= vocab_size:
         rule = f"The parent has {vocab_size} tokens, and the data has the ids {samples.min()} to {samples.max()}."
         raise invalid("calibration", data, rule, "Tokenize it with the parent's own tokenizer.")
@@ -275,9 +235,10 @@ def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:
         raise invalid("calibration", data, rule, "Pass a list, or one dataset such as `dataset['train']`.")
     column = None
     for row in data:
+        mask = None
         if isinstance(row, dict):
             if "input_ids" in row:
-                row = row["input_ids"]
+                row, mask = row["input_ids"], row.get("attention_mask")
             else:
                 column = column or (text_column(data) if hasattr(data, "column_names") else "text")
                 row = row.get(column)
@@ -285,9 +246,9 @@ def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:
             if tokenizer is None:
                 remedy = "Pass `tokenizer=`, or rows of `input_ids`."
                 raise invalid("calibration", row, "Text needs a tokenizer.", remedy)
-            row = tokenizer(row, add_special_tokens=False).input_ids
+            (row,) = tokens_of(tokenizer, [row])
         if isinstance(row, torch.Tensor):
             row = row.flatten().tolist()
         if not isinstance(row, list) or not all(type(token) is int for token in row):
             raise invalid("calibration", row, "A row is a text or a list of token ids.", "Pass rows of one of these.")
-        yield row
+        yield row if mask is None else [token for token, seen in zip(row, mask, strict=True) if seen]

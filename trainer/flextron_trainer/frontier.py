@@ -11,18 +11,34 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
-from modeling_flextron.subnetwork import TOLERANCE, Cost, budget_of_name, cost_of, parse_budget, uniform_subnetworks
+from modeling_flextron.subnetwork import (
+    TOLERANCE,
+    Cost,
+    budget_of_name,
+    cost_of,
+    parse_budget,
+    smallest_subnetwork,
+    uniform_subnetworks,
+)
 
 from .search import search
 
+_UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}
 LEAST_OF_A_BUDGET = 0.9  # of what the largest uses: what is saved beyond that would be lost before any training
 
 
-def named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+def named_budgets(config: FlextronConfig, budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Budgets under the names of their rows.
+
+    Raises:
+        ValueError: no budgets, names or kinds that rows cannot have, or, of rows without a name, a number or a size
+            that nothing keeps. Of a fraction, and of what has a name, the smallest sub-network takes the place.
+    """
     if isinstance(budgets, (str, bytes)) or not isinstance(budgets, (Sequence, Mapping)) or not budgets:
         rule = "They are a list of budgets, or names mapped to budgets."
         raise invalid("budgets", budgets, rule, "Pass for instance budgets=[1, 0.5].")
-    if not isinstance(budgets, Mapping):
+    unnamed = not isinstance(budgets, Mapping)
+    if unnamed:
         budgets = {f"{budget:g}" if isinstance(budget, float) else str(budget): budget for budget in budgets}
     else:
         for name in budgets:
@@ -34,6 +50,12 @@ def named_budgets(budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
         if parse_budget(budget).kind not in ("fraction", "parameters", "memory"):
             rule = "A row of the frontier has a budget of parameters or memory."
             raise invalid(f"budgets[{name!r}]", budget, rule, "Pass a fraction, a count or a size in bytes.")
+        cost, limit = _limit(config, budget)
+        least = cost(smallest_subnetwork(config))
+        if unnamed and least > limit and parse_budget(budget).kind != "fraction":
+            rule = f"The smallest sub-network costs {least:,} {_UNITS[parse_budget(budget).kind]}."
+            remedy = "Ask for at least that much, allow smaller sizes, or write a fraction: 0.5 is 50 %."
+            raise invalid(f"budgets[{name!r}]", budget, rule, remedy)
     return dict(budgets)
 
 
@@ -44,7 +66,8 @@ def choose_rows(
     evaluations: int = 0,
     seed: int = 0,
 ) -> list[dict]:
-    """For each budget the best uniform sub-network within it and within the next larger row.
+    """The full network, called "1" where no budget means it, and for each budget the best uniform sub-network within
+    it and within the next larger row.
 
     Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss` of those that use
     most of the budget, whichever axes they cut; without losses, the largest. Rows nest, so that a model loaded at one
@@ -82,7 +105,8 @@ def choose_rows(
             )
             continue
         rows.append(row)
-    return rows
+    full = config.row("1", config.built)
+    return rows if rows[0]["subnetwork"] == full["subnetwork"] else [full, *rows]
 
 
 def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:

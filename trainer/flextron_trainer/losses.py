@@ -7,7 +7,8 @@ The loss of one token with student logits s, teacher logits t, target y, and tem
 (forward KL on the logits alone: Minitron, arXiv 2407.14679, section 2.4; Nemotron Elastic, arXiv 2511.16664). Its
 gradient in s is `kd_weight * T * (softmax(s / T) - softmax(t / T)) + ce_weight * (softmax(s) - onehot(y))`, so the
 gradients in the hidden states and in the output weights are known as soon as a chunk's logits are, and neither
-`[tokens, V]` logits nor their graph is kept. N tokens, V vocabulary, D hidden.
+`[tokens, V]` logits nor their graph is kept. Where the teacher has more tokens or fewer, the softmaxes of the KL run
+over those that both have, the first ones. N tokens, V vocabulary, D hidden.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the teacher says about a batch: its last hidden states `[B, S, Dt]` and its output weights `[V, Dt]`."""
+    """What the teacher says about a batch: its last hidden states `[B, S, Dt]` and its output weights `[Vt, Dt]`."""
 
     hidden_states: torch.Tensor
     weight: torch.Tensor
@@ -97,7 +98,7 @@ def chunked_loss(
         weight: `[V, D]`.
         targets: `[N]` ids.
         teacher_hidden: `[N, Dt]`, or None for cross entropy alone.
-        teacher_weight: `[V, Dt]`.
+        teacher_weight: `[Vt, Dt]`.
         normalizer: None for N.
     """
     if len(targets) == 0:
@@ -117,7 +118,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ):
         compute = _compute_dtype(hidden)
         weight_c = weight.to(compute)
-        teacher_c = None if teacher_weight is None else teacher_weight.to(compute)
+        teacher_c = None if teacher_weight is None else teacher_weight[: len(weight)].to(compute)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
@@ -157,7 +158,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _teach(logits, temperature):
-    """The teacher's probabilities `[n, V]` and the sum of `p log p`; the logits are used up."""
+    """The teacher's probabilities of common tokens, and the sum of `p log p`; the logits are used up."""
     log_probabilities = _normalize(logits.div_(temperature))
     probabilities = log_probabilities.exp()
     return probabilities, probabilities.flatten().dot(log_probabilities.flatten())
@@ -171,10 +172,13 @@ def _loss_and_slope(logits, targets, teacher, kd_weight, ce_weight, temperature)
     if ce_weight:
         value, slope = _cross_entropy_and_slope(logits.clone(), targets, ce_weight)
     probabilities, negative_entropy = teacher
-    student = _normalize(logits.div_(temperature))
+    common = probabilities.shape[-1]
+    logits[:, common:] = 0
+    student = _normalize(logits[:, :common].div_(temperature))
     divergence = negative_entropy - probabilities.flatten().dot(student.flatten())
     value += kd_weight * temperature**2 * divergence
-    return value, student.exp_().sub_(probabilities).mul_(kd_weight * temperature).add_(slope)
+    student.exp_().sub_(probabilities).mul_(kd_weight * temperature)
+    return value, logits.add_(slope)
 
 
 def _cross_entropy_and_slope(logits, targets, weight):

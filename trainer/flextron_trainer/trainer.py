@@ -36,6 +36,7 @@ from .plan import MemoryPlan, plan_memory
 from .router_stage import FILE as ROUTERS
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
+from .teachers import check_vocabulary, readable
 
 logger = logging.get_logger(__name__)
 TRAINER_STATE = "trainer_state.json"
@@ -52,7 +53,8 @@ class FlextronTrainer(Trainer):
         args: `FlextronTrainingArguments`.
         teacher: Who is imitated: a model, its folder or Hub id (usually the parent), `"self"` (the full network of
             the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
-            model that is on a GPU already, or quantized, stays where it is.
+            model that is on a GPU already, or quantized, stays where it is. It has the tokenizer of the model; where
+            one of them has more tokens, those that both have are compared.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
             of a row do not see each other.
@@ -62,7 +64,7 @@ class FlextronTrainer(Trainer):
     model's current budget, and writes the losses into `model.config.frontier`.
 
     Raises:
-        ValueError: the model is not elastic, the teacher has another vocabulary or an unknown architecture, or the
+        ValueError: the model is not elastic, the teacher has another tokenizer or an unknown architecture, or the
             routers cannot learn in this kind of run.
     """
 
@@ -122,10 +124,7 @@ class FlextronTrainer(Trainer):
     def _load_teacher(self, teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
         if isinstance(teacher, (str, os.PathLike)):
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
-        if teacher.config.vocab_size != self.model.config.vocab_size:
-            rule = f"The model has {self.model.config.vocab_size} tokens."
-            remedy = "Teach with the parent, or with another model of the same tokenizer."
-            raise invalid("teacher", f"{teacher.config.vocab_size} tokens", rule, remedy)
+        check_vocabulary(teacher, self.model, self.processing_class)
         if teacher.config.model_type not in (*FAMILIES, "flextron"):
             rule = f"The supported families are {', '.join(FAMILIES)}."
             raise invalid("teacher", teacher.config.model_type, rule, "Teach with the parent.")
@@ -304,6 +303,9 @@ class FlextronTrainer(Trainer):
             return None
         kept, here = ("input_ids", "attention_mask", "position_ids"), self.args.device
         inputs = {key: inputs[key].to(self.teacher.device) for key in kept if key in inputs}
+        if self.teacher.config.vocab_size < self.model.config.vocab_size:
+            padding = getattr(self.processing_class or self.model.config, "pad_token_id", None)
+            inputs = readable(inputs, self.teacher.config.vocab_size, padding)
         if self.teacher.config.model_type == "flextron":
             inputs["flextron_budget"] = self.teacher.subnetwork
         with self.compute_loss_context_manager(), self.accelerator.autocast():
