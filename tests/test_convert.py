@@ -42,7 +42,9 @@ def test_a_model_given_by_the_user_stays_as_it_is(parent, ids):
 @pytest.mark.parametrize("order", ["importance", "random", "reverse"])
 @torch.no_grad()
 def test_every_order_keeps_the_function(parent, ids, order):
-    assert difference(convert(parent, DATA, order=order, **CHOICES)(ids).logits, parent(ids).logits) < 1e-5
+    expected = parent(ids).logits  # of which the largest are above 1, and rounding is relative
+    close = 1e-5 * expected.abs().max()
+    assert difference(convert(parent, DATA, order=order, **CHOICES)(ids).logits, expected) < close
 
 
 @torch.no_grad()
