@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -130,8 +131,10 @@ class Cost:
 
 def parameters_of(config, embeddings: bool = True) -> Cost:
     """Exact numbers of parameters; see `count_parameters`."""
-    head_dim, matrices = config.head_dim, 3 if config.gated_mlp else 2
-    norms = 2 if config.norm_type == "layer" else 1
+    # Read once: a config of transformers looks up every attribute with care, and rows are chosen among thousands.
+    head_dim, matrices, kv_heads = config.head_dim, 3 if config.gated_mlp else 2, cache(config.kv_heads)
+    norms, qk_norm, mlp_bias = 2 if config.norm_type == "layer" else 1, config.qk_norm, config.mlp_bias
+    attention_bias, attention_output_bias = config.attention_bias, config.attention_output_bias
 
     def rest(hidden: int) -> int:
         total = norms * hidden  # the last norm
@@ -141,13 +144,13 @@ def parameters_of(config, embeddings: bool = True) -> Cost:
         return total
 
     def layer(hidden: int, mlp: int, heads: int) -> int:
-        queries, keys = heads * head_dim, config.kv_heads(heads) * head_dim
+        queries, keys = heads * head_dim, kv_heads(heads) * head_dim
         total = hidden * (2 * queries + 2 * keys)  # q, o and k, v
         total += matrices * hidden * mlp
         total += 2 * norms * hidden
-        total += 2 * head_dim * config.qk_norm
-        total += (queries + 2 * keys) * config.attention_bias + hidden * config.attention_output_bias
-        return total + ((matrices - 1) * mlp + hidden) * config.mlp_bias
+        total += 2 * head_dim * qk_norm
+        total += (queries + 2 * keys) * attention_bias + hidden * attention_output_bias
+        return total + ((matrices - 1) * mlp + hidden) * mlp_bias
 
     return Cost(rest, layer)
 

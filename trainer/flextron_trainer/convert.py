@@ -39,12 +39,7 @@ from .data import calibration_batches, load_tokenizer
 from .frontier import choose_rows, mean_loss, named_budgets
 from .importance import ORDERS, Importance, read_or_measure
 
-DEFAULT_FRACTIONS = {
-    "mlp": tuple(part / 16 for part in range(16, 1, -1)),
-    "heads": (1, 3 / 4, 1 / 2, 1 / 4),
-    "hidden": (1,),
-    "depth": (1,),
-}
+LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
 DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)
 Choices = Sequence[int | float]
 
@@ -62,6 +57,7 @@ def convert(
     importance: str | os.PathLike | None = None,
     order: str = "importance",
     search_evaluations: int = 0,
+    nested: bool = True,
     max_samples: int = 1024,
     sequence_length: int = 512,
     batch_size: int = 8,
@@ -77,9 +73,10 @@ def convert(
             streamed one, or a tensor `[N, S]`. `"weights"` ranks by the norms of the weights, which of a language model
             that was really trained makes something worse than a random order, and chooses rows by size alone.
         mlp, heads, hidden, depth: Allowed sizes on each axis, descending, the full one first: fractions of the
-            parent's size, or sizes. None for the default: sixteenths for `mlp` and quarters for `heads` where the
-            parent's sizes allow them, and the full size alone for `hidden` and `depth`. Families whose stock class
-            has hidden / heads channels in a head (GPT-2, GPT-NeoX) get a hidden size for every number of heads.
+            parent's size, or sizes. None for the default: about thirty-seconds for `mlp`, and half as much below
+            the quarter; about eighths for `heads`, down to a quarter; and the full size alone for `hidden` and
+            `depth`. Families whose stock class has hidden / heads channels in a head (GPT-2, GPT-NeoX) get a hidden
+            size for every number of heads.
         budgets: What the rows of the frontier may cost at most, in units of the budget grammar. A mapping also
             names the rows; otherwise a row is called as its budget is written. The full network has a row in any case,
             called "1" where no budget means it. Of a fraction that the choices cannot reach the smallest sub-network
@@ -92,6 +89,8 @@ def convert(
             losses on the calibration data (200 are enough for eight layers). Elastic training of such rows ends at
             lower losses than that of uniform ones, and stock classes cannot hold them: `export` with `--snap` or
             `--pad` for these. 0 for uniform rows.
+        nested: Choose rows of which each contains the next, so that a model loaded at one can go down to the smaller
+            ones. False chooses each by itself, where sizes are too few for both that and the budgets.
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"` and the search.
         device: Where to run; by default where the parent is.
@@ -149,7 +148,7 @@ def convert(
     _permute(elastic, scores.reordered(order, seed))
     few = batches[: -(-64 // batch_size)]
     loss = partial(mean_loss, elastic, batches=few) if few else None
-    elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed)
+    elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic
@@ -260,8 +259,13 @@ def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronCon
 def _sizes(axis: str, given: Choices | None, full: int, unit: int, head_dim: int) -> list[int]:
     """Sizes from fractions or sizes; `unit` must divide each."""
     if given is None:
-        exact = [full * fraction for fraction in DEFAULT_FRACTIONS[axis]]
-        return [int(size) for size in exact if size == int(size) and size >= unit and size % unit == 0]
+        parts = 64 if axis == "mlp" else 8
+        step = unit * max(1, round(full / unit / parts))
+        fine = [size for size in range(full, 0, -step) if size >= LEAST[axis] * full]
+        if axis != "mlp":
+            return fine
+        # Small budgets need steps that are small for them.
+        return [size for i, size in enumerate(fine) if i % 2 == 0 or 4 * size < full]
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         raise invalid(axis, given, "It is a list of sizes or fractions.", f"Pass for instance {axis}=[1, 0.5].")
     sizes: list[int] = []

@@ -3,6 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, c
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
 from modeling_flextron.subnetwork import (
+    AXES,
     TOLERANCE,
     Cost,
     budget_of_name,
@@ -24,7 +27,8 @@ from modeling_flextron.subnetwork import (
 from .search import search
 
 _UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}
-LEAST_OF_A_BUDGET = 0.9  # of what the largest uses: what is saved beyond that would be lost before any training
+USED = 0.95  # of a budget: what a row saves beyond that is lost before any training
+TRIED = 16  # sub-networks of a budget of which losses are measured
 
 
 def named_budgets(config: FlextronConfig, budgets: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
@@ -65,38 +69,45 @@ def choose_rows(
     loss: Callable[[SubNetwork], float] | None,
     evaluations: int = 0,
     seed: int = 0,
+    nested: bool = True,
 ) -> list[dict]:
-    """The full network, called "1" where no budget means it, and for each budget the best uniform sub-network within
-    it and within the next larger row.
+    """The full network, called "1" where no budget means it, and one uniform sub-network for each budget.
 
-    Those that a stock class can hold as they are go before the others. "Best" is the lowest `loss` of those that use
-    most of the budget, whichever axes they cut; without losses, the largest. Rows nest, so that a model loaded at one
-    can go down to all smaller ones. With `evaluations`, a search that asks for so many losses for each budget takes
-    the place of the best uniform one: its layers differ, and its rows need not nest.
+    The rows are chosen together. Each uses at least 95 % of its budget wherever the choices have such networks that
+    nest, so that a model loaded at one row can go down to all smaller ones; a row that cannot is named in a warning.
+    Of such rows those go first that a stock class can hold as they are. Among what is left the rows with the lowest
+    sum of losses are taken, and without losses the largest.
+
+    Args:
+        config: Of the elastic model.
+        budgets: Name of a row -> its budget; see `named_budgets`.
+        loss: Of a sub-network, on text.
+        evaluations: For each budget, a search that asks for so many losses starts at the uniform row and takes its
+            place where it finds something better: its layers differ, and its rows need not nest.
+        seed: Of the search.
+        nested: False chooses each row by itself.
     """
-    rows, inside = list[dict](), config.built
     uniform = uniform_subnetworks(config)
     limits = {name: _limit(config, budget) for name, budget in budgets.items()}
-    for name, (cost, limit) in sorted(limits.items(), key=lambda item: -item[1][1] / item[1][0](config.built)):
-        allowed = [s for s in uniform if inside.contains(s)]
-        fitting = [s for s in allowed if cost(s) <= limit]
-        fitting = [s for s in fitting if misfit(config, s) is None] or fitting
-        if not fitting:
-            fitting = [min(allowed, key=cost)]
-            if cost(fitting[0]) > TOLERANCE * limit:
-                name = _name_of_smallest(config, name, budgets[name], fitting[0])
-        largest = [s for s in fitting if not any(t != s and t.contains(s) for t in fitting)]
-        largest.sort(key=lambda s: count_parameters(config, s), reverse=True)
-        best = largest[0]
-        least = LEAST_OF_A_BUDGET * count_parameters(config, best, embeddings=False)
-        largest = [s for s in largest if count_parameters(config, s, embeddings=False) >= least]
-        if loss is not None and len(largest) > 1:
-            losses = {s: loss(s) for s in tqdm(largest[:16], desc=f"Budget {name}")}
-            best = min(losses, key=lambda s: losses[s])
-        inside = best
+    names = sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built))  # the largest first
+    uses = []
+    for name in names:
+        cost, limit = limits[name]
+        fitting = [s for s in uniform if cost(s) <= limit] or [min(uniform, key=cost)]
+        uses.append({s: cost(s) / limit for s in fitting})
+    chosen = _together(uses, cache(lambda s: misfit(config, s) is not None), loss, nested)
+    rows: list[dict] = []
+    for name, best, use in zip(names, chosen, uses, strict=True):
+        cost, limit = limits[name]
+        if use[best] > TOLERANCE:
+            name = _name_of_smallest(config, name, budgets[name], best)
+        elif use[best] < USED and best != config.built:
+            _warn_of_unused(config, name, use[best])
         if evaluations and loss is not None and best != config.built and cost(best) <= limit:
-            options: dict[str, Any] = {"evaluations": evaluations, "seed": seed, "description": f"Searching {name}"}
-            found, value = search(config, loss, limit, cost=cost, **options)
+            found, value = search(
+                config, loss, limit, cost=cost, start=best, evaluations=evaluations, seed=seed,
+                description=f"Searching {name}",
+            )  # fmt: skip
             best = found if value < loss(best) else best
         row = config.row(name, best)
         if any(row["subnetwork"] == other["subnetwork"] for other in rows):
@@ -109,6 +120,76 @@ def choose_rows(
     return rows if rows[0]["subnetwork"] == full["subnetwork"] else [full, *rows]
 
 
+def _together(
+    uses: list[dict[SubNetwork, float]],
+    odd: Callable[[SubNetwork], bool],
+    loss: Callable[[SubNetwork], float] | None,
+    nested: bool,
+) -> list[SubNetwork]:
+    """One sub-network for every budget, the largest budget first, as `choose_rows` says.
+
+    Args:
+        uses: Of every budget, what keeps it -> the share of it that this costs.
+        odd: Whether no stock class holds it.
+        loss, nested: as in `choose_rows`.
+    """
+
+    def price(row: int, s: SubNetwork) -> tuple[float, ...]:
+        # Squared: two rows that are a little small go before one that is far too small.
+        return max(0.0, USED - uses[row][s]) ** 2, odd(s), -uses[row][s]
+
+    full = [[s for s in use if use[s] >= USED] for use in uses]  # of thousands a few, and often enough
+    first = _chain(full, price, nested) or _chain([list(use) for use in uses], price, nested)
+    if first is None:  # budgets of several kinds: what keeps a larger one in bytes may not hold a smaller one
+        return _together(uses, odd, loss, nested=False)
+    if loss is None:
+        return first
+    good = [
+        [s for s in use if use[s] >= min(USED, use[best]) and (odd(best) or not odd(s))]
+        for best, use in zip(first, uses, strict=True)
+    ]
+    if nested:  # what has something around it in the row before, and then something inside it in the row behind
+        for i in range(1, len(good)):
+            good[i] = [s for s in good[i] if any(_inside(s, outer) for outer in good[i - 1])]
+        for i in reversed(range(len(good) - 1)):
+            good[i] = [s for s in good[i] if any(_inside(inner, s) for inner in good[i + 1])]
+    few = []
+    for largest, row, use in zip(first, good, uses, strict=True):
+        others = [s for s in row if s != largest and not any(t != s and _inside(s, t) for t in row)]
+        few.append([largest, *sorted(others, key=lambda s: -use[s])[: TRIED - 1]])
+    undecided = dict.fromkeys(s for row in few if len(row) > 1 for s in row)
+    losses = {s: loss(s) for s in tqdm(undecided, desc="Choosing rows", unit="sub-network")}
+    return _chain(few, lambda _, s: (losses.get(s, 0.0),), nested) or first
+
+
+def _inside(inner: SubNetwork, outer: SubNetwork) -> bool:
+    """`outer.contains(inner)` of two uniform ones, of which many pairs are compared."""
+    sizes = ((s.hidden, len(s.layers), s.mlp[0], s.heads[0]) for s in (inner, outer))
+    return all(small <= large for small, large in zip(*sizes, strict=True))
+
+
+def _chain(
+    options: list[list[SubNetwork]], price: Callable[[int, SubNetwork], tuple[float, ...]], nested: bool
+) -> list[SubNetwork] | None:
+    """One option of every row, each inside the one before when they must be `nested`, with the least sum of prices.
+
+    Returns:
+        The chain, or None where there is none.
+    """
+    best: dict[SubNetwork, tuple[tuple[float, ...], list[SubNetwork]]] = {}
+    for row, candidates in enumerate(options):
+        following = {}
+        for s in candidates:
+            before = [entry for outer, entry in best.items() if not nested or _inside(s, outer)] if row else [((), [])]
+            if before:
+                total, chain = min(before, key=lambda entry: entry[0])
+                own = price(row, s)
+                total = tuple(a + b for a, b in zip(total or (0.0,) * len(own), own, strict=True))
+                following[s] = (total, [*chain, s])
+        best = following
+    return min(best.values(), key=lambda entry: entry[0])[1] if best else None
+
+
 def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
     """What a row is called whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
     fraction = count_parameters(config, smallest, embeddings=False) / config.parent_size()
@@ -118,6 +199,25 @@ def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: 
         stacklevel=4,
     )
     return name if name != str(budget) else f"{math.ceil(fraction * 1000) / 1000:g}"
+
+
+def _warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
+    """Say that a row is much smaller than its budget, and which sizes would help."""
+    gaps = {
+        (larger / smaller, axis, larger, smaller)
+        for axis in AXES
+        for larger, smaller in pairwise(config.choices(axis))
+        if larger - smaller > 1
+    }
+    hint = "on some axis"
+    if gaps:
+        _, axis, larger, smaller = max(gaps)
+        hint = f"of `{axis}` between {larger} and {smaller}"
+    warnings.warn(
+        f"Row {name!r} uses {use:.0%} of its budget: no allowed sizes nearer to it nest in the larger rows. Allow more"
+        f" sizes, for instance {hint}, or choose each row by itself (`nested=False`).",
+        stacklevel=4,
+    )
 
 
 def _limit(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:

@@ -6,7 +6,7 @@ Each is a JSON file with these fields:
     convert: Keyword arguments of `convert`.
     stages: Arguments of `flextron train` for each stage. They follow what was published for larger models, not
         measurements of ours.
-    sizes: Row of the frontier -> non-embedding and all parameters, at most: data may choose a slightly smaller one.
+    sizes: Row of the frontier -> non-embedding and all parameters without calibration; with text others may be chosen.
 
 `python -m flextron_trainer.presets` prints the table of hub_configs/README.md.
 """

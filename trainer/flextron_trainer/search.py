@@ -37,6 +37,7 @@ def search(
     limit: float,
     *,
     cost: Cost | None = None,
+    start: SubNetwork | None = None,
     evaluations: int = 256,
     parents: int = 12,
     seed: int = 0,
@@ -49,6 +50,7 @@ def search(
         loss: What to minimise, usually the mean loss on a few batches.
         limit: What the sub-network may cost.
         cost: Non-embedding parameters by default; anything that grows with every size, such as predicted seconds.
+        start: Tried first, as it is and with the rest of the budget; the largest uniform ones come after it.
         evaluations: How often `loss` is asked.
         parents: Best networks so far from which the next one is made.
         seed: Of everything random.
@@ -66,16 +68,16 @@ def search(
     known: dict[SubNetwork, tuple[float, Choices]] = {}
     uniform = [s for s in uniform_subnetworks(config) if cost(s) <= limit]
     uniform.sort(key=cost, reverse=True)
-    start = []
-    for subnetwork in uniform[: max(1, evaluations // 16)]:  # as it is, and with the rest of the budget
-        start.append(Choices.of(config, subnetwork))
-        start.append(fill(config, start[-1], cost, limit, generator))
+    first = []
+    for subnetwork in [*filter(None, [start]), *uniform[: max(1, evaluations // 16)]]:
+        first.append(Choices.of(config, subnetwork))
+        first.append(fill(config, first[-1], cost, limit, generator))
     with tqdm(total=evaluations, desc=description, unit="sub-network") as bar:
         for attempt in range(20 * evaluations):
             if len(known) == evaluations:
                 break
-            if attempt < len(start):
-                choices = start[attempt]
+            if attempt < len(first):
+                choices = first[attempt]
             elif not known or generator.random() < 0.05:
                 choices = fill(config, random_choices(config, generator), cost, limit, generator)
             else:
