@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .errors import invalid, require_int
 from .families import family_of
-from .latency import LatencyTable, copy_tables, table_of
+from .latency import LatencyTable, check_summary, copy_tables, table_of
 from .levels import check_levels, index_name, level_of
 from .measured import Measured, check_measured, forget, record, unmeasured
 from .routing import StaticRouter, check_static_router, narrowed_router
@@ -49,7 +49,6 @@ AUTO_MAP = {
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
 ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", *unmeasured())
-TABLE_FIELDS = ("device", "kind", "dtype", "batch", "context")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NORMS = ("rms", "layer")
 KINDS = ("full_attention", "sliding_attention")
@@ -494,19 +493,12 @@ class FlextronConfig(PreTrainedConfig):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(name, getattr(self, name), "It must be a bool.", "Pass True or False.")
         self.latency_tables = {} if self.latency_tables is None else self.latency_tables
-        entry = ("device", "kind", "dtype", "batch", "context")
         if not isinstance(self.latency_tables, dict):
             raise invalid(
                 "latency_tables", self.latency_tables, "It maps files to devices.", "Pass None for no tables."
             )
         for file, table in self.latency_tables.items():
-            if (
-                not re.fullmatch(r"latency/[a-z0-9-]+\.json", file)
-                or not isinstance(table, dict)
-                or set(table) != {*entry}
-            ):
-                rule = f"A table is a file 'latency/NAME.json' with {', '.join(entry)}."
-                raise invalid("latency_tables", {file: table}, rule, "Write it with `flextron measure`.")
+            check_summary(file, table)
         for name in (
             "norm_eps", "initializer_range", "attention_dropout", "residual_dropout", "embedding_dropout"
         ):  # fmt: skip

@@ -12,16 +12,18 @@ those of real use. What the sum leaves out is measured too: the error on random 
 Times are seconds; a decoding step makes one token for each sequence of the batch.
 """
 
+import hashlib
 import json
 import os
 import platform
 import random
+import re
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,28 @@ from .subnetwork import Cost, SubNetwork, random_subnetwork, smallest_subnetwork
 logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
 FOLDER = "latency"
+REMEDY = "Measure again with `flextron measure`."
 _PIECES = 5  # of what `generate` writes with drafts, for one measurement
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and -1e6 < value < 1e6  # seconds; what is below zero is noise
+
+
+CONDITIONS = {  # by which a table is found, and what they must be
+    "kind": (_is_name, "It is a kind of device."),
+    "dtype": (_is_name, "It is the name of a dtype."),
+    "batch": (_is_count, "It is a number of sequences."),
+    "context": (_is_count, "It is a number of tokens."),
+}
 
 
 def device_name(kind: str) -> str:
@@ -47,7 +70,7 @@ def device_name(kind: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return next(named, "") or platform.processor() or platform.machine() or kind
 
 
 def context_length(config: Any, context: int | None, made: int) -> int:
@@ -72,7 +95,8 @@ class LatencyTable:
         device: Name of the processor.
         conditions: `kind` (`"cpu"`, `"cuda"`), `threads`, `dtype`, `attention`, `batch`, `context`, `rounds`, `date`
             and library `versions`.
-        shape: The choices of the model on every axis, and its vocabulary and head size.
+        shape: The choices of the model on every axis, its vocabulary, head size and family, and the number of `layers`
+            that it was measured with.
         costs: Mode (`"decode"`, `"prefill"`) -> hidden size -> `rest` and `layer` in seconds, and `mlp` and `heads`
             from choice to seconds.
         spread: Mode -> median over all measurements of (upper - lower quartile) / median.
@@ -108,12 +132,15 @@ class LatencyTable:
     def file_name(self) -> str:
         """Where it is kept in a repository."""
         parts = f"{self.device} {self.conditions['dtype']} batch {self.conditions['batch']}"
-        return f"{FOLDER}/{'-'.join(''.join(c if c.isalnum() else ' ' for c in parts.lower()).split())}.json"
+        words = "".join(c if c.isascii() and c.isalnum() else " " for c in parts.lower()).split()
+        if not self.device.isascii():  # and may differ from others in the letters that are left out
+            words.append(hashlib.sha256(self.device.encode(errors="backslashreplace")).hexdigest()[:8])
+        return f"{FOLDER}/{'-'.join(words)}.json"
 
     @property
     def summary(self) -> dict[str, Any]:
         """What a config lists of it."""
-        return {"device": self.device, **{key: self.conditions[key] for key in ("kind", "dtype", "batch", "context")}}
+        return {"device": self.device, **{key: self.conditions[key] for key in CONDITIONS}}
 
     # ------------------------------------------------------------------------------------------------ files
 
@@ -127,22 +154,21 @@ class LatencyTable:
         """Read a table, and check that it is one of `config`'s model.
 
         Raises:
-            ValueError: the file is not a table, or one of another model.
+            ValueError: the file is not a table, or one of another model; the message names file and field.
         """
-        remedy = "Measure again with `flextron measure`."
+        text = Path(path).read_bytes()
         try:
-            table = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-            table.predict(
-                SubNetwork(table.shape["hidden"][-1], (0,), table.shape["mlp"][-1:], table.shape["heads"][-1:])
-            )
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise invalid("latency table", str(path), f"It is no table of times: {error!r}.", remedy) from None
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise invalid(str(path), text, f"A latency table is JSON: {error!r}.", REMEDY) from None
+        check_table(str(path), content, None if config is None else len(config.built.layers))
+        table = cls(**content)
         if config is not None:
             for key, value in shape_of(config).items():
                 stored = table.shape.get(key)
                 if not (set(value) <= set(stored or ()) if isinstance(value, list) else value == stored):
                     rule = f"It was measured on a model with `{key}` {stored}, and this one has {value}."
-                    raise invalid("latency table", str(path), rule, remedy)
+                    raise invalid(f"{path}['shape'][{key!r}]", stored, rule, REMEDY)
         return table
 
     # ------------------------------------------------------------------------------------------- measuring
@@ -188,7 +214,9 @@ class LatencyTable:
         random_ones = [random_subnetwork(config, generator) for _ in range(checks)]
         networks = list(dict.fromkeys([*_probes(config).values(), *random_ones]))
         device = device_name(kind)
-        rows = _Rounds(progress, {"device": device, **conditions, "shape": shape_of(config), "seed": seed})
+        rows = _Rounds(
+            progress, {"device": device, **conditions, "shape": shape_of(config), "seed": seed}, len(networks)
+        )
         run = _Runner(model, batch, context, seed)
         todo = range(len(rows.done), rounds)
         was_training = model.training
@@ -204,7 +232,7 @@ class LatencyTable:
         table = cls(
             device,
             conditions | {"rounds": len(rows.done), "date": time.strftime("%Y-%m-%d"), "versions": _versions()},
-            shape_of(config),
+            shape_of(config) | {"layers": len(config.built.layers)},
             {mode: _costs(config, median[mode]) for mode in MODES},
             {mode: statistics.median(map(_spread, times[mode].values())) for mode in MODES},
             drafting=_drafting([r.get("drafting", {}) for r in rows.done], median["decode"][config.built]),
@@ -219,6 +247,80 @@ class LatencyTable:
             table.errors[mode] = {"median": statistics.median(errors), "worst": max(errors), "points": points}
         rows.forget()
         return table
+
+
+def check_table(file: str, content: Any, layers: int | None = None) -> None:
+    """Refuse what is no latency table.
+
+    Args:
+        file: Where it was read.
+        content: What was read there.
+        layers: Of the model, for tables of older versions, which do not say.
+
+    Raises:
+        ValueError: what is wrong with it; the message names file and field.
+    """
+
+    def require(holds: bool, place: Iterable[str], value: Any, rule: str) -> None:
+        if not holds:
+            raise invalid(file + "".join(f"[{key!r}]" for key in place), value, rule, REMEDY)
+
+    known, needed = {field.name for field in fields(LatencyTable)}, {"device", "conditions", "shape", "costs"}
+    whole = isinstance(content, dict) and needed <= set(content) <= known
+    require(whole, (), content, f"A latency table has the fields {', '.join(sorted(known))}.")
+    for key in set(content) - {"device"}:
+        require(isinstance(content[key], dict), (key,), content[key], "It maps names to values.")
+    require(_is_name(content["device"]), ("device",), content["device"], "It is the name of the processor.")
+    for key, (is_right, rule) in CONDITIONS.items():
+        value = content["conditions"].get(key)
+        require(is_right(value), ("conditions", key), value, rule)
+    shape = content["shape"]
+    for axis in ("hidden", "mlp", "heads"):
+        sizes = shape.get(axis)
+        right = isinstance(sizes, list) and sizes and all(map(_is_count, sizes))
+        require(bool(right), ("shape", axis), sizes, "It lists sizes.")
+    layers = shape.get("layers", layers)
+    require(layers is None or _is_count(layers), ("shape", "layers"), layers, "It is a number of layers.")
+    for mode, hidden in product(MODES, map(str, shape["hidden"])):
+        keys = [("rest",), ("layer",), *((axis, str(size)) for axis in ("mlp", "heads") for size in shape[axis])]
+        times = {key: _at(content, "costs", mode, hidden, *key) for key in keys}
+        for key, seconds in times.items():
+            require(_is_time(seconds), ("costs", mode, hidden, *key), seconds, "It is a number of seconds.")
+        rest, layer = times.pop(("rest",)), times["layer",]
+        mlp, heads = (times[axis, str(max(shape[axis]))] for axis in ("mlp", "heads"))
+        # Such networks were timed as they are, so that noise explains none of these.
+        for key, seconds in [*times.items(), (("layer",), mlp + heads - layer)]:
+            takes = not layers or rest + layers * seconds > 0
+            rule = f"{layers} layers of {seconds} s and the rest of {rest} s take some time."
+            require(takes, ("costs", mode, hidden, *key), times[key], rule)
+    if drafting := content.get("drafting"):
+        more, lengths = drafting.get("more"), set(map(str, LENGTHS))
+        right = set(drafting) == {"loop", "more"} and isinstance(more, dict) and set(more) == lengths
+        require(right, ("drafting",), drafting, f"It has `loop`, and `more` for {LENGTHS} tokens.")
+        for key, seconds in {"loop": drafting["loop"], **more}.items():
+            require(_is_time(seconds) and seconds >= 0, ("drafting", key), seconds, "It is a number of seconds.")
+
+
+def check_summary(file: Any, entry: Any) -> None:
+    """Refuse what cannot be the entry of a table in a config.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    right = isinstance(file, str) and re.fullmatch(r"latency/[\w-]+\.json", file) and isinstance(entry, dict)
+    if not right or set(entry) != {"device", *CONDITIONS}:
+        rule = f"A table is a file 'latency/NAME.json' with device, {', '.join(CONDITIONS)}."
+        raise invalid("latency_tables", {file: entry}, rule, "Write it with `flextron measure`.")
+    for key, (is_right, rule) in {"device": (_is_name, "It is a name."), **CONDITIONS}.items():
+        if not is_right(entry[key]):
+            raise invalid(f"latency_tables[{file!r}][{key!r}]", entry[key], rule, REMEDY)
+
+
+def _at(value: Any, *keys: str) -> Any:
+    """What nested dicts hold; None where they do not go so far."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def shape_of(config: Any) -> dict[str, Any]:
@@ -409,12 +511,15 @@ class _Runner:
 class _Rounds:
     """Measured rounds, kept in a file while more are made."""
 
-    def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any]):
+    def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any], networks: int):
         self.path, self.conditions, self.done = path and Path(path), conditions, list[dict[str, Any]]()
         if self.path and self.path.is_file():
-            kept = json.loads(self.path.read_text(encoding="utf-8"))
-            if kept["conditions"] == json.loads(json.dumps(conditions)):
-                self.done = kept["rounds"]
+            try:
+                kept = json.loads(self.path.read_text(encoding="utf-8"))
+                if kept["conditions"] == json.loads(json.dumps(conditions)):
+                    self.done = [_round(each, networks) for each in kept["rounds"]]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                logger.warning(f"The rounds in {self.path} cannot be read, and are measured again: {error!r}")
 
     def add(self, times: dict[str, Any]) -> None:
         self.done.append(times)
@@ -426,6 +531,20 @@ class _Rounds:
     def forget(self) -> None:
         if self.path:
             self.path.unlink(missing_ok=True)
+
+
+def _round(kept: dict[str, Any], networks: int) -> dict[str, Any]:
+    """A round that was kept.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    for times in (kept[mode] for mode in MODES):
+        if len(times) != networks or not all(map(_is_time, times)):
+            raise ValueError(f"{len(times)} times of {networks} networks")
+    if not isinstance(kept["drafting"], dict) or not all(map(_is_time, kept["drafting"].values())):
+        raise ValueError("times of drafting")
+    return kept
 
 
 def _spread(times: list[float]) -> float:

@@ -599,6 +599,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
                 fit_adapter(model, state_dict)
             checkpoint_files = None
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if load_config.hf_quantizer is not None and not load_config.hf_quantizer.pre_quantized:
+            model.config.forget_measurements()  # these are other weights
         offloaded = loaded[1] or {}
         for name, source in model.all_tied_weights_keys.items():  # the base class does this for whole files alone
             if source in offloaded:

@@ -74,6 +74,7 @@ def test_evaluate_writes_and_plots(elastic):
     assert "older" not in (elastic / "errors.py").read_text()  # a config lies beside the code that reads it
     card = (elastic / "README.md").read_text()
     assert all(f"{row['loss']:.4f}" in card for row in config["frontier"]) and "(frontier.png)" in card
+    assert "- loss, accuracy: text, 248 tokens, " in card  # 8 rows of 32, whose first tokens nothing foretells
     one = flextron(
         "evaluate", "elastic", "text", "--budget", "0.45", "--budget", '{"mlp": 24}', "--sequence-length", 32,
         "--max-samples", 8, "--device", "cpu",

@@ -22,7 +22,7 @@ from flextron_trainer.evaluation import evaluate_frontier
 
 elastic = elastic_of("gqa-wide-heads", parent_of("gqa-wide-heads", vocab_size=300))
 tokenizer = train_tokenizer(["def main():\\n    return 0\\n"] * 20, vocab_size=300)
-evaluate_frontier(elastic, rows(4))
+evaluate_frontier(elastic, rows(4), text="wiki")
 ids, done = torch.arange(1, 9)[None], {}
 
 def change():

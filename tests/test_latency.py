@@ -3,6 +3,8 @@
 import json
 import logging
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import all_sizes, elastic_of, flextron, run_python
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron import latency as module
+from modeling_flextron.drafting import LENGTHS
 from modeling_flextron.latency import MODES, LatencyTable, device_name, nearest
 
 
@@ -171,7 +174,7 @@ def test_bad_tables_are_refused(clock, tmp_path):
         LatencyTable.load(path, other.config)
     for broken in ("", "{", "[]", good.replace('"mlp"', '"lmp"'), json.dumps({**json.loads(good), "more": 1})):
         path.write_text(broken)
-        with pytest.raises(ValueError, match=r"`latency table`=.*no table of times.*`flextron measure`"):
+        with pytest.raises(ValueError, match=rf"{path.name}.*cannot be used.*`flextron measure`"):
             FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="1s")
     path.unlink()
     with pytest.raises(OSError, match=path.name):
@@ -185,6 +188,109 @@ def test_bad_tables_are_refused(clock, tmp_path):
     for name, value in (("batch", 0), ("rounds", 0), ("context", 128)):
         with pytest.raises(ValueError, match=f"`{name}`={value}"):
             LatencyTable.measure(model, **{"rounds": 1, "context": 8, name: value})
+
+
+def places(value, path=()):
+    """Every place in nested dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+DAMAGE = (
+    None, True, -1, 0, -1e30, 1e30, float("nan"), float("-inf"), 10**400, "", "x", "1", [], [1], ["x"], {}, {"x": 1}
+)  # fmt: skip
+
+
+def damaged(good: str, seed: int) -> tuple[str, tuple]:
+    """A table with something in it deleted or replaced, or cut off; and where."""
+    generator, table = random.Random(seed), json.loads(good)
+    if seed % 10 == 0:
+        return good[: generator.randrange(len(good))], ()
+    field = generator.choice(list(table))
+    where = generator.choice([path for path in places(table) if path[0] == field])
+    *outer, key = where
+    for step in outer:
+        table = table[step]
+    if generator.random() < 0.3:
+        del table[key]
+    else:
+        table[key] = generator.choice(DAMAGE)
+    root = json.loads(good)
+    return json.dumps(_with(root, outer, table)), where
+
+
+def _with(root, outer, value):
+    if not outer:
+        return value
+    root[outer[0]] = _with(root[outer[0]], outer[1:], value)
+    return root
+
+
+def test_a_damaged_table_is_refused_or_harmless(clock, tmp_path):
+    """Whatever happens to its file: the error names file and field, or every use of it works."""
+    model = elastic_of("mha")
+    table = saved_with_table(model, tmp_path, drafting={"loop": 0.0, "more": dict.fromkeys("1248", 1e-4)})
+    path, good = tmp_path / table.file_name, (tmp_path / table.file_name).read_text()
+    sizes, taken = all_sizes(model, 4), 0
+    tables = [damaged(good, seed) for seed in range(200)]
+    for value in (1, 1e5, -1, 0):  # where a table says twice what it is
+        slow = json.loads(good)
+        slow["costs"]["decode"]["64"]["layer"] = value
+        tables.append((json.dumps(slow), ("costs", "layer")))
+    for text, where in tables:
+        path.write_text(text)
+        try:
+            found = LatencyTable.load(path, model.config)
+        except ValueError as error:
+            assert str(path) in str(error) and "`flextron measure`" in str(error), (where, error)
+            named = {str(each) for each in where[:1]} | ({"costs"} if "shape" in where else set())  # of other sizes
+            assert not where or any(f"['{field}']" in str(error) for field in named) or len(where) == 1, (where, error)
+            continue
+        taken += 1
+        assert found.file_name and found.summary
+        if found.drafting:
+            assert all(found.drafting["loop"] + found.drafting["more"][str(length)] >= 0 for length in LENGTHS)
+        for mode in MODES:
+            for size in sizes:  # another time of a part is one that might have been measured
+                assert abs(found.predict(size, mode)) < 1e9, where
+            assert found.predict(model.built, mode) > 0, where
+    assert 0 < taken < 200
+
+
+@pytest.mark.parametrize("device", ["Procesador Ñandú 3", "名前", "İ", "²", "  ", "-"])
+def test_a_device_may_have_any_name(clock, tmp_path, device):
+    model = elastic_of("mha")
+    table = saved_with_table(model, tmp_path, device=device)
+    assert re.fullmatch(r"latency/[a-z0-9-]+\.json", table.file_name)
+    assert FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="1s").latency_table.device == device
+    others = [replace(table, device=other).file_name for other in ("Procesador Ñandú 4", "名", "²²")]
+    assert table.file_name not in others
+
+
+def test_a_config_lists_tables_that_can_be_told_apart():
+    good = {"device": "x", "kind": "cpu", "dtype": "float32", "batch": 1, "context": 8}
+    assert FlextronConfig(latency_tables={"latency/ñ.json": good}).latency_tables  # as older versions wrote them
+    for file, entry in (
+        (3, good), ("latency/../x.json", good), ("latency/.json", good), ("latency/a/b.json", good), ("x.json", good),
+        *(("latency/x.json", {**good, field: value}) for field in good for value in (None, [], True, 0)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="`latency_tables"):
+            FlextronConfig(latency_tables={file: entry})
+
+
+def test_damaged_rounds_are_measured_again(clock, tmp_path, caplog):
+    model, path = elastic_of("mha"), tmp_path / "rounds.json"
+    clock.fail_in = 3
+    with pytest.raises(KeyboardInterrupt):
+        LatencyTable.measure(model, rounds=3, context=8, progress=path)
+    kept, clock.fail_in = json.loads(path.read_text()), None
+    for damage in ("", "{", "[]", "{}", json.dumps(kept | {"rounds": [{}]}), json.dumps(kept | {"rounds": 3})):
+        path.write_text(damage)
+        clock.rounds = 0
+        table = LatencyTable.measure(model, rounds=2, context=8, progress=path)
+        assert clock.rounds == 2 and table.conditions["rounds"] == 2
 
 
 def test_the_command_and_loading_without_the_package(tmp_path):

@@ -1,8 +1,10 @@
 """The card: every figure with its text, nothing that a name could plant, only claims that can be checked."""
 
+import copy
 import math
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -47,12 +49,22 @@ def parsed(text: str) -> tuple[list[str], str]:
     return kinds, " ".join(words)
 
 
-def card_with(names: list[str], folder) -> ModelCard:
-    """The card of a model whose every name is given."""
-    name = dict(enumerate(names))
-    model = elastic_of("mha")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with everything that a card speaks of, and its folder."""
+    model, folder = elastic_of("mha"), tmp_path_factory.mktemp("model")
     add_token_routers(model, [0.35])
-    config = model.config
+    model.save_pretrained(folder)
+    (folder / "latency").mkdir()
+    table = LatencyTable.measure(model, context=4, rounds=1, checks=1)
+    return model, folder, table
+
+
+def card_with(names: list[str], saved) -> ModelCard:
+    """The card of a model whose every name is given."""
+    model, folder, table = saved
+    name, before = dict(enumerate(names)), model.config
+    model.config = config = copy.deepcopy(before)
     for i, row in enumerate(config.frontier):
         row["name"] = f"n{name[i]}n"  # one that a row can have
     figures = {"loss": 2.0, name[4]: 0.5, f"{name[5]}/acc": 0.25, f"{name[5]}/acc_stderr": 0.125}
@@ -62,27 +74,24 @@ def card_with(names: list[str], folder) -> ModelCard:
     config.parent_name = name[8]
     config.parent_license = {"license": name[9], "license_name": name[9], "license_link": name[9]}
     config.training_runs = [{name[10]: name[10], "nested": {name[10]: [name[10]]}, "steps": 3, "tokens": 5}]
-    folder = folder / "model"
-    model.save_pretrained(folder)
-    table = LatencyTable.measure(model, context=4, rounds=1, checks=1)
-    object.__setattr__(table, "device", name[11])
-    (folder / "latency").mkdir()
-    table.save(folder / "latency" / "t.json")
+    replace(table, device=name[11]).save(folder / "latency" / "t.json")
     config.latency_tables = {"latency/t.json": table.summary}
+    config.validate()
+    config.to_json_file(folder / "config.json")
     write_model_card(model, folder, "me/elastic", [name[4]])
+    model.config = before
     return ModelCard.load(folder / "README.md")
 
 
+@pytest.fixture(scope="module")
+def harmless(saved):
+    return card_with([f"n{i}" for i in range(len(HOSTILE))], saved)
+
+
 @pytest.mark.parametrize("shift", range(len(HOSTILE)))
-def test_a_name_plants_nothing(tmp_path, monkeypatch, shift):
-    monkeypatch.setattr("modeling_flextron.latency._Runner.round", lambda self, networks, generator: {
-        mode: [1.0] * len(networks) for mode in ("decode", "prefill")
-    })  # fmt: skip
-    monkeypatch.setattr("modeling_flextron.latency._Runner.drafting", lambda self: {})
+def test_a_name_plants_nothing(saved, harmless, shift):
     names = HOSTILE[shift:] + HOSTILE[:shift]
-    card = card_with(names, tmp_path / "hostile")
-    (tmp_path / "harmless").mkdir()
-    harmless = card_with([f"n{i}" for i in range(len(names))], tmp_path / "harmless")
+    card = card_with(names, saved)
     (kinds, words), (expected, _) = parsed(card.text), parsed(harmless.text)
     assert kinds == expected
     assert not re.search(r"evil|someone|alert|\$|\x1b|\u202e", words)
@@ -92,7 +101,7 @@ def test_a_name_plants_nothing(tmp_path, monkeypatch, shift):
     assert len(programs) == 4 and literal(f"n{names[3]}n") in programs[0] and "evil" not in words
     for name in names:
         assert eval(literal(name)) == name
-    front = (tmp_path / "hostile" / "model" / "README.md").read_text().split("\n---\n", 1)[0].removeprefix("---\n")
+    front = (saved[1] / "README.md").read_text().split("\n---\n", 1)[0].removeprefix("---\n")
     assert set(yaml.safe_load(front)) == set(harmless.data.to_dict())  # and `safe_load` makes no objects
 
 

@@ -71,6 +71,20 @@ def test_quantized_weights_on_disk(saved, quantize, tmp_path):
         FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="0.35")
 
 
+def test_figures_are_those_of_the_weights(saved, quantize, tmp_path):
+    """Not of those that were quantized while loading; of quantized ones as long as they are loaded as they are."""
+    measured = FlextronForCausalLM.from_pretrained(saved)
+    measured.config.record({"0.35": {"loss": 2.0}}, text="wiki")
+    measured.save_pretrained(tmp_path / "plain")
+    small = quantize(tmp_path / "plain", budget="loss<=2.5")
+    assert small.built == measured.resolve_budget("0.35") and small.frontier[0]["loss"] is None
+    model = quantize(tmp_path / "plain")
+    assert all(row["loss"] is None for row in model.frontier)
+    model.config.record({"0.35": {"loss": 2.1}}, text="wiki")
+    model.save_pretrained(tmp_path / "quantized")
+    assert FlextronForCausalLM.from_pretrained(tmp_path / "quantized").frontier[2]["loss"] == 2.1
+
+
 def test_adapters_on_quantized_weights_train_at_every_size(saved, quantize, tmp_path):
     pytest.importorskip("peft")
     run = trainer(tmp_path, model=quantize(saved), adapter={}, teacher="self")
