@@ -1,11 +1,16 @@
-"""Writing files so that nothing is ever half-written."""
+"""Writing files so that nothing is ever half-written, and reading them so that nothing is of two checkpoints.
+
+A folder that is written again is replaced file by file. While that lasts a file `.unfinished` lies in it; it stays when
+the process is killed, until the next save. Whoever reads weights (`undisturbed`) refuses such a folder, and one whose
+files are no longer those that were there at the beginning: a file is opened by its name when its time comes.
+"""
 
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME
 
 from .errors import invalid
+
+UNFINISHED = ".unfinished"
 
 
 @contextmanager
@@ -37,6 +44,7 @@ def write_beside(target: str | os.PathLike, variant: str | None = None) -> Itera
             os.replace(folder, target)
             return
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        (target / UNFINISHED).touch()
         for path in sorted(files, key=lambda path: (".safetensors" not in path.name, path)):
             (target / path).parent.mkdir(exist_ok=True)
             os.replace(folder / path, target / path)
@@ -47,6 +55,7 @@ def write_beside(target: str | os.PathLike, variant: str | None = None) -> Itera
         for path in list(target.iterdir()):
             if weights.fullmatch(path.name) and path.name not in names:
                 path.unlink()
+        (target / UNFINISHED).unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -60,6 +69,45 @@ def write_file_beside(target: str | os.PathLike) -> Iterator[Path]:
         path = Path(folder) / target.name
         yield path
         os.replace(path, target)
+
+
+@contextmanager
+def undisturbed(folder: str | os.PathLike) -> Iterator[None]:
+    """Refuse what the block reads of a checkpoint when something is saved into its folder at the same time.
+
+    A Hub id is no folder: what is downloaded is of one revision, and never replaced.
+
+    Raises:
+        ValueError: files were replaced, or a save has not come to its end; any error in the block is its cause.
+    """
+    before = _files_of_checkpoint(folder)
+    try:
+        _check_untouched(folder, before)
+        yield
+    except Exception as error:
+        _check_untouched(folder, before, error)
+        raise
+    _check_untouched(folder, before)
+
+
+def _files_of_checkpoint(folder: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Names of config and weights in a folder, with what tells a file from one that takes its place."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in Path(folder).iterdir() if os.path.isdir(folder) else ():
+        if path.name in (CONFIG_NAME, UNFINISHED) or ".safetensors" in path.name:
+            with suppress(FileNotFoundError):  # replaced by one of another name since it was listed
+                stat = path.stat()
+                found[path.name] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _check_untouched(
+    folder: str | os.PathLike, before: dict[str, tuple[int, ...]], cause: Exception | None = None
+) -> None:
+    if UNFINISHED in before or _files_of_checkpoint(folder) != before:
+        rule = "Something was being saved into it, so that what was read may be of two checkpoints."
+        remedy = "Try again when that has ended; if it was stopped in the middle, save or download it again."
+        raise invalid("pretrained_model_name_or_path", str(folder), rule, remedy) from cause
 
 
 def write_config(model: Any, folder: str | os.PathLike, config: Any = None) -> None:

@@ -4,16 +4,22 @@ The shape fields have the names and meanings of `LlamaConfig`, and describe what
 budget carries a config of that budget (`narrowed`), so that caches, memory estimates and every other reader of
 a Hugging Face config see the small model. Layers of different sizes are written as `per_layer_config`.
 
+They may be changed, as in any config: costs follow, and what was chosen for other sizes (`elastic`, the frontier,
+routers) is dropped with a warning. What contradicts itself was not made for another shape, and is refused.
+
 The class checks its own fields instead of using the `@strict` decorator, whose errors are neither `ValueError`
 nor name the way out.
 """
 
 import copy
+import hashlib
+import json
 import math
 import os
 import re
 import time
 from collections.abc import Mapping
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -48,7 +54,9 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_flextron.FlextronForSequenceClassification",
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
-ROW_FIELDS = ("name", "subnetwork", "parameters", "non_embedding_parameters", "kv_values_per_token", *unmeasured())
+COSTS = ("parameters", "non_embedding_parameters", "kv_values_per_token")  # of a row; the first alone has embeddings
+ROW_FIELDS = ("name", "subnetwork", *COSTS, *unmeasured())
+MADE_FOR_CHOICES = ("frontier", "static_router", "token_routing")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NORMS = ("rms", "layer")
 KINDS = ("full_attention", "sliding_attention")
@@ -60,6 +68,24 @@ def _size(row: dict[str, Any]) -> int:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _listed(value: Any) -> Any:
+    return value if _is_list(value) else [value]
+
+
+def _nothing_made(levels: Any) -> dict[str, Any]:
+    """The fields of a config for whose choices nothing was made; the files of its `levels` stay one checkpoint."""
+    levels = {**levels, "rows": []} if isinstance(levels, dict) else levels
+    return {**dict.fromkeys(MADE_FOR_CHOICES), "levels": levels}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _parts(version: str) -> list[int]:
@@ -102,7 +128,7 @@ class FlextronConfig(PreTrainedConfig):
             in `measured` what these were measured on (`record` writes them, `forget_measurements` erases them).
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
         flextron_budget: Which sub-network to build: a value of the budget grammar, see `subnetwork.py`.
-        flextron_context: Tokens of KV cache that memory budgets reserve.
+        flextron_context: Tokens of KV cache that memory budgets reserve; never more than `max_position_embeddings`.
         static_router: Scores from which a sub-network follows for any budget; see `routing.StaticRouter`.
         token_routing: Sizes, targets and their bounds, of a model whose tokens choose; see `token_routing.py`.
         latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
@@ -183,11 +209,25 @@ class FlextronConfig(PreTrainedConfig):
             if key.startswith(("flextron", "elastic", "frontier")):
                 known = "`elastic`, `frontier`, `flextron_budget` and `flextron_context`"
                 raise invalid(key, kwargs[key], f"The elastic fields are {known}.", "Remove or rename it.")
+        self._read_from = None  # a digest of the `config.json` that this is, until it is saved itself
+        stored = self._belong_together()
+        self.frontier = copy.deepcopy(self.frontier)  # whose costs may be changed below
+        if stored:
+            self._fit_layers()
+            if differing := kwargs.get("per_layer_config"):
+                layers = self.num_hidden_layers
+                kwargs["per_layer_config"] = {i: sizes for i, sizes in differing.items() if int(i) < layers}
         self._check_dimensions()
         self.elastic = self._full_elastic()
         kwargs.setdefault("auto_map", AUTO_MAP.copy())
         super().__post_init__(**kwargs)
-        self._check()
+        self._check(stored)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As `PreTrainedConfig.from_pretrained`; the config knows where it was read, as one of `AutoConfig` does."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -198,19 +238,42 @@ class FlextronConfig(PreTrainedConfig):
         if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             # The base class would go on: with query heads in the order of another architecture.
             raise invalid("model_type", kind, "It is no Flextron model.", "Make it one with `flextron convert`.")
-        if "flextron_budget" in kwargs:
-            kwargs["flextron_budget"] = _plain(kwargs["flextron_budget"])
-        ours: dict[str, Any] = {key: kwargs[key] for key in ("flextron_budget", "flextron_context") if key in kwargs}
+        inherited = PreTrainedConfig.__dataclass_fields__
+        names = [name for name in (*cls.__dataclass_fields__, "per_layer_config") if name not in inherited]
+        ours: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
+        values = config_dict | ours
+        if values.get("elastic") != config_dict.get("elastic"):
+            logger.warning(f"Made for other choices, and dropped unless given: {', '.join(MADE_FOR_CHOICES)}.")
+            values |= _nothing_made(config_dict.get("levels")) | ours
         try:
-            result = super().from_dict(config_dict | ours, **kwargs)
+            result = super().from_dict(values, **kwargs)
         except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
             # The base class reads its own fields without a look at their types.
             rule = f"One of its fields has an impossible value ({type(error).__name__}: {error})."
             raise invalid("config", config_dict.get("_name_or_path"), rule, "Download or write it again.") from error
         config = result[0] if isinstance(result, tuple) else result
+        config._read_from = _digest(config_dict)
         config.validate()  # with the other keywords, set by now
         config._say_which_code_runs()
         return result
+
+    def check_still_there(self, source: str, subfolder: str) -> None:
+        """Refuse a folder whose `config.json` is no longer the one that this config was read from.
+
+        Raises:
+            ValueError: it was written again since.
+        """
+        if self._read_from is None or source != self.name_or_path or not os.path.isdir(source):
+            return
+        if _digest(PreTrainedConfig.get_config_dict(source, subfolder=subfolder)[0]) != self._read_from:
+            rule = "The `config.json` of this folder was written again after the config was read."
+            raise invalid("config", source, rule, "Try again; a config that is passed as an object must be read again.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`."""
+        values = super().to_dict()
+        values.pop("_read_from", None)
+        return values
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -281,6 +344,7 @@ class FlextronConfig(PreTrainedConfig):
         """As `PreTrainedConfig.save_pretrained`, with the latency tables that the config lists."""
         copy_tables(self, save_directory)
         self.flextron_version = VERSION  # this code is what a model saves
+        self._read_from = None
         super().save_pretrained(save_directory, **kwargs)
 
     def _say_which_code_runs(self) -> None:
@@ -354,16 +418,6 @@ class FlextronConfig(PreTrainedConfig):
         rows = {row["name"]: row for row in self.frontier}
         return rows | {f"auto:{entry['target']:g}": entry for entry in targets}
 
-    def resize_vocabulary(self, before: int) -> None:
-        """Bring the frontier up to date when `vocab_size` was `before`: other costs, and figures of other logits."""
-        if self.vocab_size != before:
-            self.forget_measurements()
-        for row in self.frontier:
-            if row["subnetwork"] is None:  # its sizes are not known here, but what share of it are embeddings
-                embeddings = row["parameters"] - row["non_embedding_parameters"]
-                row["parameters"] += embeddings * self.vocab_size // before - embeddings
-        self._check(update=True)
-
     def narrowed(self, subnetwork: SubNetwork) -> "FlextronConfig":
         """The config of a model that holds only `subnetwork`: its shape, its choices, its rows of the frontier."""
         new = copy.deepcopy(self)
@@ -409,15 +463,20 @@ class FlextronConfig(PreTrainedConfig):
     # ------------------------------------------------------------------------------------------- checking
 
     def validate(self) -> None:
-        """Run every check again, and let costs follow what was changed; `save_pretrained` calls this."""
+        """Run every check again, and let what depends on the shape follow it; `save_pretrained` calls this."""
+        stored = self._belong_together()
+        if stored:
+            self._fit_layers()
         # Both read head counts, which a heterogeneous config has only per layer.
         one = self.per_layer_config[0] if self.is_heterogeneous else self
         one._check_dimensions()
         PreTrainedConfig.validate(one)
-        self._check(update=True)
+        self._check(stored)
 
-    def _check(self, update: bool = False) -> None:
-        """Check all but the dimensions; `update` corrects the costs in the frontier instead of refusing others."""
+    def _check(self, stored: bool = False) -> None:
+        """Check all but the dimensions; of what was `stored` together, drop what does not fit the shape."""
+        if stored:
+            self._drop_misfits()
         self._check_elastic()
         if self.static_router is not None:
             check_static_router(self, self.static_router)
@@ -426,7 +485,19 @@ class FlextronConfig(PreTrainedConfig):
         if self.parent_non_embedding_parameters is not None:
             require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
         self.frontier = self._full_frontier()
-        self._check_frontier(update)
+        self._check_frontier()
+        changed = self._update_costs()
+        if changed:
+            self.forget_measurements()  # of another shape
+        for row in self._unreached():
+            if not changed:
+                rule = "A row is reached by its name, and this one means something else."
+                remedy = "Begin it with a letter, such as 'small'."
+                raise invalid(f"frontier[{self.frontier.index(row)}]['name']", row["name"], rule, remedy)
+            before, row["name"] = row["name"], f"row-{row['name']}"
+            logger.warning(
+                f"Row {before!r} costs more of this shape than its name says, and is called {row['name']!r}."
+            )
         if self.levels is not None:
             check_levels(self, self.levels)
         self.flextron_budget = _plain(self.flextron_budget)
@@ -567,14 +638,8 @@ class FlextronConfig(PreTrainedConfig):
             raise invalid("frontier", self.frontier, "It is a list of rows.", "Pass None for the full size alone.")
         return self.frontier
 
-    def _may_mean(self, named: Budget, row: dict[str, Any]) -> bool:
-        """Whether a row costs what its name says. Embeddings, context and dtype do not count: they change later."""
-        whole = {"fraction": self.parent_size(), "parameters": 1}.get(named.kind)
-        return whole is None or row["non_embedding_parameters"] <= TOLERANCE * named.value * whole
-
-    def _check_frontier(self, update: bool) -> None:
+    def _check_frontier(self) -> None:
         names = set[str]()
-        meanings = set[Budget]()
         for i, row in enumerate(self.frontier):
             at = f"frontier[{i}]"
             if not isinstance(row, dict) or {*row, "measured"} != set(ROW_FIELDS):  # which older ones do not have
@@ -587,19 +652,106 @@ class FlextronConfig(PreTrainedConfig):
             check_measured(at, row)
             for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
                 require_int(f"{at}[{key!r}]", row[key])
-            meaning = budget_of_name(name)
-            if meaning is None or meaning in meanings or not self._may_mean(meaning, row):
-                rule = "A row is reached by its name, and this one means something else."
-                raise invalid(f"{at}['name']", name, rule, "Begin it with a letter, such as 'small'.")
-            meanings.add(meaning)
             if row["subnetwork"] is None:
                 continue
             if not isinstance(row["subnetwork"], dict):
                 raise invalid(f"{at}['subnetwork']", row["subnetwork"], "It holds sizes.", "Pass a dict.")
-            exact = self.row(name, resolve(self, row["subnetwork"]))
-            for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
-                if update:
-                    row[key] = exact[key]
-                elif row[key] != exact[key]:
-                    rule = f"The sub-network of this row has {exact[key]:,}."
-                    raise invalid(f"{at}[{key!r}]", row[key], rule, "Build rows with `config.row`.")
+            resolve(self, row["subnetwork"])
+
+    def _unreached(self) -> list[dict[str, Any]]:
+        """Rows that their names do not reach, because these are budgets which mean something else."""
+        # Embeddings, context and dtype do not count: they change later.
+        wholes, meanings, wrong = {"fraction": self.parent_size(), "parameters": 1}, set[Budget](), []
+        for row in self.frontier:
+            meaning = budget_of_name(row["name"])
+            if meaning is None or meaning in meanings:
+                wrong.append(row)
+                continue
+            meanings.add(meaning)
+            if meaning.kind in wholes and row["non_embedding_parameters"] > (
+                TOLERANCE * meaning.value * wholes[meaning.kind]
+            ):
+                wrong.append(row)
+        return wrong
+
+    # ------------------------------------------------------------------------------- following another shape
+
+    def _belong_together(self) -> bool:
+        """Whether the rows of `frontier` name sizes of `elastic`: then both were stored, for one shape."""
+        try:
+            held = [row["subnetwork"] for row in self.frontier if row["subnetwork"] is not None]
+            sizes = [{**row, "depth": len(row["layers"]) if _is_list(row["layers"]) else row["layers"]} for row in held]
+            named = {axis: {size for row in sizes for size in _listed(row[axis])} for axis in AXES}
+            return bool(held) and all(named[axis] <= set(self.elastic[axis]) for axis in AXES)
+        except (TypeError, KeyError):  # none given, or nothing like them
+            return False
+
+    def _fit_layers(self) -> None:
+        """Let what is listed by layer follow their number, the window their kinds, and KV heads the query heads."""
+        layers, heads, kinds = self.num_hidden_layers, self.__dict__["num_attention_heads"], self.layer_types
+        if self.__dict__["num_key_value_heads"] == self.elastic["heads"][0] != heads:  # each had its own
+            self.num_key_value_heads = heads
+        if _is_list(kinds) and kinds and type(layers) is int:
+            had_window = "sliding_attention" in kinds
+            kinds = [*kinds[:layers], *kinds[-1:] * (layers - len(kinds))]
+            if self.sliding_window is None:
+                kinds = ["full_attention" if kind == "sliding_attention" else kind for kind in kinds]
+            elif had_window and "sliding_attention" not in kinds:
+                self.sliding_window = None
+            self.layer_types = kinds
+
+    def _fits(self, axis: str, sizes: tuple[int, ...]) -> bool:
+        """Whether the choices of an axis are those of the `sizes` that are built."""
+        choices = self.elastic[axis]
+        if choices[0] != max(sizes) or not set(sizes) <= set(choices):
+            return False
+        if axis == "heads":
+            return not any(heads % self.kv_heads(heads) for heads in choices)
+        return axis != "depth" or not self.anchors() & set(self.elastic["layer_ranking"])
+
+    def _drop_misfits(self) -> None:
+        """Where choices are not those of this shape, allow what is built, and drop what was made for them."""
+        built = self.built
+        held = {"mlp": built.mlp, "heads": built.heads, "hidden": (built.hidden,), "depth": (len(built.layers),)}
+        wrong = {axis: sorted(set(sizes), reverse=True) for axis, sizes in held.items() if not self._fits(axis, sizes)}
+        if not wrong:
+            return
+        lost = [f"elastic[{axis!r}]" for axis in wrong]
+        lost += [name for name in MADE_FOR_CHOICES if getattr(self, name) is not None]
+        logger.warning(f"Made for another shape, and dropped: {', '.join(lost)}.")
+        self.elastic = {**self.elastic, **wrong}
+        if "depth" in wrong:
+            self.elastic["layer_ranking"] = []
+        for name, value in _nothing_made(self.levels).items():
+            setattr(self, name, value)
+        self.parent_non_embedding_parameters = None
+
+    def _update_costs(self) -> bool:
+        """Let the costs in the frontier follow the shape; of rows that are not held only their embeddings can.
+
+        Returns:
+            Whether any was of another shape.
+        """
+        scales: set[Fraction | None] = set()  # of the embeddings; None where more has changed
+        for row in self.frontier:
+            if row["subnetwork"] is not None:
+                exact = self.row(row["name"], resolve(self, row["subnetwork"]))
+                before, after = (costs["parameters"] - costs["non_embedding_parameters"] for costs in (row, exact))
+                same = before > 0 and all(row[key] == exact[key] for key in COSTS[1:])
+                scales.add(Fraction(after, before) if same else None)
+                row.update({key: exact[key] for key in COSTS})
+        changed = bool(scales - {Fraction(1)})
+        others = [row for row in self.frontier if row["subnetwork"] is None]
+        if not others or not changed:
+            return changed
+        scale, *more = scales
+        if scale is not None and not more:
+            for row in others:
+                embeddings = row["parameters"] - row["non_embedding_parameters"]
+                row["parameters"] = row["non_embedding_parameters"] + int(embeddings * scale)
+            return changed
+        names = ", ".join(repr(row["name"]) for row in others)
+        logger.warning(f"What the rows {names} cost is not known for this shape, and they are dropped.")
+        self.frontier = [row for row in self.frontier if row["subnetwork"] is not None]
+        self.levels = _nothing_made(self.levels)["levels"]
+        return changed

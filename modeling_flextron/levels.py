@@ -209,8 +209,9 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
         whole = tuple(max(part.box[dim][1] for part in parts) for dim in range(len(parts[0].box)))
         aliases = (name, name.removeprefix(prefix), prefix + name)
         ours = next((alias for alias in aliases if alias in shapes), None)
-        # What does not fit stays as it is: transformers then says which tensor that is.
-        fits = ours is not None and _is_leading(axes(ours), shapes[ours], whole)
+        # What does not fit stays as it is: transformers then says which tensor that is. Only a budget takes parts.
+        exact = ours is not None and shapes[ours] == whole
+        fits = exact or (ours is not None and bool(model.stored) and _is_leading(axes(ours), shapes[ours], whole))
         if index is not None and ours is not None and not fits:
             rule = f"The files hold {whole} of it, and this model needs {shapes[ours]}."
             raise invalid("tensor", name, rule, AGAIN)
@@ -457,13 +458,11 @@ def _write_shard(
 
 
 def _fingerprint(model: Any, state: dict[str, torch.Tensor]) -> str:
-    """A text that the files of one checkpoint share: of the shapes, and of the beginning of every tensor."""
+    """A text that the files of one checkpoint share, and those of no other: of everything that is in them."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        whole = _tensor(model, name, tensor).detach()
-        first = whole.flatten(0, -2)[0] if whole.ndim > 1 else whole
-        digest.update(_bytes(first[:1024].cpu().contiguous()))
+        digest.update(_bytes(_tensor(model, name, tensor).detach().cpu().contiguous()))
     return digest.hexdigest()[:16]
 
 

@@ -48,7 +48,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
-from .checkpoint import write_beside
+from .checkpoint import undisturbed, write_beside
 from .configuration_flextron import FlextronConfig
 from .drafting import Drafts, check_generation, generate_drafted
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
@@ -529,12 +529,12 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """A second model object at `budget` on the same parameters, for instance as `assistant_model`.
 
         Only Python objects are created. Training or moving one model moves the other; only the original can be
-        saved.
+        saved, or get another vocabulary, after which it must be shared again.
         """
         subnetwork = self.resolve_budget(budget)
         tensors = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
         twin = copy.deepcopy(self, tensors)
-        twin._shared = True
+        twin.base_model._shared = True
         twin.set_budget(subnetwork)
         return twin
 
@@ -545,8 +545,20 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`; `flextron_budget` and `flextron_context` also beside a config object.
 
         Only safetensors are read, and of a checkpoint in levels only those that the budget needs.
+
+        Raises:
+            ValueError: beside what other checks refuse, a folder into which something is saved at the same time.
         """
+        source = pretrained_model_name_or_path
+        if source is None:
+            return cls._from_pretrained(source, *args, config=config, **kwargs)
+        with undisturbed(os.path.join(source, kwargs.get("subfolder") or "")):
+            return cls._from_pretrained(source, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, pretrained_model_name_or_path, *args, config, **kwargs):
         if isinstance(config, PreTrainedConfig):
+            config.check_still_there(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
             config = copy.deepcopy(config)
             for key in ("flextron_budget", "flextron_context"):
                 if key in kwargs:
@@ -618,7 +630,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the model shares its parameters with another (`share`), which holds more than it runs.
         """
-        if self._shared:
+        if self.base_model._shared:
             rule = "A model made by `share` runs a part of the weights of another and has none of its own."
             raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
         if not self._hf_peft_config_loaded:  # else the base class saves the adapter, as it does for any model
@@ -703,23 +715,27 @@ class FlextronPreTrainedModel(PreTrainedModel):
             write_model_card(self, folder, repo_id, tags)
             return commit_files(files_of(folder), repo_id, token=token, **kwargs)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date."""
-        before = self.config.vocab_size
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.resize_vocabulary(before)
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date.
+
+        Raises:
+            ValueError: the model shares its parameters with another (`share`).
+        """
+        if self.base_model._shared and (new_num_tokens is not None or args or kwargs):
+            rule = "A model made by `share` has the vocabulary of the one that it was made from."
+            raise invalid("new_num_tokens", new_num_tokens, rule, "Resize the original, and call its `share` again.")
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.validate()
         return embeddings
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:
-        # The base class builds a plain layer, which could not run a smaller hidden size.
+        # The base class builds a plain layer, which could not run a smaller hidden size. Embeddings stay the same
+        # Parameter when they are resized; so does the head, for models that share it and for optimizers.
         resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
-        if type(resized) is nn.Linear and isinstance(old_lm_head, ElasticLinear):
-            with torch.device("meta"):
-                elastic = ElasticLinear(resized.in_features, resized.out_features, bias=resized.bias is not None)
-            elastic.weight, elastic.bias = resized.weight, resized.bias
-            elastic._is_hf_initialized = resized._is_hf_initialized  # or `post_init` would draw new weights
-            return elastic
-        return resized
+        if type(resized) is not nn.Linear or not isinstance(old_lm_head, ElasticLinear):
+            return resized
+        old_lm_head.weight.data, old_lm_head.out_features = resized.weight.data, resized.out_features
+        return old_lm_head
 
 
 class FlextronModel(FlextronPreTrainedModel):
@@ -769,6 +785,9 @@ class FlextronModel(FlextronPreTrainedModel):
             routing: Runs the parts of every layer while sizes are being learned.
         """
         past_key_values = cache if past_key_values is None else past_key_values
+        if self._shared and (tokens := len(self.embed_tokens.weight)) != self.config.vocab_size:
+            rule = f"The model that this one shares its parameters with has {tokens} tokens since."
+            raise invalid("config.vocab_size", self.config.vocab_size, rule, "Call `share` again.")
         subnetwork, built = self.resolve_budget(flextron_budget), self.built
         hidden = None if subnetwork.hidden == built.hidden else subnetwork.hidden
         if input_ids is not None and inputs_embeds is None:

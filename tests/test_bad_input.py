@@ -103,7 +103,7 @@ CONFIG = {
             "1K",
         )  # of the last four the row is too large
     },
-    "row with a wrong count": (frontier(parameters=5), "frontier[0]['parameters']"),
+    "row with a count as text": (frontier(parameters="5"), "frontier[0]['parameters']"),
     "row with infinite loss": (frontier(loss=float("inf")), "frontier[0]['loss']"),
     "row with metrics as list": (frontier(metrics=[]), "frontier[0]['metrics']"),
     "row with sizes as text": (frontier(subnetwork="full"), "frontier[0]['subnetwork']"),

@@ -1,14 +1,16 @@
 """Reading only what a budget needs, and writing so that nothing is half-written."""
 
+import copy
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
 from helpers import difference, elastic_of, parent_of, run_python
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronModel
 from modeling_flextron.checkpoint import write_beside, write_file_beside
@@ -277,6 +279,112 @@ model.save_pretrained(sys.argv[1])
             again = FlextronForCausalLM.from_pretrained(target)
             assert torch.equal(again(ids).logits, model(ids).logits)
         assert json.loads((target / "config.json").read_text())["model_type"] == "flextron"
+
+
+class TestSavingWhileLoading:
+    """What is loaded is of one save, whatever another process does to the folder meanwhile."""
+
+    LAYOUTS = {
+        "plain": lambda model, folder: model.save_pretrained(folder),
+        "shards": lambda model, folder: model.save_pretrained(folder, max_shard_size="50KB"),
+        "levels": lambda model, folder: model.export(folder),
+    }
+
+    @pytest.fixture(params=LAYOUTS)
+    def save(self, request):
+        return self.LAYOUTS[request.param]
+
+    @pytest.fixture
+    def other(self, model):
+        """The same shape and the same beginning of every tensor, with other weights behind it and another origin."""
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter[1:] += 0.5
+        other.config.parent_name = "other"
+        return other
+
+    @pytest.mark.parametrize("auto", [False, True], ids=["class", "auto"])
+    @pytest.mark.parametrize("budget", [None, "0.35"])
+    @pytest.mark.parametrize("when", ["before the weights are opened", "after some were read"])
+    def test_a_save_in_between_is_noticed(self, model, other, save, budget, auto, when, tmp_path, monkeypatch):
+        save(model, tmp_path)
+        load = (AutoModelForCausalLM if auto else FlextronForCausalLM).from_pretrained
+        name = "_load_pretrained_model" if when.startswith("before") else "_finalize_model_loading"
+        original = getattr(PreTrainedModel, name)
+
+        def with_a_save(*args, **kwargs):
+            save(other, tmp_path)
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, name, staticmethod(with_a_save))
+            with pytest.raises(ValueError, match=r"being saved into it.* Try again when that has ended"):
+                load(tmp_path, flextron_budget=budget)
+        ids = torch.arange(1, 9)[None]
+        with torch.no_grad():  # and now it is the other one
+            expected = other(ids, flextron_budget=budget or "1").logits
+            assert difference(load(tmp_path, flextron_budget=budget)(ids).logits, expected) < 1e-5
+
+    def test_a_config_that_was_read_before_a_save_is_noticed(self, model, other, save, tmp_path):
+        save(model, tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert "_read_from" not in config.to_dict() | json.loads(config.to_json_string())
+        FlextronForCausalLM.from_pretrained(tmp_path, config=config)
+        save(other, tmp_path)
+        with pytest.raises(ValueError, match=r"`config`=.*written again after the config was read\. Try again"):
+            FlextronForCausalLM.from_pretrained(tmp_path, config=config)
+        config = FlextronConfig.from_pretrained(tmp_path)
+        FlextronForCausalLM.from_pretrained(tmp_path, config=config)
+        config.save_pretrained(tmp_path)  # with what was changed in it
+        FlextronForCausalLM.from_pretrained(tmp_path, config=config)
+
+    def test_a_save_that_was_killed_between_its_files_is_noticed(self, model, other, save, tmp_path, monkeypatch):
+        from modeling_flextron import checkpoint
+
+        save(model, tmp_path)
+        move = os.replace
+
+        def once(source, target):
+            move(source, target)
+            if target.parent == tmp_path:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint.os, "replace", once)
+            save(other, tmp_path)
+        with pytest.raises(ValueError, match=r"`pretrained_model_name_or_path`=.*was stopped in the middle, save"):
+            FlextronForCausalLM.from_pretrained(tmp_path)
+        save(other, tmp_path)
+        assert FlextronForCausalLM.from_pretrained(tmp_path).config.parent_name == "other"
+        assert not list(tmp_path.glob(".*"))
+
+    @torch.no_grad()
+    def test_a_real_race(self, model, other, save, ids, tmp_path):
+        """Another thread saves one model after the other: every load is one of the two, or is refused with the hint."""
+        save(model, tmp_path)
+        expected = {m.config.parent_name: m(ids, flextron_budget="0.35").logits for m in (model, other)}
+        stop, said = threading.Event(), []
+
+        def saving():
+            while not stop.wait(0.05):
+                for one in (other, model):
+                    save(one, tmp_path)
+
+        thread = threading.Thread(target=saving)
+        thread.start()
+        try:
+            for _ in range(8):
+                try:
+                    found = AutoModelForCausalLM.from_pretrained(tmp_path, flextron_budget="0.35")
+                except ValueError as error:
+                    said.append(str(error))
+                else:
+                    assert difference(found(ids).logits, expected[found.config.parent_name]) < 1e-5
+        finally:
+            stop.set()
+            thread.join()
+        assert all("ry again" in message for message in said), said
 
 
 def _umask() -> int:

@@ -287,6 +287,34 @@ class TestBudgets:
         assert loaded.num_parameters() == loaded.frontier[0]["parameters"]
         assert difference(loaded(ids).logits, model(ids, flextron_budget=name).logits) < 1e-5
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("variant", ["gqa-wide-heads", "gqa-tied-llama3"])
+    def test_resizing_the_vocabulary_of_a_shared_model(self, variant, ids):
+        """A twin of another vocabulary does not run, and none of its own is given to it."""
+        model = elastic_of(variant)
+        twin = model.share("0.35")
+        inner = twin.share("0.15")
+        before = model.lm_head.weight
+        model.resize_token_embeddings(104)
+        assert model.lm_head.weight is before and len(before) == 104  # what an optimizer holds
+        for stale in (twin, inner, twin.model):
+            with pytest.raises(ValueError, match=r"`config\.vocab_size`=96 .*has 104 .* Call `share` again"):
+                stale(ids)
+        with pytest.raises(ValueError, match="different tokenizers"):
+            model.generate(ids[:1], assistant_model=twin, max_new_tokens=4)
+        again = model.share("0.35")
+        assert torch.equal(again(ids).logits, model(ids, flextron_budget="0.35").logits)
+        greedy = {"max_new_tokens": 6, "do_sample": False}
+        drafted = model.generate(ids[:1], assistant_model=again, **greedy)
+        assert torch.equal(drafted, model.generate(ids[:1], **greedy))
+        model.resize_token_embeddings(96)
+        assert torch.equal(twin(ids).logits, model(ids, flextron_budget="0.35").logits)
+        for one in (twin, twin.model, inner):
+            with pytest.raises(ValueError, match=r"`new_num_tokens`=104 .*Resize the original"):
+                one.resize_token_embeddings(104)
+        assert twin(ids).logits.shape[-1] == model(ids).logits.shape[-1] == 96
+        assert twin.resize_token_embeddings() is twin.get_input_embeddings()  # which changes nothing
+
     def test_a_shared_model_is_not_saved(self, model, tmp_path):
         with pytest.raises(ValueError, match="extract"):
             model.share("0.35").save_pretrained(tmp_path / "draft")

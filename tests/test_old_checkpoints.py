@@ -13,7 +13,6 @@ import pytest
 import torch
 from helpers import difference, run_python
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from modeling_flextron import FlextronForCausalLM
 
@@ -37,7 +36,7 @@ def wrong(model, name: str, **options) -> float:
 
 @pytest.mark.parametrize("layout", ["plain", "levels"])
 def test_loads_at_every_budget_and_saves_again(layout, tmp_path):
-    load = AutoModelForCausalLM.from_pretrained  # our class, as the package is imported
+    load = FlextronForCausalLM.from_pretrained
     whole = load(OLD / layout, dtype=torch.float32)
     whole.save_pretrained(tmp_path / "plain")
     whole.export(tmp_path / "levels")
