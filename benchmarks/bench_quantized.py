@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from common import RESULTS, machine
-from transformers import AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from flextron_trainer.data import load_text, pack
+from flextron_trainer.data import load_text, load_tokenizer, pack
 from flextron_trainer.evaluation import evaluate_model
 from modeling_flextron import FlextronForCausalLM
 
@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
 
     texts = load_text(args.dataset).shuffle(seed=0).select(range(60))
-    rows = pack(texts, AutoTokenizer.from_pretrained(args.model), sequence_length=128).select(range(args.rows))
+    rows = pack(texts, load_tokenizer(args.model), sequence_length=128).select(range(args.rows))
     table: dict[str, dict[str, float | str]] = {}
     for label, settings in formats().items():
         model = FlextronForCausalLM.from_pretrained(args.model, **settings)

@@ -19,9 +19,9 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-from flextron_trainer.data import load_text, pack
+from flextron_trainer.data import load_text, load_tokenizer, pack
 from modeling_flextron import FlextronForCausalLM
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model = FlextronForCausalLM.from_pretrained(options.model).to(options.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
+    tokenizer = load_tokenizer(options.model)
     rows = blocks(options.dataset, tokenizer, options.length, options.rows)
     batches = torch.tensor(rows["input_ids"]).split(options.batch_size)
     names = [row["name"] for row in model.frontier]

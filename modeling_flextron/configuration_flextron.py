@@ -23,8 +23,11 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import CONFIG_NAME, logging
 
 from .errors import invalid, require_int
 from .families import family_of
@@ -85,7 +88,12 @@ def _nothing_made(levels: Any) -> dict[str, Any]:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    written = {name: value for name, value in values.items() if name != "_name_or_path"}
+    return hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _parts(version: str) -> list[int]:
@@ -230,6 +238,20 @@ class FlextronConfig(PreTrainedConfig):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As `PreTrainedConfig.get_config_dict`, which makes a default model of a folder that has no config."""
+        remedy = "Download or write it again; `flextron convert` and `flextron train` write whole folders."
+        try:
+            found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (TypeError, AttributeError, LookupError, RecursionError) as error:
+            rule = f"Its {CONFIG_NAME} is none of a model ({type(error).__name__}: {error})."
+            raise invalid("config", str(pretrained_model_name_or_path), rule, remedy) from error
+        if "model_type" not in found:
+            rule = f"There is no {CONFIG_NAME}, or it names no `model_type`."
+            raise invalid("config", str(pretrained_model_name_or_path), rule, remedy)
+        return {**found, "_name_or_path": str(pretrained_model_name_or_path)}, rest
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`, with our own keywords handed to the constructor.
 
@@ -247,13 +269,13 @@ class FlextronConfig(PreTrainedConfig):
             values |= _nothing_made(config_dict.get("levels")) | ours
         try:
             result = super().from_dict(values, **kwargs)
+            config = result[0] if isinstance(result, tuple) else result
+            config._read_from = _digest(config_dict)
+            config.validate()  # with the other keywords, set by now
         except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
             # The base class reads its own fields without a look at their types.
             rule = f"One of its fields has an impossible value ({type(error).__name__}: {error})."
             raise invalid("config", config_dict.get("_name_or_path"), rule, "Download or write it again.") from error
-        config = result[0] if isinstance(result, tuple) else result
-        config._read_from = _digest(config_dict)
-        config.validate()  # with the other keywords, set by now
         config._say_which_code_runs()
         return result
 
@@ -268,12 +290,6 @@ class FlextronConfig(PreTrainedConfig):
         if _digest(PreTrainedConfig.get_config_dict(source, subfolder=subfolder)[0]) != self._read_from:
             rule = "The `config.json` of this folder was written again after the config was read."
             raise invalid("config", source, rule, "Try again; a config that is passed as an object must be read again.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`."""
-        values = super().to_dict()
-        values.pop("_read_from", None)
-        return values
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -346,6 +362,13 @@ class FlextronConfig(PreTrainedConfig):
         self.flextron_version = VERSION  # this code is what a model saves
         self._read_from = None
         super().save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`; what is written beside our code does not name that of another repo."""
+        written = super().to_dict()
+        written.pop("_read_from", None)
+        names = {kind: written["auto_map"].get(kind, ours) for kind, ours in AUTO_MAP.items()}
+        return written | {"auto_map": {k: AUTO_MAP[k] if "--" in str(name) else name for k, name in names.items()}}
 
     def _say_which_code_runs(self) -> None:
         """One line in the log when the repo's own code is another version than this one, which runs."""
@@ -475,6 +498,12 @@ class FlextronConfig(PreTrainedConfig):
 
     def _check(self, stored: bool = False) -> None:
         """Check all but the dimensions; of what was `stored` together, drop what does not fit the shape."""
+        self._check_rope()
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise invalid(
+                "dtype", self.dtype, "It is a floating-point dtype of torch.", "Pass 'float32', for instance."
+            )
         if stored:
             self._drop_misfits()
         self._check_elastic()
@@ -525,8 +554,31 @@ class FlextronConfig(PreTrainedConfig):
         if version is not None and not (_is_text(version) and re.fullmatch(r"\d+(\.\d+)*", version)):
             raise invalid("flextron_version", version, "It is numbers with dots between.", "Leave it out.")
 
+    def _check_rope(self) -> None:
+        """Check the rotary positions, of which the base class checks the names of the fields."""
+        rope, kinds = self.rope_parameters, ("default", *ROPE_INIT_FUNCTIONS)
+        if self.learned_positions:
+            return
+        if rope["rope_type"] not in kinds:
+            raise invalid(
+                "rope_parameters", rope, f"Its `rope_type` is one of {', '.join(kinds)}.", "Name one of them."
+            )
+        for key in ("rope_theta", "factor", "partial_rotary_factor"):
+            value = rope.get(key, 1.0)
+            if not _is_number(value) or value <= 0:
+                raise invalid(
+                    f"rope_parameters[{key!r}]", value, "It is a positive number.", "Pass that of the parent."
+                )
+
     def _check_dimensions(self) -> None:
         family_of(self.base_model_type, "base_model_type")
+        if not _is_text(self.hidden_act) or self.hidden_act not in ACT2FN:
+            raise invalid("hidden_act", self.hidden_act, "transformers has no activation of this name.", "Pass 'silu'.")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            several = ids if isinstance(ids, list) and name == "eos_token_id" else [0 if ids is None else ids]
+            if not all(type(token) is int for token in several):
+                raise invalid(name, ids, "It is the number of a token.", "Pass an int, or None for no such token.")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             require_int(name, getattr(self, name))
         require_int("max_position_embeddings", self.max_position_embeddings)

@@ -137,12 +137,16 @@ class Drafts:
 
 
 def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuse what a generation config cannot say here.
+    """Refuse what a generation config cannot say here, and to run code that nobody trusts.
 
     Raises:
         ValueError: it has a budget, which transformers would drop; or asks to draft by leaving layers out, which
-            transformers does by changing the model.
+            transformers does by changing the model; or `custom_generate` names a repo, and transformers would ask on
+            the terminal whether its code may run.
     """
+    if isinstance(code := kwargs.get("custom_generate"), str) and not kwargs.get("trust_remote_code"):
+        remedy = "Read it, and pass `trust_remote_code=True` as well."
+        raise invalid("custom_generate", code, "This runs the code that lies there.", remedy)
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
     for config in (given, model.generation_config):
         for name in ("flextron_budget", "draft_budget"):

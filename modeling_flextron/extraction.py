@@ -140,7 +140,9 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False, snap: bool = False
         logger.warning(f"Snapped to what the stock class can hold: {changes(subnetwork, target)}.")
         subnetwork = target
     with no_init_weights():
-        stock = AutoModelForCausalLM.from_config(stock_config(model.config, target), dtype=model.dtype)
+        stock = AutoModelForCausalLM.from_config(
+            stock_config(model.config, target), dtype=model.dtype, trust_remote_code=False
+        )
     tensors = dict(stock_tensors(model, subnetwork, target))
     missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
     stock.tie_weights()

@@ -2,7 +2,10 @@
 
 import os
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import (
     CommitInfo,
@@ -15,7 +18,33 @@ from huggingface_hub import (
 
 from .errors import invalid
 
+T = TypeVar("T")
+WAITS = (1, 4)  # seconds before a call is made again
 WEIGHTS = re.compile(r"(pytorch_)?model[-.][^/]*(safetensors|bin)(\.index[^/]*\.json)?")  # shards and indices, too
+
+
+def retried(call: Callable[[], T]) -> T:
+    """What a call returns, made again after a while when the Hub answers that it has a problem of its own (5xx).
+
+    huggingface_hub waits like this for a part of its requests: not where a download begins, nor for a commit.
+    """
+    for seconds in WAITS:
+        try:
+            return call()
+        except Exception as error:
+            if not _is_of_the_hub(error):
+                raise
+            time.sleep(seconds)
+    return call()
+
+
+def _is_of_the_hub(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is an answer of a server that failed."""
+    while error is not None:
+        if getattr(getattr(error, "response", None), "status_code", 0) >= 500:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def files_of(folder: str | os.PathLike, prefix: str = "") -> dict[str, Path]:
@@ -36,8 +65,9 @@ def commit_files(
 ) -> CommitInfo:
     """Upload files in one commit, which also deletes the weights of an earlier upload that they replace.
 
-    Until that commit the revision serves what it served before. A call that failed may be repeated: blobs that have
-    arrived are not sent again. (`upload_folder` would split a large folder into several commits.)
+    Until that commit the revision serves what it served before. A call that failed may be repeated, and is when the
+    Hub had a problem: blobs that have arrived are not sent again, and what is there already makes no second commit; of
+    a pull request there could be two. (`upload_folder` would split a large folder into several commits.)
 
     Args:
         files: Path in the repo -> file.
@@ -54,19 +84,23 @@ def commit_files(
         rule = "A new pull request is always one against the main branch."
         raise invalid("revision", revision, rule, "Leave out one of `revision` and `create_pr`.")
     if revision is not None and not revision.startswith("refs/pr"):
-        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        retried(lambda: create_branch(repo_id, branch=revision, token=token, exist_ok=True))
     folders = {os.path.dirname(name) for name in files}
-    stale = [
-        name
-        for name in list_repo_files(repo_id, revision=revision, token=token)
-        if name not in files and os.path.dirname(name) in folders and WEIGHTS.fullmatch(os.path.basename(name))
-    ]
-    return create_commit(
-        repo_id,
-        [CommitOperationAdd(name, path) for name, path in files.items()] + [CommitOperationDelete(n) for n in stale],
-        commit_message=commit_message or "Upload Flextron model",
-        commit_description=commit_description,
-        revision=revision,
-        create_pr=create_pr,
-        token=token,
-    )
+
+    def commit() -> CommitInfo:
+        stale = [
+            name
+            for name in list_repo_files(repo_id, revision=revision, token=token)
+            if name not in files and os.path.dirname(name) in folders and WEIGHTS.fullmatch(os.path.basename(name))
+        ]
+        return create_commit(
+            repo_id,
+            [*(CommitOperationAdd(n, path) for n, path in files.items()), *(CommitOperationDelete(n) for n in stale)],
+            commit_message=commit_message or "Upload Flextron model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+        )
+
+    return commit() if create_pr else retried(commit)

@@ -195,7 +195,7 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
             elif tuple(high - low for low, high in box) != shape:
                 raise invalid("tensor", key, f"Its block has the shape {shape}.", AGAIN)
             total += prod(shape) * BYTES.get(dtype, 0)
-            if match := LAYER.search(name):
+            if (match := LAYER.search(name)) and int(match[2]) < model.stored_depth:  # else unexpected, as it is
                 if int(match[2]) not in position:
                     continue
                 name = LAYER.sub(f"{match[1]}layers.{position[int(match[2])]}.", name)
@@ -498,7 +498,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OSError(f"{path} is no complete JSON ({error}). {AGAIN}") from error
     index = index if isinstance(index, dict) else {}
     weight_map, found = index.get("weight_map"), index.get("metadata")

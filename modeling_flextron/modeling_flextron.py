@@ -48,13 +48,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
-from .checkpoint import undisturbed, write_beside
+from .checkpoint import staging, undisturbed, write_beside
 from .configuration_flextron import FlextronConfig
 from .drafting import Drafts, check_generation, generate_drafted
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
-from .hub import commit_files, files_of
+from .hub import commit_files, files_of, retried
 from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
 from .model_card import write_model_card
@@ -706,10 +706,10 @@ class FlextronPreTrainedModel(PreTrainedModel):
             ValueError: the model shares its parameters with another (`share`).
             OSError, HTTPError: as `hub.commit_files`.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        with staging(tempfile.gettempdir(), "flextron-push") as folder:
             whole = quantizer(self.config) is not None or self._hf_peft_config_loaded
             (self.save_pretrained if whole else self.export)(folder, max_shard_size=max_shard_size)
-            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            repo_id = retried(lambda: create_repo(repo_id, private=private, token=token, exist_ok=True)).repo_id
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             write_model_card(self, folder, repo_id, tags)
@@ -929,7 +929,8 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         latency table and by what earlier calls kept of them, or none (`drafts.chosen`).
 
         Raises:
-            ValueError: a budget means nothing here, or stands in a generation config; or `assistant_early_exit`.
+            ValueError: a budget means nothing here, or stands in a generation config; `assistant_early_exit`; or
+                `custom_generate` of a repo that is not trusted.
         """
         check_generation(self, args, kwargs)
         if draft_budget is not None:

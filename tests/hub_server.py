@@ -6,7 +6,7 @@ Datasets are repos too, named `datasets/me/name`, for reading.
         run_python(code, env=hub.environment(home))
         hub.requests  # (method, path, Range) of what was asked for
 
-It keeps everything in memory and can fail on demand: see `cut` and `refuse_commits`.
+It keeps everything in memory and can fail on demand: see `cut`, `be_busy` and `refuse_commits`.
 """
 
 import base64
@@ -74,6 +74,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []
         self.unknown: list[tuple[str, str]] = []  # what no route answered
         self.cuts: dict[tuple[str, str], int] = {}
+        self.busy: dict[tuple[str, str], int] = {}
         self.refused: dict[tuple[str, str], int] = {}
 
     def __enter__(self):
@@ -124,6 +125,10 @@ class HubServer(ThreadingHTTPServer):
     def cut(self, repo: str, path: str, times: int) -> None:
         """Hang up in the middle of this file, so many times."""
         self.cuts[repo, path] = times
+
+    def be_busy(self, repo: str, path: str, times: int) -> None:
+        """Answer downloads of this file with 503, so many times."""
+        self.busy[repo, path] = times
 
     def refuse_commits(self, repo: str, title: str, times: int) -> None:
         """Answer commits of this title with an error, so many times."""
@@ -280,6 +285,8 @@ class Handler(BaseHTTPRequestHandler):
             status, content = 206, content[int(first) : last + 1]
         if self.command == "GET" and self.server.take(self.server.cuts, (repo, path)):
             self.hang_up(status, content, headers)
+        elif self.command == "GET" and self.server.take(self.server.busy, (repo, path)):
+            self.answer(503, {"error": "Service Unavailable"})
         else:
             self.answer(status, content, headers)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import elastic_of, flextron, run_python
 from hub_server import HubServer, Repo
+from planted import plant
 
 from flextron_trainer.bench import Variants, against, logits_difference, tokens_per_second, variants_of, warnings
 from flextron_trainer.loading import Load, fetched_bytes, measure_loads
@@ -18,7 +19,9 @@ def exported(tmp_path_factory):
     model = elastic_of("gqa-wide-heads", mlp=[1, 0.5], heads=[1, 0.5], hidden=[1], depth=[1], budgets=[1, 0.6])
     model.export(root / "levels")
     model.save_pretrained(root / "plain")
-    return model, root
+    plant(root / "levels", root / "marker")
+    yield model, root
+    assert not (root / "marker").exists()  # of the code that lies there none was run
 
 
 def test_the_verb_reports_every_budget(exported, tmp_path):
@@ -51,7 +54,7 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
 def test_the_verb_takes_a_hub_id(exported, tmp_path):
     """And loads of a budget are downloads of its own bytes."""
     _, root = exported
-    files = {path.name: path.read_bytes() for path in (root / "levels").iterdir()}
+    files = {path.name: path.read_bytes() for path in (root / "levels").iterdir() if path.is_file()}
     with HubServer() as hub:
         hub.repos["me/elastic"] = Repo()
         hub.repos["me/elastic"].add(files, "family", "main", None)

@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronModel
-from modeling_flextron.checkpoint import write_beside, write_file_beside
+from modeling_flextron.checkpoint import MARK, write_beside, write_file_beside
 from modeling_flextron.levels import Block, StoredTensor
 
 
@@ -279,6 +281,57 @@ model.save_pretrained(sys.argv[1])
             again = FlextronForCausalLM.from_pretrained(target)
             assert torch.equal(again(ids).logits, model(ids).logits)
         assert json.loads((target / "config.json").read_text())["model_type"] == "flextron"
+        assert [path for path in target.glob(".model-*/**/*") if path.name == "model.safetensors"]
+        model.save_pretrained(target)
+        assert not list(target.glob(".*"))  # the next save removes what that one left
+
+    @pytest.mark.parametrize("write", [write_beside, write_file_beside])
+    def test_only_what_nobody_writes_any_more_is_removed(self, tmp_path, write):
+        """Also what was meant for another target in the same place; of others' hidden folders nothing."""
+        for name in (".dead-abc", ".mine-abc"):
+            (tmp_path / name / "files").mkdir(parents=True)
+            (tmp_path / name / "files" / "model.safetensors").write_text("weights")
+        (tmp_path / ".dead-abc" / MARK).touch()
+        with write(tmp_path / "first") as first, write(tmp_path / "second") as second:
+            for path in (first, second):
+                (path / "config.json" if write is write_beside else path).write_text("{}")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".mine-abc", "first", "second"]
+
+    def test_two_writers_of_a_new_folder(self, tmp_path):
+        """The first to end has it; the other keeps what it wrote, and says where."""
+        target = tmp_path / "new"
+        with pytest.raises(FileExistsError, match=r"new: Another process has written .* is in .*new-\w+\.$") as caught:  # noqa: SIM117
+            with write_beside(target) as slow:
+                (slow / "config.json").write_text("slow")
+                with write_beside(target) as fast:
+                    (fast / "config.json").write_text("fast")
+        assert (target / "config.json").read_text() == "fast"
+        (kept,) = (path for path in tmp_path.iterdir() if path != target)
+        assert (kept / "config.json").read_text() == "slow" and str(kept) in str(caught.value)
+
+    def test_writers_of_an_old_folder_wait_for_each_other(self, tmp_path, monkeypatch):
+        """Or of each a part would stay: here the second begins to move while the first is in the middle."""
+        move, moved = os.replace, []
+
+        def slowly(source, target):
+            if Path(target).parent == tmp_path:
+                moved.append(Path(source).read_text())
+                if len(moved) == 1:
+                    second.start()
+                    time.sleep(0.2)
+            move(source, target)
+
+        def write(text):
+            with write_beside(tmp_path) as folder:
+                for name in ("config.json", "model.safetensors"):
+                    (folder / name).write_text(text)
+
+        second = threading.Thread(target=write, args=("second",))
+        monkeypatch.setattr("modeling_flextron.checkpoint.os.replace", slowly)
+        write("first")
+        second.join()
+        assert moved == ["first", "first", "second", "second"]
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"second"}
 
 
 class TestSavingWhileLoading:

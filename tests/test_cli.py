@@ -292,11 +292,3 @@ def test_demo_in_small(work):
         assert all(row[key] > 0 for key in ("parent_loss", "sliced_loss", "trained_loss"))
     sizes = [row["parameters"] for row in result["rows"]]
     assert sizes == sorted(sizes, reverse=True)
-
-
-@pytest.mark.slow
-def test_demo_with_a_parent_of_the_user(work):
-    result = flextron(
-        "demo", "--output", "demo2", "--dataset", "few", "--parent", "parent", "--elastic-steps", 1, "--device", "cpu"
-    )
-    assert result["rows"][0]["sliced_loss"] == pytest.approx(result["rows"][0]["parent_loss"], rel=1e-4)

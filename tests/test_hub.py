@@ -14,8 +14,10 @@ from huggingface_hub import ModelCard
 
 PUSH = """
 import json, sys
+from pathlib import Path
 import torch
 from helpers import elastic_of, flextron, parent_of
+from planted import plant
 from training import rows, trainer
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation import evaluate_frontier
@@ -52,7 +54,9 @@ except OSError as error:
     done["refused"] = str(error)
 elastic.save_pretrained("saved")
 tokenizer.save_pretrained("saved")
+plant(Path("saved"), Path("marker").resolve())
 done["command"] = flextron("push", "saved", "me/private", "--private", "--commit-message", "by command", "--tag", "cli")
+done["ran"] = Path("marker").exists()
 push("fourth")
 
 run = trainer(
@@ -63,6 +67,7 @@ run.processing_class = tokenizer
 run.train()
 run.evaluate()
 run.push_to_hub(tags=["trained"])
+done["generated"] = flextron("generate", "me/trained", "def main", "--max-new-tokens", 1, "--budget", "0.35")
 done["verified"] = flextron("verify", "me/trained")
 print(json.dumps(done))
 """
@@ -125,6 +130,14 @@ print("\\n" + json.dumps(done))
 """
 
 
+BUSY = (
+    "config.json",
+    "model.level1.safetensors",
+    "tokenizer.json",
+    "model.level0.safetensors.index.json",
+)  # the first time that they are asked for
+
+
 def last_line(done) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -140,8 +153,11 @@ def hub():
 def pushed(hub, tmp_path_factory):
     """What the process that pushes saw."""
     home = tmp_path_factory.mktemp("push")
-    hub.refuse_commits("me/elastic", "third", 1)
-    hub.refuse_commits("me/trained", "Training in progress, step 2", 1)
+    hub.refuse_commits("me/elastic", "second", 1)
+    hub.refuse_commits("me/elastic", "third", 100)
+    hub.refuse_commits("me/trained", "Training in progress, step 2", 100)
+    for path in BUSY:
+        hub.be_busy("me/trained", path, 1)
     return last_line(run_python(PUSH, env=hub.environment(home / "cache"), folder=home))
 
 
@@ -191,10 +207,16 @@ class TestPush:
         assert "500" in pushed["refused"]
         assert "third" not in hub.titles("me/elastic") and hub.titles("me/elastic")[0] == "fourth"
 
+    def test_what_a_busy_hub_does_not_give_is_asked_for_again(self, hub, pushed):
+        """A commit, config, weights and tokenizer for `generate`, and what `verify` reads beside."""
+        assert pushed["generated"]["text"].startswith("def main") and all(left < 0 for left in hub.busy.values())
+        assert hub.refused["me/elastic", "second"] == -1
+
     def test_the_command_pushes_the_same(self, hub, pushed):
         assert pushed["command"]["repo"] == "me/private" and hub.repos["me/private"].private
         assert set(hub.files("me/private")) == set(hub.files("me/elastic"))
         assert "cli" in card_of(hub, "me/private").data.tags
+        assert not pushed["ran"] and not [p for p, b in hub.files("me/private").items() if b"planted" in b]
 
     def test_what_arrived_is_whole(self, hub, pushed):
         shards = [content for path, content in hub.files("me/trained").items() if path.startswith("model.level")]

@@ -7,6 +7,8 @@ import torch
 import transformers.modeling_utils
 from training import losses, trainer
 
+from modeling_flextron.checkpoint import MARK
+
 SAVES = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "sampler": "random"}
 
 
@@ -57,10 +59,14 @@ def evaluations(run) -> list[dict[str, float]]:
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     run = trainer(tmp_path, **SAVES)
     run.train()
-    for name in (".push-abc", ".checkpoint-8-abc", f".{tmp_path.name}-abc", ".mine"):
+    for name in (".push-abc", ".checkpoint-8-abc", f".{tmp_path.name}-abc"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / MARK).touch()  # nobody holds it
+    (tmp_path / ".mine").mkdir()
     trainer(tmp_path, **SAVES).train(resume_from_checkpoint=True)
     assert [path.name for path in tmp_path.glob(".*")] == [".mine"]
-    (tmp_path / "checkpoint-4" / ".checkpoint-4-abc").mkdir()  # else it would be pushed with the checkpoint
+    left = tmp_path / "checkpoint-4" / ".checkpoint-4-abc"  # else it would be pushed with the checkpoint
+    left.mkdir()
+    (left / MARK).touch()
     trainer(tmp_path, **SAVES).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert not list(tmp_path.glob("checkpoint-*/.*"))

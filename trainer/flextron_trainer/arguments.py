@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_flextron.errors import invalid, require_int
 
@@ -151,3 +151,16 @@ def _number(value: object) -> bool:
 
 def _fraction(value: object) -> bool:
     return _number(value) and 0 < value <= 1  # type: ignore[operator]
+
+
+class ArgumentParser(HfArgumentParser):
+    """Refuses arguments in one sentence, where the base class prints all that there are and ends the process."""
+
+    def error(self, message: str) -> Any:
+        """Called with what is wrong.
+
+        Raises:
+            ValueError: always.
+        """
+        rule = "They are those of `FlextronTrainingArguments`."
+        raise invalid("arguments", message, rule, "`flextron train --help` says where they are described.")

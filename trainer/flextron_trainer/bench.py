@@ -23,13 +23,14 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from modeling_flextron import FlextronForCausalLM, count_parameters
+from modeling_flextron import count_parameters
 from modeling_flextron.errors import require_int
 from modeling_flextron.extraction import misfit
 from modeling_flextron.latency import context_length, device_name
 from modeling_flextron.token_routing import is_routed
 
 from .loading import Load, fetched_bytes, measure_loads
+from .models import load_elastic
 
 STEPS = 16  # tokens that are decoded in a round
 Variants = dict[str, tuple[Any, dict[str, Any]]]  # name -> model, and keywords of its forward pass
@@ -153,7 +154,7 @@ def variants_of(model: Any, folder: str | os.PathLike, budget: Any) -> Variants:
 
 
 def _loaded(model: Any, folder: str | os.PathLike, budget: Any) -> Any:
-    loaded = FlextronForCausalLM.from_pretrained(folder, flextron_budget=budget, dtype=model.dtype).to(model.device)
+    loaded = load_elastic(folder, flextron_budget=budget, dtype=model.dtype).to(model.device)
     for parameter in loaded.parameters():
         parameter.data = parameter.data.clone()  # nothing stays mapped from the file
     return loaded.eval()
@@ -222,7 +223,7 @@ def bench(
     """
     for name, value in (("rounds", rounds), *(("batch_sizes", size) for size in batch_sizes)):
         require_int(name, value)
-    model: Any = FlextronForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = load_elastic(folder, dtype=dtype)
     context = context_length(model.config, context, made=STEPS)
     names = {row["name"]: row["subnetwork"] for row in model.frontier}
     if budgets is not None:
@@ -232,7 +233,7 @@ def bench(
     del model  # its files are mapped, and could not be dropped from the cache of the system
     loads = loading(folder, names, rounds, device, dtype)
 
-    model = FlextronForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    model = load_elastic(folder, dtype=dtype).to(device).eval()
     ids = torch.randint(
         model.config.vocab_size, (max(batch_sizes), context), generator=torch.Generator().manual_seed(0)
     )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,8 @@ import typer
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    help="Make a trained LLaMA or GPT elastic, train it at many sizes at once, and use any of them.",
+    help="Make a trained LLaMA or GPT elastic, train it at many sizes at once, and use any of them. Whatever goes wrong"
+    " is one line and exit code 2; `--traceback`, anywhere, shows all of it.",
 )  # fmt: skip
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a Flextron model.", show_default=False)]
@@ -22,6 +24,9 @@ Budget = Annotated[
 ]
 Boundaries = Annotated[
     bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that files of the parent or the tokenizer bring along.")
 ]
 STREAMED_EVAL_ROWS = 64
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
@@ -57,12 +62,12 @@ def budget_value(text: str | None) -> Any:
         raise invalid("budget", text, f"It is not JSON: {error}.", 'Write for instance {"mlp": 96}.') from None
 
 
-def copy_tokenizer(source: str, output: Path) -> None:
+def copy_tokenizer(source: str, output: Path, trust_remote_code: bool) -> None:
     """Save the tokenizer of `source` in `output`, if it has one."""
     from .data import load_tokenizer
 
     try:
-        load_tokenizer(source).save_pretrained(output)
+        load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(output)
     except ValueError as error:
         print(f"No tokenizer was copied: {error}", file=sys.stderr)
 
@@ -116,9 +121,14 @@ def local_folder(model: str) -> Path:
     """The folder of a model, downloaded with all its weights when it is not one already."""
     from huggingface_hub import snapshot_download
 
+    from modeling_flextron.hub import retried
+
+    from .models import reading
+
     if Path(model).is_dir():
         return Path(model)
-    return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
+    with reading("model", model):
+        return Path(retried(lambda: snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])))
 
 
 def must_be_a_model(folder: Path) -> None:
@@ -162,6 +172,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Make a trained model elastic: LLaMA, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX and Pythia.
 
@@ -171,19 +182,18 @@ def convert(
 
     The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
     """
-    from transformers import AutoConfig
-
     from modeling_flextron.model_card import write_model_card
 
     from .convert import convert as run
     from .data import load_text, load_tokenizer
+    from .models import read_config
     from .presets import load_preset
 
     different_folders(parent, output)
     options: dict[str, Any] = {}
     if preset is not None:
         chosen = load_preset(preset)
-        chosen.check(AutoConfig.from_pretrained(parent))
+        chosen.check(read_config(parent, trust_remote_code=trust_remote_code))
         options |= chosen.convert
     given = {
         "mlp": numbers("mlp", mlp),
@@ -203,14 +213,15 @@ def convert(
     elastic = run(
         parent,
         calibration if text is None else text,
-        tokenizer=None if text is None else load_tokenizer(parent),
+        tokenizer=None if text is None else load_tokenizer(parent, trust_remote_code=trust_remote_code),
         importance=output / "importance.safetensors",
         device=device_or_default(device),
         dtype=dtype_named(dtype),
+        trust_remote_code=trust_remote_code,
         **options,
     )
     elastic.save_pretrained(output)
-    copy_tokenizer(parent, output)
+    copy_tokenizer(parent, output, trust_remote_code)
     write_model_card(elastic, output)
     finish(output=str(output), frontier=elastic.frontier)
 
@@ -240,6 +251,7 @@ def train(
     preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
     plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train an elastic model at many sizes at once.
 
@@ -258,20 +270,21 @@ def train(
     `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
+    from transformers import AutoModelForCausalLM
 
     from modeling_flextron import FlextronConfig
     from modeling_flextron.errors import invalid
     from modeling_flextron.subnetwork import bytes_per_value
 
-    from .arguments import FlextronTrainingArguments
+    from .arguments import ArgumentParser, FlextronTrainingArguments
     from .data import load_text, load_tokenizer, pack
     from .evaluation import name_of
+    from .models import read_config
     from .plan import plan_memory
     from .presets import load_preset
     from .trainer import FlextronTrainer
 
-    config = FlextronConfig.from_pretrained(model)
+    config = read_config(model, "model", FlextronConfig)
     recipe: dict[str, Any] = {}
     if preset is not None:
         chosen = load_preset(preset)
@@ -284,13 +297,14 @@ def train(
     sequence_length = fitting_length(sequence_length or recipe.pop("sequence_length", None), config)
     recipe.pop("sequence_length", None)
     defaults = [text for name, value in recipe.items() for text in (f"--{name}", *words(value))]
-    (arguments,) = HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
+    (arguments,) = ArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
     if plan:
         teacher_config, size = None, 0
         if teacher not in (None, "self"):
-            teacher_config = AutoConfig.from_pretrained(teacher)
+            teacher_config = read_config(teacher, "teacher", trust_remote_code=trust_remote_code)
             with torch.device("meta"):
-                parameters = AutoModelForCausalLM.from_config(teacher_config).num_parameters()
+                stock = AutoModelForCausalLM.from_config(teacher_config, trust_remote_code=trust_remote_code)
+            parameters = stock.num_parameters()
             size = parameters * bytes_per_value(config.dtype)
         expected = plan_memory(
             config, arguments, sequence_length, teacher=teacher_config, teacher_bytes=size, sharded=bool(arguments.fsdp)
@@ -303,7 +317,7 @@ def train(
     if streaming and num_proc is not None:
         rule = "A stream is tokenized as it is read, in the process that reads it."
         raise invalid("num_proc", num_proc, rule, "Leave it out, or pass --dataloader_num_workers 1.")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
     rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
     if eval_dataset is not None:
@@ -322,8 +336,8 @@ def train(
     if streaming:
         rows = rows.shuffle(seed=arguments.data_seed or arguments.seed, buffer_size=shuffle_buffer)
     trainer = FlextronTrainer(
-        model, arguments, teacher=teacher, train_dataset=rows, eval_dataset=eval_rows, eval_text=eval_text,
-        processing_class=tokenizer,
+        model, arguments, teacher=teacher, trust_remote_code=trust_remote_code, train_dataset=rows,
+        eval_dataset=eval_rows, eval_text=eval_text, processing_class=tokenizer,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume or arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
@@ -359,6 +373,7 @@ def evaluate(
         Path | None, typer.Option(help="Draw which tokens get more compute into this PNG; see --budget auto:0.5.")
     ] = None,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure loss, perplexity and next-token accuracy of every size, and its scores on the tasks of lm-eval.
 
@@ -368,7 +383,7 @@ def evaluate(
 
     Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
     """
-    from modeling_flextron import FlextronForCausalLM, count_parameters
+    from modeling_flextron import count_parameters
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
     from modeling_flextron.markdown import table_of_cells
@@ -377,6 +392,7 @@ def evaluate(
     from .data import load_text, load_tokenizer, pack
     from .evaluation import evaluate_frontier, evaluate_model, name_of, routed_widths
     from .harness import evaluate_tasks, task_manager
+    from .models import load_elastic
     from .plots import plot_routing
 
     if dataset is None and lm_eval is None:
@@ -396,8 +412,8 @@ def evaluate(
             raise invalid(name, str(path), "What it shows is measured on text.", "Pass the text, too.")
     tasks = [] if lm_eval is None else [name.strip() for name in lm_eval.split(",")]
     manager = task_manager(tasks, include_path) if tasks else None
-    loaded = FlextronForCausalLM.from_pretrained(model).to(device_or_default(device))
-    tokenizer = load_tokenizer(model)
+    loaded = load_elastic(model).to(device_or_default(device))
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     asked = {text: budget_value(text) for text in budget} if budget else None
     results: dict[str, dict[str, float]] = {}
     if dataset is not None:
@@ -455,14 +471,16 @@ def measure(
     """
     import torch
 
-    from modeling_flextron import FlextronConfig, FlextronForCausalLM
+    from modeling_flextron import FlextronConfig
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.latency import FOLDER, LatencyTable
+
+    from .models import load_elastic
 
     must_be_a_model(folder)
     if threads is not None:
         torch.set_num_threads(threads)
-    model: Any = FlextronForCausalLM.from_pretrained(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
+    model = load_elastic(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
     progress = folder / FOLDER / ".rounds.json"
     table = LatencyTable.measure(model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress)
     table.save(folder / table.file_name)
@@ -546,6 +564,7 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     snap: Annotated[bool, typer.Option(help="With --dense: the largest size that fits it and costs no more.")] = False,
     gguf: Annotated[bool, typer.Option(help="Write a file for llama.cpp; layers may differ.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a model in levels, so that whoever loads it at a budget reads only what that needs; or one size of it.
 
@@ -557,12 +576,12 @@ def export(
     Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up and
     `--snap` takes smaller ones. `--gguf` writes one file (LLaMA only). `--plain` is for vLLM with our own class.
     """
-    from modeling_flextron import FlextronForCausalLM
     from modeling_flextron.errors import invalid
     from modeling_flextron.model_card import write_model_card
 
     from .dense import export_dense
     from .gguf_file import export_gguf
+    from .models import load_elastic
 
     different_folders(model, output)
     for name, value in (("pad", pad), ("snap", snap)):
@@ -571,19 +590,20 @@ def export(
             raise invalid(name, value, rule, "Pass --dense as well, or leave it out.")
     if dense and gguf:
         raise invalid("gguf", gguf, "One is a folder and the other a file.", "Pass --dense or --gguf.")
+    asked: Any = {"budget": budget_value(budget), "trust_remote_code": trust_remote_code}
     if dense:
-        result = export_dense(model, output, budget_value(budget), pad=pad, snap=snap)
+        result = export_dense(model, output, **asked, pad=pad, snap=snap)
         if result["changed"]:
             print(f"The stock class cannot hold what was asked for: {result['changed']}.", file=sys.stderr)
         finish(output=str(output), dense=True, **result)
         return
     if gguf:
-        finish(output=str(output), **export_gguf(model, output, budget_value(budget)))
+        finish(output=str(output), **export_gguf(model, output, **asked))
         return
-    loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
+    loaded = load_elastic(model, flextron_budget=budget_value(budget))
     write = loaded.save_pretrained if plain else loaded.export
     write(output, max_shard_size=max_shard_size)
-    copy_tokenizer(model, output)
+    copy_tokenizer(model, output, trust_remote_code)
     write_model_card(loaded, output)
     finish(output=str(output), parameters=loaded.num_parameters(), dense=False)
 
@@ -611,20 +631,21 @@ def push(
     commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Tag for the card; repeatable.")] = None,
     token: Annotated[str | None, typer.Option(help="By default the one of `hf auth login`.", envvar="HF_TOKEN")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Upload a saved model with its tokenizer to the Hub, in one commit; its card is written anew.
 
     Example: `flextron push elastic me/flextron-llama --private`
     """
-    import modeling_flextron
+    from modeling_flextron import FlextronConfig
 
     from .data import load_tokenizer
+    from .models import kind_of, load_elastic
 
     must_be_a_model(folder)
-    config = modeling_flextron.FlextronConfig.from_pretrained(folder)
-    model = getattr(modeling_flextron, config.architectures[0]).from_pretrained(folder)
+    model = load_elastic(folder, kind_of(FlextronConfig.from_pretrained(folder)))
     try:
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except ValueError as error:
         tokenizer = None
         print(f"No tokenizer is pushed: {error}", file=sys.stderr)
@@ -644,6 +665,7 @@ def generate(
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the most likely token.")] = False,
     device: Device = None,
     seed: int = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Continue a text at a budget.
 
@@ -651,15 +673,17 @@ def generate(
     """
     from transformers import set_seed
 
-    from modeling_flextron import FlextronForCausalLM
+    from modeling_flextron.errors import invalid
 
     from .data import load_tokenizer
+    from .models import load_elastic
 
     set_seed(seed)
-    loaded: Any = FlextronForCausalLM.from_pretrained(model, flextron_budget=budget_value(budget))
-    loaded = loaded.to(device_or_default(device))
-    tokenizer = load_tokenizer(model)
+    loaded = load_elastic(model, flextron_budget=budget_value(budget)).to(device_or_default(device))
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise invalid("prompt", prompt, "It has no tokens to continue.", "Write at least a word.")
     ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
     finish(budget=budget, parameters=loaded.num_parameters(), text=tokenizer.decode(ids[0], skip_special_tokens=True))
 
@@ -673,6 +697,7 @@ def demo(
     elastic_steps: Annotated[int, typer.Option(help="Steps of elastic training.")] = 200,
     device: Device = None,
     seed: int = 0,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a small LLaMA, make it elastic, train it at every size, and load the result without this package.
 
@@ -682,17 +707,29 @@ def demo(
 
     result = run(
         output, dataset=dataset, parent=parent, device=device, parent_steps=parent_steps, elastic_steps=elastic_steps,
-        seed=seed,
+        seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     finish(**result)
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error says; of one that no one wrote for users also its kind, and how to see where it comes from."""
+    text = " ".join(str(error).split())
+    if text and isinstance(error, (ValueError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text} (`--traceback` shows where it comes from.)"
+
+
 def main() -> None:
-    """Run the command; an error in the input is one message, not a traceback."""
+    """Run the command; whatever goes wrong is one line and exit code 2, or a traceback where that is asked for."""
+    arguments = [text for text in sys.argv[1:] if text != "--traceback"]
     try:
-        app()
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        app(arguments)
+    except Exception as error:
+        if len(arguments) < len(sys.argv) - 1:
+            traceback.print_exc()
+        else:
+            print(f"Error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import metadata_load
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
@@ -33,11 +33,13 @@ from modeling_flextron.families import (
     layer_of,
     stored_heads,
 )
+from modeling_flextron.modeling_flextron import HUB_KEYWORDS
 from modeling_flextron.subnetwork import AXES
 
 from .data import calibration_batches, load_tokenizer
 from .frontier import choose_rows, mean_loss, named_budgets
 from .importance import ORDERS, Importance, read_or_measure
+from .models import load_stock, read_config
 
 LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
 DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)
@@ -63,6 +65,7 @@ def convert(
     batch_size: int = 8,
     seed: int = 0,
     device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
     **load_kwargs: Any,
 ) -> FlextronForCausalLM:
     """Convert a trained dense model into an elastic one.
@@ -94,7 +97,9 @@ def convert(
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"` and the search.
         device: Where to run; by default where the parent is.
-        load_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` with an id or a folder.
+        trust_remote_code: Run the code that the files of an id or a folder name, where they name some.
+        load_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` with an id or a folder; `revision`, `token`,
+            `cache_dir` and the like also to what reads its tokenizer and its card.
 
     Returns:
         The elastic model in the parent's dtype, in evaluation mode, with its frontier.
@@ -122,16 +127,17 @@ def convert(
             "parent", type(parent).__name__, "It is elastic already.", "Convert its parent, or `extract()` one."
         )
     if not isinstance(parent, PreTrainedModel):
-        parent = _load(parent, load_kwargs)
+        parent = _load(parent, trust_remote_code, load_kwargs)
     elif load_kwargs:
         raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
     config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
-    named, origin = named_budgets(config, budgets), origin_of(parent.name_or_path)
+    hub = {key: load_kwargs[key] for key in HUB_KEYWORDS if key in load_kwargs}
+    named, origin = named_budgets(config, budgets), origin_of(parent.name_or_path, **hub)
 
     batches: list[torch.Tensor] = []
     if not by_weights:
         if tokenizer is None and owned:
-            tokenizer = _tokenizer_of(source)
+            tokenizer = _tokenizer_of(source, trust_remote_code, hub)
         batches = calibration_batches(
             calibration,
             tokenizer=tokenizer,
@@ -181,16 +187,17 @@ def elastic_config(
     return config
 
 
-def origin_of(source: str) -> tuple[str | None, dict[str, str] | None]:
+def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | None]:
     """Name and licence of a model, the licence as the metadata of its card has it; None for what is not known.
 
     Args:
         source: Its Hub id or folder; of a folder only the name is told.
+        hub: `revision`, `token`, `cache_dir` and the like.
     """
     if not source:
         return None, None
-    quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
-    card = cached_file(source, "README.md", **{f"_raise_exceptions_for_{name}": value for name, value in quiet.items()})
+    quiet = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
+    card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **quiet)
     try:
         metadata = (card and metadata_load(card)) or {}
     except (ValueError, yaml.YAMLError):
@@ -200,22 +207,15 @@ def origin_of(source: str) -> tuple[str | None, dict[str, str] | None]:
     return name, terms or None
 
 
-def _load(source: str | os.PathLike, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    kwargs = {"dtype": "auto", **load_kwargs}
-    config, _ = AutoConfig.from_pretrained(source, return_unused_kwargs=True, **load_kwargs)
+def _load(source: str | os.PathLike, trust_remote_code: bool, load_kwargs: dict[str, Any]) -> PreTrainedModel:
+    config = read_config(source, trust_remote_code=trust_remote_code, **load_kwargs)
     check_supported(config)  # before gigabytes are read
-    parent, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info[problem] if not str(name).endswith(".masked_bias"))  # old GPT-2
-        if names:
-            rule = f"Its checkpoint has {problem.removesuffix('_keys')} tensors: {', '.join(names[:3])}."
-            raise invalid("parent", str(source), rule, "Use a complete checkpoint of a causal language model.")
-    return parent
+    return load_stock(source, trust_remote_code=trust_remote_code, **{"dtype": "auto", **load_kwargs})
 
 
-def _tokenizer_of(source: Any) -> Any:
+def _tokenizer_of(source: Any, trust_remote_code: bool, hub: dict[str, Any]) -> Any:
     try:
-        return load_tokenizer(source)
+        return load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
     except ValueError:
         return None  # token ids need none; text without one is refused where it is read
 

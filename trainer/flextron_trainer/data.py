@@ -1,6 +1,8 @@
 """Text in, blocks of token ids out: for calibration, training and evaluation. Caching is left to `datasets`."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from modeling_flextron.errors import invalid, require_int
+from modeling_flextron.hub import retried
 
 from .losses import IGNORED
 from .reading import load_text
@@ -19,20 +22,30 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a folder or Hub id.
+def load_tokenizer(source: str | os.PathLike, *, trust_remote_code: bool = False, **hub: Any) -> Any:
+    """The tokenizer of a folder or Hub id, of a class of transformers unless its own code is asked for.
+
+    Args:
+        source: Folder or Hub id.
+        trust_remote_code: Run the code that its files name, where they name some.
+        hub: `revision`, `token`, `cache_dir` and the like.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has none that can be read.
     """
     problem = "its files are missing"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)  # or it asks on the terminal
+        load = partial(AutoTokenizer.from_pretrained, source, trust_remote_code=trust_remote_code, **hub)
+        tokenizer = retried(load)
+    except Exception as error:  # of damaged files every library raises its own
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    else:
+        if not trust_remote_code:  # what was not needed here is not handed on to whoever loads a copy
+            tokenizer.init_kwargs.pop("auto_map", None)
         if len(tokenizer) > len(tokenizer.all_special_tokens):  # for some families an empty one is made up
             return tokenizer
-    except (OSError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-    raise invalid("tokenizer", str(source), f"There is none: {problem}.", "Save the parent's tokenizer there.")
+    remedy = "Save the parent's tokenizer there; one that brings its own code wants `trust_remote_code=True`."
+    raise invalid("tokenizer", str(source), f"There is none: {problem}.", remedy)
 
 
 def text_column(dataset) -> str:

@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -32,8 +30,9 @@ from modeling_flextron.model_card import plot_frontier, write_model_card
 from . import standalone
 from .arguments import FlextronTrainingArguments
 from .convert import convert
-from .data import collator, load_text, pack
+from .data import collator, load_text, load_tokenizer, pack
 from .evaluation import evaluate_frontier, evaluate_model, name_of
+from .models import load_stock
 from .trainer import FlextronTrainer
 
 BUDGETS = (1, 0.75, 0.5, 0.25)
@@ -109,6 +108,7 @@ def run(
     elastic_steps: int = 200,
     eval_rows: int = 128,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Run the demo and leave a Hub-ready folder.
 
@@ -122,6 +122,7 @@ def run(
         elastic_steps: Steps of elastic training.
         eval_rows: Blocks of held-out text to evaluate on.
         seed: Of everything random.
+        trust_remote_code: Run the code that the files of `parent` name, where they name some.
 
     Returns:
         What was measured: one entry per budget, the paths, and the generated texts.
@@ -143,7 +144,7 @@ def run(
         tokenizer = train_tokenizer(sample[sample.column_names[0]])
         train_text = train_text.select(range(min(len(train_text), 800)))  # more than the steps below will see
     else:
-        tokenizer = AutoTokenizer.from_pretrained(parent)
+        tokenizer = load_tokenizer(parent, trust_remote_code=trust_remote_code)
     rows = pack(train_text, tokenizer, SEQUENCE_LENGTH)
     eval_blocks = pack(eval_text, tokenizer, SEQUENCE_LENGTH).shuffle(seed=seed)
     eval_blocks = eval_blocks.select(range(min(eval_rows, len(eval_blocks))))
@@ -154,7 +155,7 @@ def run(
     if parent is None:
         teacher = train_parent(tokenizer, rows, output / "parent", device, parent_steps, seed)
     else:
-        teacher = AutoModelForCausalLM.from_pretrained(parent).to(device).eval()
+        teacher = load_stock(parent, trust_remote_code=trust_remote_code).to(device).eval()
     parent_loss = evaluate_model(teacher, eval_blocks, 32)["loss"]
 
     console.rule("3/6 conversion")
@@ -205,8 +206,8 @@ def run(
 
 
 def use_without_package(repo: str | os.PathLike, prompt: str, budgets: list[str]) -> list[dict[str, Any]]:
-    """Run `standalone.py` in a process of its own."""
-    command = [sys.executable, str(Path(standalone.__file__)), str(repo), prompt, *budgets]
+    """Run `standalone.py` in a process of its own, with the code that was just written into `repo`."""
+    command = [sys.executable, str(Path(standalone.__file__)), "--trust-remote-code", str(repo), prompt, *budgets]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.extraction import changes, stock_sizes
 from modeling_flextron.markdown import code, plain
@@ -15,10 +15,17 @@ from modeling_flextron.model_card import parent_of, versions
 from modeling_flextron.subnetwork import SubNetwork
 
 from .data import load_tokenizer
+from .models import load_elastic, read_config
 
 
 def export_dense(
-    source: str | os.PathLike, output: str | os.PathLike, budget: Any = None, *, pad: bool = False, snap: bool = False
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    budget: Any = None,
+    *,
+    pad: bool = False,
+    snap: bool = False,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write a stock model of the parent's family.
 
@@ -28,6 +35,7 @@ def export_dense(
         budget: Which size; None for all of it.
         pad: Where the stock class cannot hold it, fill it up with zeros.
         snap: There, write the largest size that the class can hold and that costs no more.
+        trust_remote_code: Run the code of its tokenizer, where it brings some.
 
     Returns:
         `parameters`, and `changed`: what padding or snapping did to the sizes, empty for nothing.
@@ -35,18 +43,18 @@ def export_dense(
     Raises:
         ValueError: the budget means nothing, or no stock model can hold what it means.
     """
-    config = FlextronConfig.from_pretrained(source)
+    config = read_config(source, "model", FlextronConfig)
     asked = config.resolve(budget)
     sizes = stock_sizes(config, asked, pad, snap)  # refused before anything is read
     given = sizes if snap else asked
-    model: Any = FlextronForCausalLM.from_pretrained(source, flextron_budget=given.to_dict())
+    model = load_elastic(source, flextron_budget=given.to_dict())
     stock = model.extract(pad=pad)
     changed = changes(asked, sizes)
     with write_beside(output) as folder:
         stock.save_pretrained(folder)
         _edit(folder / "config.json", for_other_readers)
         try:
-            load_tokenizer(str(source)).save_pretrained(folder)
+            load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(folder)
             _edit(folder / "tokenizer_config.json", tokenizer_for_other_readers)
             tokenizer = "The tokenizer is the parent's."
         except ValueError:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
 
 from .data import load_tokenizer
+from .models import load_elastic, read_config
 
 ELSEWHERE = "Use `flextron export --dense` and llama.cpp's convert_hf_to_gguf.py."
 LLAMA3 = (
@@ -24,13 +25,16 @@ LLAMA3 = (
 )
 
 
-def export_gguf(source: str | os.PathLike, output: str | os.PathLike, budget: Any = None) -> dict[str, Any]:
+def export_gguf(
+    source: str | os.PathLike, output: str | os.PathLike, budget: Any = None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Write a sub-network of a LLaMA as one GGUF file, in the dtype of the checkpoint.
 
     Args:
         source: Folder or Hub id of a Flextron model with a byte-level BPE tokenizer.
         output: File to write.
         budget: Which size; its layers may differ.
+        trust_remote_code: Run the code of its tokenizer, where it brings some.
 
     Returns:
         `parameters` and the `architecture` that llama.cpp will run.
@@ -42,7 +46,7 @@ def export_gguf(source: str | os.PathLike, output: str | os.PathLike, budget: An
         import gguf
     except ImportError:
         raise invalid("gguf", True, "The package `gguf` is missing.", "Install it: `pip install gguf`.") from None
-    config = FlextronConfig.from_pretrained(source)
+    config = read_config(source, "model", FlextronConfig)
     subnetwork = config.resolve(budget)
     if config.base_model_type != "llama":
         raise invalid("model", config.base_model_type, "Only `llama` models are written as GGUF here.", ELSEWHERE)
@@ -51,10 +55,10 @@ def export_gguf(source: str | os.PathLike, output: str | os.PathLike, budget: An
     if config.rope_parameters["rope_type"] not in ("default", "llama3"):
         rule = "Only `default` and `llama3` positions are written as GGUF here."
         raise invalid("rope_type", config.rope_parameters["rope_type"], rule, ELSEWHERE)
-    tokenizer = load_tokenizer(str(source))
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
     splitting = pre_tokenizer(vocabulary)
-    model: Any = FlextronForCausalLM.from_pretrained(source, flextron_budget=subnetwork.to_dict())
+    model = load_elastic(source, flextron_budget=subnetwork.to_dict())
 
     arch = gguf.MODEL_ARCH.LLAMA if subnetwork.uniform else gguf.MODEL_ARCH.DECI
     types = gguf.GGMLQuantizationType

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.levels import read_index
+
+from .models import load_elastic, load_stock
 
 PAGE = 4096
 
@@ -144,11 +145,10 @@ def _measure(load: Load) -> dict[str, Any]:
 
 def _load(load: Load) -> Any:
     if load.how == "stock":
-        return AutoModelForCausalLM.from_pretrained(load.source, dtype=load.dtype).to(load.device)
+        return load_stock(load.source, "source", dtype=load.dtype).to(load.device)
     if load.how == "slice":
-        return FlextronForCausalLM.from_pretrained(load.source, dtype=load.dtype).to(load.device).extract(load.budget)
-    model: Any = FlextronForCausalLM.from_pretrained(load.source, dtype=load.dtype, flextron_budget=load.budget)
-    return model.to(load.device)
+        return load_elastic(load.source, dtype=load.dtype).to(load.device).extract(load.budget)
+    return load_elastic(load.source, dtype=load.dtype, flextron_budget=load.budget).to(load.device)
 
 
 def _warm_up() -> None:
@@ -157,8 +157,8 @@ def _warm_up() -> None:
     config = FlextronConfig(**shape, num_attention_heads=1, elastic={"mlp": [8, 4]})
     with tempfile.TemporaryDirectory() as folder:
         FlextronForCausalLM(config).export(folder)
-        FlextronForCausalLM.from_pretrained(folder, flextron_budget={"mlp": 4}).extract().save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(folder)
+        load_elastic(folder, flextron_budget={"mlp": 4}).extract().save_pretrained(folder)
+        load_stock(folder)
 
 
 def _proc(file: str, key: str) -> int | None:

@@ -106,7 +106,7 @@ def load_preset(name: str | os.PathLike) -> Preset:
         raise invalid("preset", str(name), rule, "Name one of them, or the path of a JSON file.")
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise invalid("preset", str(name), f"It is not JSON: {error}.", "Start from a copy of another.") from None
     fields: dict[str, Any] = {"parent": None, "stages": {}, "sizes": {}}
     fields |= read if isinstance(read, dict) else {}

@@ -1,7 +1,8 @@
 """Loads a Flextron repo at several budgets with transformers alone, generates, and measures the speed.
 
-Run as a program, `python standalone.py REPO PROMPT BUDGET ...`, so that nothing of the installed package is there:
-importing it is made impossible first. Prints one JSON line per budget.
+Run as a program, `python standalone.py --trust-remote-code REPO PROMPT BUDGET ...`, so that nothing of the installed
+package is there: importing it is made impossible first. The code that runs instead is REPO's, which is what the flag
+says. Prints one JSON line per budget.
 """
 
 import json
@@ -18,14 +19,16 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r} (blocked)")
 
 
-def main(repo: str, prompt: str, budgets: list[str]) -> None:
+def main(trust: str, repo: str, prompt: str, *budgets: str) -> None:
+    if trust != "--trust-remote-code":
+        sys.exit("This runs the code that lies in REPO; say --trust-remote-code first.")
     sys.meta_path.insert(0, Refuse)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)  # or it asks on the terminal
+    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=False)
     for budget in budgets:
         model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, flextron_budget=budget).to(device)
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
@@ -48,4 +51,4 @@ def main(repo: str, prompt: str, budgets: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(*sys.argv[1:])

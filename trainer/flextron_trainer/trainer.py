@@ -10,20 +10,21 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections import defaultdict
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import run_as_future
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron import FlextronConfig
+from modeling_flextron.checkpoint import staging, sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
 from modeling_flextron.hub import commit_files, files_of
@@ -32,6 +33,7 @@ from modeling_flextron.model_card import write_model_card
 from .arguments import FlextronTrainingArguments
 from .data import collator
 from .losses import IGNORED, HeadLoss, Teacher
+from .models import check_files, load_elastic, load_stock
 from .plan import MemoryPlan, plan_memory
 from .router_stage import FILE as ROUTERS
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
@@ -55,6 +57,7 @@ class FlextronTrainer(Trainer):
             the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
             model that is on a GPU already, or quantized, stays where it is. It has the tokenizer of the model; where
             one of them has more tokens, those that both have are compared.
+        trust_remote_code: Run the code that the files of a teacher's folder or Hub id name, where they name some.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
             of a row do not see each other.
@@ -81,13 +84,14 @@ class FlextronTrainer(Trainer):
         teacher: PreTrainedModel | str | os.PathLike | None = None,
         *,
         eval_text: str | None = None,
+        trust_remote_code: bool = False,
         **kwargs,
     ):
         if not isinstance(args, FlextronTrainingArguments):
             remedy = "Build a FlextronTrainingArguments; it takes every argument of TrainingArguments."
             raise invalid("args", type(args).__name__, "They carry the arguments of elastic training.", remedy)
         if isinstance(model, (str, os.PathLike)):
-            model = FlextronForCausalLM.from_pretrained(model)
+            model = load_elastic(model)
         if getattr(model.config, "model_type", None) != "flextron":
             remedy = "Make it elastic first: `convert(model, calibration=...)`."
             raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
@@ -107,7 +111,9 @@ class FlextronTrainer(Trainer):
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
         super().__init__(model=model, args=args, **kwargs)
-        self.teacher = None if teacher is None or self.in_place else self._load_teacher(teacher)
+        if isinstance(teacher, (str, os.PathLike)) and not self.in_place:
+            teacher = load_stock(teacher, "teacher", trust_remote_code=trust_remote_code, dtype=self.model.dtype)
+        self.teacher = None if teacher is None or self.in_place else self._check_teacher(teacher)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
         self.routers: RouterStage | None = None
         self._asked: list[torch.Tensor] = []  # losses of the networks that a step proposed, one entry for each batch
@@ -121,9 +127,7 @@ class FlextronTrainer(Trainer):
                 remedy = "Launch with DDP, or load the model with a DistributedConfig, or pass 'token'."
                 raise invalid("router_method", args.router_method, rule, remedy)
 
-    def _load_teacher(self, teacher: PreTrainedModel | str | os.PathLike) -> PreTrainedModel:
-        if isinstance(teacher, (str, os.PathLike)):
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=self.model.dtype)
+    def _check_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
         check_vocabulary(teacher, self.model, self.processing_class)
         if teacher.config.model_type not in (*FAMILIES, "flextron"):
             rule = f"The supported families are {', '.join(FAMILIES)}."
@@ -404,7 +408,7 @@ class FlextronTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
             if self.args.should_save:
-                self._sweep(Path(self.args.output_dir))
+                sweep(self.args.output_dir)
         self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
         result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
         if result is None:
@@ -438,6 +442,8 @@ class FlextronTrainer(Trainer):
         return TrainOutput(state.global_step, 0.0, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if not self._sharded and not hasattr(self.model, "peft_config"):
+            check_files("resume_from_checkpoint", resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._take_config(resume_from_checkpoint)
 
@@ -449,12 +455,6 @@ class FlextronTrainer(Trainer):
         config.frontier, config.token_routing = saved.frontier, saved.token_routing
         *before, this = saved.training_runs or [{}]
         config.training_runs = [*before, this | self.args.changed()]  # with the steps and tokens so far
-
-    def _sweep(self, place: Path) -> None:
-        """Remove what a killed run was about to save or to push: folders that never got their names."""
-        for folder in place.glob(".*"):
-            if re.match(rf"\.(push|checkpoint-\d+|{re.escape(place.name)})-", folder.name):
-                shutil.rmtree(folder, ignore_errors=True)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the routers in a group of their own."""
@@ -494,7 +494,7 @@ class FlextronTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             (folder / TRAINER_STATE).unlink(missing_ok=True)
-            self._sweep(folder)
+            sweep(folder)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -518,14 +518,15 @@ class FlextronTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # A copy, because the folder may be rotated away before it has arrived.
-        staged = tempfile.TemporaryDirectory(prefix=".push-", dir=self.args.output_dir)
-        shutil.copytree(checkpoint_folder, staged.name, ignore=LOCAL, dirs_exist_ok=True)
-        write_model_card(self.model, staged.name, self.hub_model_id)
-        files = {name: path for name, path in files_of(staged.name).items() if name not in (TRAINER_STATE, ROUTERS)}
+        kept = ExitStack()
+        staged = kept.enter_context(staging(self.args.output_dir, "push"))
+        shutil.copytree(checkpoint_folder, staged, ignore=LOCAL, dirs_exist_ok=True)
+        write_model_card(self.model, staged, self.hub_model_id)
+        files = {name: path for name, path in files_of(staged).items() if name not in (TRAINER_STATE, ROUTERS)}
         if strategy == HubStrategy.CHECKPOINT:
-            files |= files_of(staged.name, "last-checkpoint/")
+            files |= files_of(staged, "last-checkpoint/")
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
-            files |= files_of(staged.name, f"{Path(checkpoint_folder).name}/")
+            files |= files_of(staged, f"{Path(checkpoint_folder).name}/")
         job = run_as_future(
             commit_files,
             files,
@@ -534,7 +535,7 @@ class FlextronTrainer(Trainer):
             token=self.args.hub_token,
             revision=self.args.hub_revision,
         )
-        job.add_done_callback(lambda done: _pushed(done, staged))
+        job.add_done_callback(lambda done: _pushed(done, kept))
         if self.push_in_progress is None or self.push_in_progress.is_done():
             self.push_in_progress = PushInProgress([job])
         else:
@@ -577,7 +578,7 @@ class FlextronTrainer(Trainer):
             "private": self.args.hub_private_repo if private is None else private,
         }
         # One process cannot gather the weights of all; what they just saved together is whole.
-        model = FlextronForCausalLM.from_pretrained(self.args.output_dir) if self._sharded else self.model
+        model = load_elastic(self.args.output_dir) if self._sharded else self.model
         push = model.push_to_hub
         return push(self.hub_model_id, **kwargs) if blocking else run_as_future(push, self.hub_model_id, **kwargs)
 
@@ -598,8 +599,8 @@ class FlextronTrainer(Trainer):
             write_model_card(self.model, self.args.output_dir, self.hub_model_id)
 
 
-def _pushed(job: Future, staged: tempfile.TemporaryDirectory) -> None:
+def _pushed(job: Future, staged: ExitStack) -> None:
     """After a push in the background: remove what was staged, and say so when it failed."""
-    staged.cleanup()
+    staged.close()
     if error := job.exception():
         logger.warning(f"A checkpoint was not pushed, and the next push tries again: {error}")

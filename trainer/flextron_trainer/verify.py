@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-import modeling_flextron
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
 from modeling_flextron.levels import AGAIN, index_name, read_index, stored_tensors
+
+from .models import kind_of
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -28,9 +29,9 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     config = FlextronConfig.from_pretrained(folder)
     if config.levels is None:
-        rule = "Its config describes no levels, so there is nothing to compare its files with."
-        raise invalid("folder", str(folder), rule, "Write it with `flextron export`.")
-    kind = getattr(modeling_flextron, (config.architectures or ["FlextronForCausalLM"])[0])
+        rule = "Its config describes no levels, and files of whole tensors come without hashes."
+        raise invalid("folder", str(folder), rule, "Write what is to be kept or sent with `flextron export`.")
+    kind = kind_of(config)
     shards: dict[str, dict[str, Any]] = {}
     sizes = {row["name"]: row["subnetwork"] for row in config.frontier}
     rows = [(level, sizes[name]) for level, name in enumerate(config.levels["rows"])]
