@@ -47,21 +47,23 @@ class Choices:
         return cls(subnetwork.hidden, len(subnetwork.layers), mlp, heads)
 
     def steps(self, config, up: bool, uniform: bool = False) -> Iterator["Step"]:
-        """Every step up, or down, to the next choice in one place that counts.
+        """Every step up, or down, to the next choice in one place that counts, that the weights hold.
 
         With `uniform` all layers take a step together.
         """
         kept, built = config.kept_layers(self.depth), config.built
         for axis, limits in (("mlp", built.mlp), ("heads", built.heads)):
             sizes, allowed = getattr(self, axis), config.choices(axis)
-            for layer in kept[:1] if uniform else kept:
-                size = _next(allowed, sizes[layer], up)
-                if size is not None and size <= limits[layer]:
-                    yield Step(axis, None if uniform else layer, size)
+            for layer, together in [(None, kept)] if uniform else [(layer, (layer,)) for layer in kept]:
+                size = _next(allowed, sizes[together[0]], up)
+                if size is not None and all(size <= limits[one] for one in together):
+                    yield Step(axis, layer, size)
         for axis in ("hidden", "depth"):
             size = _next(config.choices(axis), getattr(self, axis), up)
             if size is not None:
-                yield Step(axis, None, size)
+                step = Step(axis, None, size)
+                if built.contains(self.after(step).subnetwork(config)):
+                    yield step
 
     def after(self, step: "Step") -> "Choices":
         """These choices with one step made."""
@@ -156,8 +158,13 @@ class StaticRouter:
         weight = min(max((budget - low) / (high - low), 0.0), 1.0)
         return {axis: _mix(self.stored[axis][upper - 1], self.stored[axis][upper], weight) for axis in FIELDS[1:]}
 
-    def preferred(self, scores: dict[str, Any]) -> Choices:
-        """The choices with the highest scores that the weights hold."""
+    def preferred(self, scores: dict[str, Any], **given: int) -> Choices:
+        """The choices with the highest scores that the weights hold.
+
+        Args:
+            scores: As `scores()` returns them.
+            given: A `hidden` size and a `depth` that are chosen already.
+        """
         config, built = self.config, self.config.built
 
         def best(axis: str, scores: list[float], limit: int) -> int:
@@ -166,12 +173,16 @@ class StaticRouter:
                 key=lambda size: scores[config.choices(axis).index(size)],
             )
 
-        return Choices(
-            best("hidden", scores["hidden"], built.hidden),
-            best("depth", scores["depth"], len(built.layers)),
-            tuple(best("mlp", s, limit) for s, limit in zip(scores["mlp"], built.mlp, strict=True)),
-            tuple(best("heads", s, limit) for s, limit in zip(scores["heads"], built.heads, strict=True)),
-        )
+        hidden = given.get("hidden") or best("hidden", scores["hidden"], built.hidden)
+        depth = given.get("depth") or best("depth", scores["depth"], len(built.layers))
+        kept = config.kept_layers(depth)
+
+        def each(axis: str, limits: tuple[int, ...]) -> tuple[int, ...]:
+            if self.uniform:  # what all kept layers hold; the others do not count
+                limits = (min(limits[layer] for layer in kept),) * len(limits)
+            return tuple(best(axis, layer, limit) for layer, limit in zip(scores[axis], limits, strict=True))
+
+        return Choices(hidden, depth, each("mlp", built.mlp), each("heads", built.heads))
 
     def choose(self, cost: Cost, limit: float) -> SubNetwork:
         """The sub-network for a cost of at most `limit`: never above it, and nothing more fits into its layers.
@@ -216,7 +227,7 @@ class StaticRouter:
 
         begin, filled = self.preferred(scores), []
         for hidden, depth in product(config.choices("hidden"), config.choices("depth")):
-            start = replace(begin, hidden=hidden, depth=depth)
+            start = self.preferred(scores, hidden=hidden, depth=depth)
             try:
                 filled.append(repaired(config, start, cost, limit, best, self.uniform, ("mlp", "heads")))
             except ValueError:  # too large, whatever the layers have

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
-from training import losses, trainer
+from training import losses, train, trainer
 from transformers.distributed import DistributedConfig
 
 from modeling_flextron import FlextronForCausalLM
@@ -29,7 +29,7 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
         return
     run = trainer(folder / name, model=model, **changes)
     assert run.accelerator.num_processes == 2
-    run.train(resume_from_checkpoint=resume)
+    train(run, resume_from_checkpoint=resume)
     assert any(isinstance(p, DTensor) for p in run.model.parameters()) == (sharded or fsdp)
     drawn = [[str(draw) for draw in run.draws(step)] for step in range(6)]
     result = {"losses": losses(run), "draws": drawn, "metrics": run.evaluate()}

@@ -116,9 +116,11 @@ def test_train_on_a_stream(elastic):
 def test_routers(elastic):
     """A static router, then token routers beside it, and the picture of what tokens chose."""
     common = ("--sequence-length", 32, "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--stage", "router")
-    first = flextron(
-        "train", "elastic", "text", "--output_dir", "routed", "--max_steps", 3, "--router_budgets", 0.6, 0.5, *common
-    )
+    static = ("train", "elastic", "text", "--output_dir", "routed", "--max_steps", 3, "--router_budgets", 0.6, 0.5)
+    with pytest.raises(ValueError, match="no router is written"):
+        flextron(*static, *common)
+    assert not Path("routed/config.json").exists()
+    first = flextron(*static, *common, "--router_method", "gumbel")
     assert {"eval_loss_routed-0.6", "eval_loss_routed-0.5", "eval_loss_0.45"} <= set(first)
     second = flextron(
         "train", "routed", "text", "--output_dir", "tokens", "--max_steps", 2, "--router_method", "token",

@@ -35,7 +35,10 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_stays(tmp_path, monke
     assert losses(run) == losses(whole)
 
 
-@pytest.mark.parametrize("changes", [{}, {"stage": "router", "router_budgets": [0.6], "teacher": None}])
+GUMBEL = {"stage": "router", "router_method": "gumbel", "router_budgets": [0.6], "teacher": None}
+
+
+@pytest.mark.parametrize("changes", [{}, GUMBEL])
 def test_a_finished_run_makes_no_further_step(tmp_path, changes):
     """And one that is resumed evaluates what routers added before it was stopped."""
     settings = {**SAVES, **changes, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 2}

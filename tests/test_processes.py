@@ -16,7 +16,7 @@ from helpers import difference, elastic_of
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_trainer import environment
-from training import VARIANT, losses, trainer
+from training import VARIANT, losses, train, trainer
 
 from modeling_flextron import FlextronForCausalLM
 
@@ -103,7 +103,7 @@ def same_curve(expected, found):
 def test_6_two_processes_train_as_one(launched, tmp_path, name):
     """Loss of every size, gradient norms, weights and losses of the frontier, within rounding."""
     run = alone(tmp_path, options(launched / "begin", **RUNS[name]))
-    run.train()
+    train(run)
     metrics = run.evaluate()
     for case in (name, f"sharded-{name}"):
         first, second = history(launched, case), history(launched, case, 1)

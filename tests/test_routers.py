@@ -143,6 +143,30 @@ def test_a_uniform_router_chooses_equal_layers(config):
         assert sub.uniform and learner.cost(sub) <= budget * learner.whole
 
 
+def test_a_uniform_router_on_layers_that_differ(tmp_path):
+    """It chooses what all kept layers hold, more where it drops the smallest one."""
+    model = elastic_of("gqa-wide-heads", mlp=[1, 0.75, 0.5, 0.25], hidden=[1])
+    model.save_pretrained(tmp_path)
+    thin = next(layer for layer in range(4) if layer not in model.config.kept_layers(2))
+    sizes = {"mlp": [24 if layer == thin else 72 for layer in range(4)], "heads": [8, 8, 4, 8]}
+    part = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=sizes)
+    config, table = part.config, ScoreTable(Places(part.config), [0.05, 1.0], uniform=True)
+    torch.nn.init.normal_(table.table, generator=torch.Generator().manual_seed(0))
+    config.static_router = table.stored()
+    size, built = parameters_of(config, embeddings=False), config.built
+    smallest, whole, seen = smallest_budget(config, size), size(built), set()
+    for budget in (smallest + (1 - smallest) * i / 40 for i in range(41)):
+        chosen = config.router().choose(size, budget * whole + 0.5)
+        assert built.contains(chosen) and chosen.uniform and size(chosen) <= budget * whole + 0.5
+        part.set_budget(chosen)
+        seen.add(chosen)
+    assert max(s.mlp[0] for s in seen) > 24 and all(s.mlp[0] == 24 for s in seen if thin in s.layers)
+    generator = random.Random(0)
+    for choices in drawn(config, 10, uniform=True):
+        filled = fill(config, choices, size, 0.6 * whole, generator, uniform=True).subnetwork(config)
+        assert built.contains(filled) and filled.uniform
+
+
 def test_a_surrogate_that_knows_nothing_does_not_move_the_scores(config):
     noise = random.Random(0)
     learner = learned(config, steps=15, loss=lambda sub: noise.random())

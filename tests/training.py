@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import elastic_of, parent_of
 
@@ -70,6 +71,15 @@ def trainer(
         eval_dataset=rows(8, seed=4),
         callbacks=callbacks,
     )
+
+
+def train(run: FlextronTrainer, **how) -> None:
+    """Train, where a surrogate of a few steps learns nothing and is refused."""
+    if run.args.stage == "router" and run.args.router_method == "surrogate":
+        with pytest.raises(ValueError, match="no router is written"):
+            run.train(**how)
+    else:
+        run.train(**how)
 
 
 def losses(run) -> list[dict[str, float]]:

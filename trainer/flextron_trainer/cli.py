@@ -150,7 +150,9 @@ def different_folders(source: str, output: Path) -> None:
 
 @app.command()
 def convert(
-    parent: Annotated[str, typer.Argument(help="Folder or Hub id of a trained model.", show_default=False)],
+    parent: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a trained model, or of an adapter.", show_default=False)
+    ],
     output: Output,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for the options below: {PRESETS}")] = None,
     calibration: Annotated[
@@ -187,13 +189,14 @@ def convert(
     from .convert import convert as run
     from .data import load_text, load_tokenizer
     from .models import read_config
+    from .parents import place_of
     from .presets import load_preset
 
     different_folders(parent, output)
     options: dict[str, Any] = {}
     if preset is not None:
         chosen = load_preset(preset)
-        chosen.check(read_config(parent, trust_remote_code=trust_remote_code))
+        chosen.check(read_config(place_of(parent, "config.json"), trust_remote_code=trust_remote_code))
         options |= chosen.convert
     given = {
         "mlp": numbers("mlp", mlp),
@@ -209,11 +212,12 @@ def convert(
         "seed": seed,
     }
     options |= {name: value for name, value in given.items() if value is not None}
+    place = place_of(parent, "tokenizer_config.json")
     text = None if calibration in (None, "weights") else load_text(calibration)
     elastic = run(
         parent,
         calibration if text is None else text,
-        tokenizer=None if text is None else load_tokenizer(parent, trust_remote_code=trust_remote_code),
+        tokenizer=None if text is None else load_tokenizer(place, trust_remote_code=trust_remote_code),
         importance=output / "importance.safetensors",
         device=device_or_default(device),
         dtype=dtype_named(dtype),
@@ -221,7 +225,7 @@ def convert(
         **options,
     )
     elastic.save_pretrained(output)
-    copy_tokenizer(parent, output, trust_remote_code)
+    copy_tokenizer(place, output, trust_remote_code)
     write_model_card(elastic, output)
     finish(output=str(output), frontier=elastic.frontier)
 

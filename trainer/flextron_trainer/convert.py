@@ -39,7 +39,7 @@ from modeling_flextron.subnetwork import AXES
 from .data import calibration_batches, load_tokenizer
 from .frontier import choose_rows, mean_loss, named_budgets
 from .importance import ORDERS, Importance, read_or_measure
-from .models import load_stock, read_config
+from .parents import place_of, plain_parent, tensor_of
 
 LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
 DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)
@@ -47,7 +47,7 @@ Choices = Sequence[int | float]
 
 
 def convert(
-    parent: str | os.PathLike | PreTrainedModel,
+    parent: str | os.PathLike | torch.nn.Module,
     calibration: Any = None,
     *,
     mlp: Choices | None = None,
@@ -71,7 +71,9 @@ def convert(
     """Convert a trained dense model into an elastic one.
 
     Args:
-        parent: A model, a Hub id or a folder. A model stays as it is; one loaded here is taken apart.
+        parent: A model, a Hub id or a folder. A model stays as it is; one loaded here is taken apart. Of a `PeftModel`,
+            and of an adapter's id or folder, whose base is loaded, the adapter is merged. Weights that a `device_map`
+            put elsewhere are read one by one.
         calibration: Text or token ids that are typical of the model's use: a list, a `datasets.Dataset`, a
             streamed one, or a tensor `[N, S]`. `"weights"` ranks by the norms of the weights, which of a language model
             that was really trained makes something worse than a random order, and chooses rows by size alone.
@@ -105,7 +107,8 @@ def convert(
         The elastic model in the parent's dtype, in evaluation mode, with its frontier.
 
     Raises:
-        ValueError: an unsupported architecture, sizes that do not divide, no calibration data, ids outside the
+        ValueError: an unsupported architecture, quantized weights or an adapter that cannot be merged (see
+            `plain_parent`), sizes that do not divide, no calibration data, ids outside the
             parent's vocabulary, a number or size in a list of `budgets` that no sub-network keeps, or a checkpoint with
             missing or unexpected tensors.
     """
@@ -121,23 +124,15 @@ def convert(
         raise invalid(
             "search_evaluations", search_evaluations, rule, "Pass `calibration=` with some text, or leave it."
         )
-    source, owned = parent, not isinstance(parent, PreTrainedModel)
-    if getattr(getattr(parent, "config", None), "model_type", None) == "flextron":
-        raise invalid(
-            "parent", type(parent).__name__, "It is elastic already.", "Convert its parent, or `extract()` one."
-        )
-    if not isinstance(parent, PreTrainedModel):
-        parent = _load(parent, trust_remote_code, load_kwargs)
-    elif load_kwargs:
-        raise invalid("load_kwargs", load_kwargs, "They are for a parent given as an id or a folder.", "Drop them.")
-    config = _elastic_config(parent.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
+    dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
+    config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     hub = {key: load_kwargs[key] for key in HUB_KEYWORDS if key in load_kwargs}
-    named, origin = named_budgets(config, budgets), origin_of(parent.name_or_path, **hub)
+    named, origin = named_budgets(config, budgets), origin_of(dense.name_or_path, **hub)
 
     batches: list[torch.Tensor] = []
     if not by_weights:
-        if tokenizer is None and owned:
-            tokenizer = _tokenizer_of(source, trust_remote_code, hub)
+        if tokenizer is None and isinstance(parent, (str, os.PathLike)):
+            tokenizer = _tokenizer_of(parent, trust_remote_code, hub)
         batches = calibration_batches(
             calibration,
             tokenizer=tokenizer,
@@ -147,7 +142,8 @@ def convert(
             max_samples=max_samples,
         )
 
-    elastic = _take(parent, config, release=owned).to(device or parent.device)
+    here = "cpu" if dense.device.type == "meta" else dense.device  # meta: its first weights were offloaded
+    elastic = _take(dense, config, release=dense is not parent).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     scores = read_or_measure(importance, elastic, batches, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
@@ -207,15 +203,12 @@ def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | Non
     return name, terms or None
 
 
-def _load(source: str | os.PathLike, trust_remote_code: bool, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = read_config(source, trust_remote_code=trust_remote_code, **load_kwargs)
-    check_supported(config)  # before gigabytes are read
-    return load_stock(source, trust_remote_code=trust_remote_code, **{"dtype": "auto", **load_kwargs})
-
-
-def _tokenizer_of(source: Any, trust_remote_code: bool, hub: dict[str, Any]) -> Any:
+def _tokenizer_of(source: str | os.PathLike, trust_remote_code: bool, hub: dict[str, Any]) -> Any:
+    place = place_of(source, "tokenizer_config.json", **hub)
+    if place != os.fspath(source):
+        hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
     try:
-        return load_tokenizer(source, trust_remote_code=trust_remote_code, **hub)
+        return load_tokenizer(place, trust_remote_code=trust_remote_code, **hub)
     except ValueError:
         return None  # token ids need none; text without one is refused where it is read
 
@@ -315,6 +308,7 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
         if source is None:
             rule = f"It has no tensor {stock!r}."
             raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
+        source = tensor_of(parent, stock, source)
         for name in ours:
             tensor = from_stock(family, name, source.detach(), heads)
             if kv_heads < heads and "heads" in axes(name):

@@ -28,7 +28,7 @@ from modeling_flextron.token_routing import TokenRouter, bounds_of
 
 from .arguments import FlextronTrainingArguments
 from .relaxed import RelaxedSizes, RelaxedTokens, bounds_for
-from .routers import SurrogateLearner, smallest_budget
+from .routers import ERROR_THRESHOLD, SurrogateLearner, smallest_budget
 from .sampling import Draw
 
 FILE = "router.safetensors"
@@ -168,7 +168,7 @@ class RouterStage:
 
     def write(self) -> None:
         """Put what was learned into the config of the model: the static router and its rows."""
-        if self.learner is None:
+        if self.learner is None or not self._learned:
             return
         config = self.model.config
         config.static_router = self.learner.scores.stored()
@@ -182,12 +182,31 @@ class RouterStage:
                 rows[row["name"]] = row
         config.frontier = sorted(rows.values(), key=lambda row: row["non_embedding_parameters"], reverse=True)
 
+    @property
+    def _learned(self) -> bool:
+        """Whether scores are worth something: a surrogate must predict well what they learn from."""
+        return self.args.router_method != "surrogate" or (self.learner is not None and self.learner.trusted)
+
     def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
         """Make what was learned final.
 
         Args:
             batches: Gives the inputs on which token routers are calibrated.
+
+        Raises:
+            ValueError: the surrogate does not predict well enough; nothing is written then.
         """
+        if self.learner is not None and not self._learned:
+            count, error = len(self.learner.losses), self.learner.error
+            rule = (
+                f"It was told the losses of {count} networks, and its error on a fifth of them, which it did not see,"
+                f" is {error:.2f} of that of a constant. It must be below {ERROR_THRESHOLD}, so no router is written."
+            )
+            remedy = (
+                "Give it more `max_steps` or `subnetworks_per_step`, train the weights with sampler='random' first, so"
+                " that more is better, or pass 'gumbel'."
+            )
+            raise invalid("router_method", self.args.router_method, rule, remedy)
         if self.learner is None:
             self.calibrate(batches())
         elif self.args.router_method == "surrogate":
