@@ -73,10 +73,10 @@ def choose_rows(
 ) -> list[dict]:
     """The full network, called "1" where no budget means it, and one uniform sub-network for each budget.
 
-    The rows are chosen together. Each uses at least 95 % of its budget wherever the choices have such networks that
-    nest, so that a model loaded at one row can go down to all smaller ones; a row that cannot is named in a warning.
-    Of such rows those go first that a stock class can hold as they are. Among what is left the rows with the lowest
-    sum of losses are taken, and without losses the largest.
+    The rows are chosen together. Those go first that a stock class can hold as they are. Of these each uses at least
+    95 % of its budget wherever the choices have such networks that nest, so that a model loaded at one row can go down
+    to all smaller ones; a row that cannot is named in a warning. Among what is left the rows with the lowest sum of
+    losses are taken, and without losses the largest.
 
     Args:
         config: Of the elastic model.
@@ -136,9 +136,10 @@ def _together(
 
     def price(row: int, s: SubNetwork) -> tuple[float, ...]:
         # Squared: two rows that are a little small go before one that is far too small.
-        return max(0.0, USED - uses[row][s]) ** 2, odd(s), -uses[row][s]
+        return odd(s), max(0.0, USED - uses[row][s]) ** 2, -uses[row][s]
 
-    full = [[s for s in use if use[s] >= USED] for use in uses]  # of thousands a few, and often enough
+    # Of thousands a few, and often enough.
+    full = [[s for s in use if use[s] >= USED and not odd(s)] for use in uses]
     first = _chain(full, price, nested) or _chain([list(use) for use in uses], price, nested)
     if first is None:  # budgets of several kinds: what keeps a larger one in bytes may not hold a smaller one
         return _together(uses, odd, loss, nested=False)
