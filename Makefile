@@ -21,7 +21,7 @@ test: $(INSTALLED)
 test-newest: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target build/newest 'transformers<6'
 	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_remote_code.py tests/test_levels.py \
-		tests/test_checkpoint.py tests/test_invariants.py $(ARGS)
+		tests/test_checkpoint.py tests/test_invariants.py tests/test_caches.py $(ARGS)
 
 # SIGKILL at many moments of a run; every resume must give the uninterrupted one. Minutes.
 test-kill: $(INSTALLED)

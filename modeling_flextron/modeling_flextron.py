@@ -25,11 +25,16 @@ from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GenerationMixin, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -43,11 +48,12 @@ from transformers.utils import (
     cached_file,
     can_return_tuple,
 )
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import fit_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
+from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
 from .checkpoint import staging, undisturbed, write_beside
 from .configuration_flextron import FlextronConfig
 from .drafting import Drafts, check_generation, generate_drafted
@@ -58,13 +64,13 @@ from .hub import commit_files, files_of, retried
 from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
 from .model_card import write_model_card
+from .positions import MASKS, check_positions, documents, flash_options, real_tokens
 from .subnetwork import SubNetwork, resolve
 from .switching import run_at, size_around
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
-MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 class FlextronRotaryEmbedding(nn.Module):
@@ -131,48 +137,6 @@ def token_router(config: FlextronConfig) -> TokenRouter | None:
     return TokenRouter(config.hidden_size, len(config.token_routing["targets"]))
 
 
-def fill_skipped(cache: Cache, kept: tuple[int, ...]) -> None:
-    """Give skipped sliding layers of a cache empty states, because assisted decoding crops every layer."""
-    for i, layer in enumerate(cache.layers):
-        if i not in kept and layer.is_sliding and getattr(layer, "keys", None) is None:
-            layer.keys = cache.layers[kept[0]].keys[:, :, :0]
-            layer.values = cache.layers[kept[0]].values[:, :, :0]
-
-
-def real_tokens(attention_mask: Any, length: int) -> torch.Tensor | None:
-    """Where the last `length` tokens are no padding, `[B, length]`; None when that is not known."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -length:].bool()
-
-
-def check_cache(cache: Cache, subnetwork: SubNetwork, kv_heads: Callable[[int], int]) -> None:
-    """Refuse to continue what another sub-network put into a cache, where the keys of the two do not fit together.
-
-    Raises:
-        ValueError: the layers differ, or a layer's number of KV heads.
-    """
-    filled = {i for i, layer in enumerate(cache.layers) if layer.is_initialized}
-    if not filled:
-        return
-    # Empty layers do not count: a static cache may have them before it is filled. A compiled graph cannot ask.
-    if filled != set(subnetwork.layers) and not torch.compiler.is_compiling():
-        holding = [i for i in sorted(filled) if cache.layers[i].get_seq_length() > 0]
-        if holding and holding != list(subnetwork.layers):
-            rule = f"It was filled by the layers {holding}, and this sub-network runs {list(subnetwork.layers)}."
-            remedy = "Keep the depth, or start again with the whole text and a new cache."
-            raise invalid("past_key_values", type(cache).__name__, rule, remedy)
-    if kv_heads(1) > 1:
-        return  # a parent with groups has the same KV heads at every budget
-    needed = {heads: kv_heads(heads) for heads in set(subnetwork.heads)}
-    for i, heads in zip(subnetwork.layers, subnetwork.heads, strict=True):
-        keys = cache.layers[i].keys if i in filled else None
-        if keys is not None and keys.ndim == 4 and keys.shape[1] != needed[heads]:
-            rule = f"It holds {keys.shape[1]} KV heads in layer {i}, and this sub-network has {needed[heads]}."
-            remedy = "Keep the number of heads, or start again with the whole text and a new cache."
-            raise invalid("past_key_values", type(cache).__name__, rule, remedy)
-
-
 class NarrowedAttention:
     """An attention module as an attention function sees it, with fewer query heads for each KV head.
 
@@ -202,6 +166,9 @@ class FlextronAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.kv_heads_at = config.kv_heads
+        self.most_kv_heads = config.__dict__[
+            "num_key_value_heads"
+        ]  # of all layers; where they differ an attribute asks
         self.head_dim = config.head_dim
         self.num_key_value_groups = heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
@@ -224,10 +191,15 @@ class FlextronAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
-        past_key_values: Cache | None,
+        past_key_values: Any,
         heads: int | None,
+        options: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[B, G, S, E]` that `heads` query heads read, with those in the cache before them."""
+        """Keys and values `[B, G, S, E]` that `heads` query heads read, with those in the cache before them.
+
+        Args:
+            options: Keywords of the attention function, which the cache of an engine adds to.
+        """
         kv_heads = self.kv_heads_of(heads)
         size = None if kv_heads == self.kv_heads else kv_heads * self.head_dim
         shape = (*hidden_states.shape[:2], kv_heads, self.head_dim)
@@ -238,8 +210,10 @@ class FlextronAttention(nn.Module):
         key, value = key.transpose(1, 2), value.transpose(1, 2)
         if position_embeddings is not None:
             key = rotate(key, *position_embeddings)
-        if past_key_values is not None:
+        if isinstance(past_key_values, Cache):
             key, value = past_key_values.update(key, value, self.layer_idx)
+        elif past_key_values is not None:
+            key, value = update_pages(past_key_values, key, value, self, options)
         return key, value
 
     def forward(
@@ -247,7 +221,7 @@ class FlextronAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
         heads: int | None = None,
         hidden: int | None = None,
         keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -263,7 +237,7 @@ class FlextronAttention(nn.Module):
         """
         # vLLM looks for the call of the attention interface in the source of this very method.
         if keys_and_values is None:
-            keys_and_values = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads)
+            keys_and_values = self.keys_and_values(hidden_states, position_embeddings, past_key_values, heads, kwargs)
         key, value = keys_and_values
         batch, length, _ = hidden_states.shape
         kv_heads = self.kv_heads_of(heads)
@@ -277,7 +251,7 @@ class FlextronAttention(nn.Module):
             query = rotate(query, *position_embeddings)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation.removeprefix(PAGED), eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self if ranks == self.num_key_value_groups else NarrowedAttention(self, ranks),
@@ -408,6 +382,21 @@ def quantizer(config: FlextronConfig) -> str | None:
     return settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
 
 
+def in_parts(model: nn.Module) -> list[Any]:
+    """The parameters of which each process holds a part."""
+    return [parameter for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
+
+
+def runs_in_parts(model: nn.Module) -> bool:
+    """Whether layers run on parts of their weights (tensor parallel); FSDP gathers them before."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    parts = in_parts(model)
+    if any("tp" in (parameter.device_mesh.mesh_dim_names or ()) for parameter in parts):
+        return True
+    return bool(parts) and not any(hasattr(module, "unshard") for module in model.modules())
+
+
 class FlextronPreTrainedModel(PreTrainedModel):
     """What the decoder and its heads share: budgets, loading at a budget, saving."""
 
@@ -487,7 +476,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: the budget means nothing here, or more than the weights hold, or less than is built of a
-                quantized model.
+                quantized or tensor-parallel model.
         """
         if budget is None:
             return self.subnetwork
@@ -498,6 +487,10 @@ class FlextronPreTrainedModel(PreTrainedModel):
         if not self.switchable and subnetwork != self.built:
             rule = "The layers of a model quantized by this method exist only at the size they were built at."
             remedy = "Load it with `flextron_budget=` and the quantization together, or quantize with torchao."
+            raise invalid("flextron_budget", budget, rule, remedy)
+        if subnetwork != self.built and runs_in_parts(self):
+            rule = "Under a tensor-parallel plan each process holds a part of a weight, not what is leading of it."
+            remedy = "Load it with `flextron_budget=` and the plan together, which then divides weights of that size."
             raise invalid("flextron_budget", budget, rule, remedy)
         return subnetwork
 
@@ -663,8 +656,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: the model is quantized or sharded, or shares its parameters with another.
         """
-        if any(hasattr(parameter, "full_tensor") for parameter in self.parameters()):
-            rule = "The weights are divided among processes (FSDP)."
+        if in_parts(self):
+            rule = "The weights are divided among processes."
             remedy = "`save_pretrained` on all of them, load that folder in one process, and export that."
             raise invalid("save_directory", str(save_directory), rule, remedy)
         if quantizer(self.config) is not None:
@@ -770,7 +763,7 @@ class FlextronModel(FlextronPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        cache: Cache | None = None,
+        cache: Any = None,
         flextron_budget: Any = None,
         routing: Routing | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -781,10 +774,11 @@ class FlextronModel(FlextronPreTrainedModel):
             input_ids: Token ids `[B, S]`; or pass `inputs_embeds` `[B, S, D]`, of which a narrower hidden size
                 uses the leading channels.
             attention_mask: `[B, S]` with zeros at padding, or a prepared 4-D mask.
-            cache: What transformers calls `past_key_values` from version 5.24 on.
+            position_ids: `[B, S]`; documents whose positions do not follow each other do not see each other.
+            cache: What transformers calls `past_key_values` from version 5.24 on; also the pages of an engine that
+                batches requests.
             routing: Runs the parts of every layer while sizes are being learned.
         """
-        past_key_values = cache if past_key_values is None else past_key_values
         if self._shared and (tokens := len(self.embed_tokens.weight)) != self.config.vocab_size:
             rule = f"The model that this one shares its parameters with has {tokens} tokens since."
             raise invalid("config.vocab_size", self.config.vocab_size, rule, "Call `share` again.")
@@ -798,36 +792,38 @@ class FlextronModel(FlextronPreTrainedModel):
             both = (input_ids is not None, inputs_embeds is not None)
             raise invalid("input_ids, inputs_embeds", both, "Exactly one of the two is needed.", "Pass one of them.")
 
-        length, limit = hidden_states.shape[1], self.config.max_position_embeddings
-        if self.embed_positions is not None and length > limit:
-            rule = f"The model has {limit} learned positions."
-            raise invalid("input_ids", f"{length} tokens", rule, "Cut the text into shorter pieces.")
-
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        length = hidden_states.shape[1]
+        cache = cache if past_key_values is None else past_key_values
+        past_key_values = own_cache(cache, self.config)
+        places = None
+        if cache is past_key_values:  # an engine with pages for a cache keeps its texts apart itself
+            places = documents(position_ids, attention_mask, cache, use_cache)
+        use_cache = use_cache and places is None  # a cache continues one text
+        if use_cache and cache is None:
+            cache = past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            check_cache(past_key_values, subnetwork, self.config.kv_heads)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            check_cache(past_key_values, self.config, subnetwork, attention_mask)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if not (given := position_ids is not None):
             position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
         kinds = self.config.layer_types
-        masks = (
-            attention_mask
-            if isinstance(attention_mask, dict)
-            else {  # a dict is what `generate` prepares
-                kind: MASKS[kind](self.config, hidden_states, attention_mask, past_key_values, position_ids)
-                for kind in dict.fromkeys(kinds)
-            }
-        )
+        masks: Any = attention_mask
+        if not isinstance(masks, dict):  # as `generate` prepares them
+            known = (attention_mask, past_key_values) if places is None else (None, None, places)
+            masks = {kind: MASKS[kind](self.config, hidden_states, *known) for kind in dict.fromkeys(kinds)}
+        if places is not None and is_flash_attention_requested(self.config):
+            kwargs |= flash_options(places, len(hidden_states))
         position_embeddings = None
         if self.rotary_emb is not None:
             cos, sin = self.rotary_emb(hidden_states, position_ids)
             position_embeddings = cos.unsqueeze(1), sin.unsqueeze(1)  # the same for every head
         if self.embed_positions is not None:
+            limit, most = self.config.max_position_embeddings, most_tokens(cache, seen, length)
+            check_positions(position_ids, limit, most, given)
             hidden_states = hidden_states + project(self.embed_positions, position_ids, hidden)
         hidden_states = self.dropout(hidden_states)
         if routing is None and is_routed(subnetwork):
-            routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, length))
+            routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, seen, length))
 
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
             hidden_states = self.layers[layer](
@@ -838,8 +834,8 @@ class FlextronModel(FlextronPreTrainedModel):
                 routing=routing,
                 attention_mask=masks[kinds[layer]],
                 position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
+                position_ids=position_ids if places is None else places,
+                past_key_values=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
@@ -879,7 +875,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        cache: Cache | None = None,
+        cache: Any = None,
         flextron_budget: Any = None,
         head_loss: Callable[[torch.Tensor, nn.Module], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -943,6 +939,34 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
                 return super().generate(*args, **kwargs)
         return super().generate(*args, flextron_budget=subnetwork, **kwargs)
 
+    def init_continuous_batching(
+        self,
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        *,
+        flextron_budget: Any = None,
+        **kwargs,
+    ):
+        """As `ContinuousMixin.init_continuous_batching`: a manager of requests, all at `flextron_budget`.
+
+        The manager runs in a thread of its own and keeps the size that it begins with, so it gets a model of its own
+        (`share`); none is kept for a next call, as `persistent_manager=True` would have it.
+        """
+        model = self.share(self.resolve_budget(flextron_budget))
+        # Pages have one shape for all layers: that of the largest, which a config whose layers differ gives if allowed.
+        model.config.allow_global_per_layer_attribute_access = True
+        if is_routed(model.subnetwork) and self.device.type == "cuda":  # tokens choose where a graph cannot look
+            continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+            continuous_batching_config.use_cuda_graph = False
+        settings = generation_config, continuous_batching_config
+        return GenerationMixin.init_continuous_batching(model, *settings, **kwargs)
+
+    def generate_batch(self, *args, flextron_budget: Any = None, **kwargs):
+        """As `ContinuousMixin.generate_batch`, with all requests at `flextron_budget`."""
+        if flextron_budget is not None:
+            return self.share(flextron_budget).generate_batch(*args, **kwargs)
+        return super().generate_batch(*args, **kwargs)
+
     def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
 
@@ -956,6 +980,9 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
         refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
+        if in_parts(self):
+            remedy = "`save_pretrained` on all of them, load that folder in one process, and extract there."
+            raise invalid("budget", budget, "The weights are divided among processes.", remedy)
         return extract(self, self.resolve_budget(budget), pad, snap)
 
 

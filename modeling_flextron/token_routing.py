@@ -5,7 +5,8 @@ Its output, the need of the token, is a width as a fraction of the full one; the
 Only what was chosen is computed. In an MLP the tokens are sorted by width, and each increment of neurons runs on the
 leading tokens that want it. In attention the keys and values of all heads are computed, because later tokens may
 need them, and the queries of tokens with the same number of heads run together. A few tokens, as in decoding, run at
-the largest of their sizes, with nothing of what a token did not choose let through.
+the largest of their sizes, with nothing of what a token did not choose let through; so do all queries of an attention
+function that cannot take some of them (flex and flash attention).
 
 Input-adaptive routers: Flextron, arXiv 2406.10260, section 3. How they learn: `flextron_trainer/relaxed.py`.
 
@@ -128,36 +129,30 @@ class TokenRouting:
         """A norm, as it is."""
         return module(hidden_states)
 
-    def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
+    def attend(
+        self, module: Any, hidden_states: torch.Tensor, heads: int | None, past_key_values: Any = None, **kwargs
+    ) -> torch.Tensor:
         """The attention of a layer: keys and values of all heads, queries of the chosen ones."""
         sizes, which = self._choose(module, "heads", hidden_states)
         self.heads[module.layer_idx] = chosen = torch.tensor(sizes, device=which.device)[which]
-        if which.numel() <= FEW:
-            size = int(chosen.max())
-            gate = torch.arange(size, device=chosen.device) < chosen[..., None]
-            gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
-            # The keys and values of all heads, whichever of them this token asks.
-            return self._attend_some(module, hidden_states, size, max(sizes), gate=gate, **kwargs)
-        return self._attend_in_groups(module, hidden_states, sizes, which, **kwargs)
-
-    def _attend_some(self, module, hidden_states, heads: int, most: int, gate, past_key_values=None, **kwargs):
-        embeddings = kwargs["position_embeddings"]
-        key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, most)
-        groups = module.kv_heads_of(heads)
-        read = key[:, :groups], value[:, :groups]
-        return module.forward(hidden_states, keys_and_values=read, heads=heads, gate=gate, **kwargs)[0]
+        # The keys and values of all heads, whichever of them this token asks.
+        read = module.keys_and_values(hidden_states, kwargs["position_embeddings"], past_key_values, max(sizes), kwargs)
+        if which.numel() > FEW and (mask := mask_by_rows(module.config, kwargs, read[0], which.shape[1])) is not None:
+            return self._attend_in_groups(
+                module, hidden_states, sizes, which, read, **kwargs | {"attention_mask": mask}
+            )
+        size = int(chosen.max())
+        gate = torch.arange(size, device=chosen.device) < chosen[..., None]
+        gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
+        groups = module.kv_heads_of(size)
+        read = read[0][:, :groups], read[1][:, :groups]
+        return module.forward(hidden_states, keys_and_values=read, heads=size, gate=gate, **kwargs)[0]
 
     def _attend_in_groups(
-        self, module, hidden_states, sizes, which, attention_mask=None, past_key_values=None, hidden=None, **kwargs
+        self, module, hidden_states, sizes, which, read, *, attention_mask, position_embeddings, hidden=None, **kwargs
     ) -> torch.Tensor:
         batch, length = which.shape
-        embeddings = kwargs.pop("position_embeddings")
-        key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, max(sizes))
-        if attention_mask is None:  # an attention function would take it for causal
-            seen = key.shape[2]
-            attention_mask = torch.ones(length, seen, dtype=torch.bool, device=which.device).tril(seen - length)[
-                None, None
-            ]
+        key, value = read
         output = hidden_states.new_zeros(batch, length, hidden or module.o_proj.out_features)
         for number, size in enumerate(sizes):
             wanted = which == number
@@ -173,7 +168,8 @@ class TokenRouting:
                 keys_and_values=(key[:, :groups], value[:, :groups]),
                 heads=size,
                 hidden=hidden,
-                position_embeddings=embeddings and tuple(_rows(part[:, 0], index)[:, None] for part in embeddings),
+                position_embeddings=position_embeddings
+                and tuple(_rows(part[:, 0], index)[:, None] for part in position_embeddings),
                 attention_mask=_rows(attention_mask[:, 0], index)[:, None],
                 **kwargs,
             )
@@ -216,6 +212,26 @@ class TokenRouting:
         allowed = self.config.token_routing[axis]
         sizes = sorted({min(size, bound) for size in allowed}, reverse=True)
         return sizes, [(a + b) / 2 / allowed[0] for a, b in pairwise(sizes)]
+
+
+def mask_by_rows(config: Any, options: dict[str, Any], key: torch.Tensor, length: int) -> torch.Tensor | None:
+    """A mask `[B or 1, 1, S, S']` that has a row for each of the queries, from which some can be taken.
+
+    Args:
+        options: Keywords of the attention function.
+        key: What is read, `[B, G, S', E]`.
+        length: Number of queries of a sequence, S.
+
+    Returns:
+        None where attention has no such mask, or one for each head: then all queries are to run together.
+    """
+    mask, implementation = options["attention_mask"], config._attn_implementation
+    if mask is None and implementation == "sdpa" and "is_causal" not in options:
+        # It lets a query see the keys up to its own place, counted from the first key; one alone sees all.
+        seen = key.shape[2]
+        return torch.ones(1, 1, length, seen, dtype=torch.bool, device=key.device).tril(0 if length > 1 else seen)
+    rows = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == 1
+    return mask if rows and implementation in ("eager", "paged|eager", "sdpa") else None
 
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from helpers import difference
 from torch.distributed.tensor import DTensor
 from training import losses, train, trainer
 from transformers.distributed import DistributedConfig
@@ -40,6 +41,40 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def run_tensor_parallel(folder: Path, name: str, changes: dict) -> None:
+    """Compare a model whose MLPs and embeddings two processes share with a whole one; in `folder/name` what it says."""
+    plan = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")}
+    begin, ids = changes["begin"], torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+    model, whole = FlextronForCausalLM.from_pretrained(begin, **plan), FlextronForCausalLM.from_pretrained(begin)
+    small = FlextronForCausalLM.from_pretrained(begin, flextron_budget="0.35", **plan)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    result = {"same text": torch.equal(model.generate(ids, **greedy), whole.generate(ids, **greedy))}
+    with torch.no_grad():
+        result["loaded"] = difference(small(ids).logits, whole(ids, flextron_budget="0.35").logits)
+    losses_of = [each(ids, labels=ids).loss for each in (model, whole)]
+    result["loss"] = (losses_of[0] - losses_of[1]).abs().item()
+    for loss in losses_of:
+        loss.backward()
+    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), whole.parameters(), strict=True)]
+    result["gradients"] = max(difference(a.full_tensor() if isinstance(a, DTensor) else a, b) for a, b in pairs)
+    calls = {
+        "forward": lambda: model(ids, flextron_budget="0.35"),
+        "generate": lambda: model.generate(ids, flextron_budget="0.35", **greedy),
+        "list": lambda: model(ids, flextron_budget=[None, "0.35"]),
+        "labels": lambda: model(ids, labels=ids, flextron_budget="0.35"),
+        "set_budget": lambda: model.set_budget("0.35"),
+        "share": lambda: model.share("0.35"),
+        "draft": lambda: model.generate(ids[:1], draft_budget="0.35", **greedy),
+        "extract": lambda: model.extract(),
+        "train": lambda: trainer(folder / name, model=model),
+    }
+    for call, function in calls.items():
+        with pytest.raises(ValueError) as refused:
+            function()
+        result[call] = str(refused.value)
+    (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
 def use_fsdp_on_cpu() -> None:
     """Let accelerate take its way for FSDP, which it does for accelerators alone; on gloo it works as well."""
     begin = AcceleratorState.__init__
@@ -60,5 +95,5 @@ if __name__ == "__main__":
     root = Path(sys.argv[1])
     for case, options in json.loads((root / "cases.json").read_text()).items():
         print(case, flush=True)
-        run_case(root, case, options)
+        (run_tensor_parallel if case == "tensor-parallel" else run_case)(root, case, options)
     torch.distributed.destroy_process_group()

@@ -76,6 +76,7 @@ def launched(tmp_path_factory):
     alone(folder / "one", options(begin, **SAVES)).train()
     cases["saves"] = options(begin, **SAVES)
     cases["resumes"] = options(begin, **SAVES, resume=str(folder / "one" / "checkpoint-2"))
+    cases["tensor-parallel"] = {"begin": str(begin)}
     (folder / "cases.json").write_text(json.dumps(cases))
     with HubServer() as hub:
         variables = environment() | hub.environment(folder / "home")
@@ -152,6 +153,17 @@ def test_what_sharded_training_pushes_is_whole(launched):
     assert pushed.config.levels and (launched / "pushed" / "README.md").exists()
     for name, parameter in final.named_parameters():
         assert torch.equal(parameter, pushed.get_parameter(name)), name
+
+
+def test_a_tensor_parallel_model_has_one_size(launched):
+    """Which is right, whole or loaded at a budget, trained too; a smaller one would take parts of parts."""
+    for rank in (0, 1):
+        result = history(launched, "tensor-parallel", rank)
+        assert result.pop("same text") and all(result.pop(name) < 1e-5 for name in ("loaded", "loss", "gradients"))
+        assert "divided among processes. `save_pretrained`" in result.pop("extract")
+        assert "sizes that such a plan cannot switch to" in result.pop("train")
+        for call, message in result.items():
+            assert "Under a tensor-parallel plan each process holds a part" in message, call
 
 
 class TestResume:

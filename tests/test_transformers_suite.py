@@ -1,7 +1,7 @@
 """The model tests of transformers itself, run on our classes: tests that nobody here wrote.
 
 `make` fetches them (`fetch_transformers_tests.py`). Two of its modules are not in the source distribution, the export
-and the generation tests; empty classes stand in for them.
+and the generation tests: they come from GitHub where it can be reached, and empty classes stand in for them elsewhere.
 """
 
 import copy
@@ -14,7 +14,7 @@ import unittest
 
 import pytest
 import torch
-from fetch_transformers_tests import FILES, FOLDER
+from fetch_transformers_tests import FILES, FOLDER, MIXINS
 from helpers import elastic_of, parent_of
 from transformers.utils import logging
 
@@ -24,25 +24,22 @@ if not all((FOLDER / name).is_file() for name in FILES):
     pytest.skip("run `make` or tests/fetch_transformers_tests.py first", allow_module_level=True)
 
 
-ABSENT = (
-    ("exporters", "test_export", "ExportTesterMixin"),
-    ("generation", "test_utils", "GenerationTesterMixin"),
-)
-
-
 def import_suite(*modules: str) -> list:
     """Import modules of transformers' tests as a package."""
     package = types.ModuleType("transformers_tests")
     package.__path__ = [str(FOLDER)]
     sys.modules[package.__name__] = package
-    for folder, module, name in ABSENT:
-        for absent in (folder, f"{folder}.{module}"):
-            sys.modules[f"{package.__name__}.{absent}"] = types.ModuleType(absent)
-        setattr(sys.modules[f"{package.__name__}.{absent}"], name, type(name, (), {}))
+    for file, name in MIXINS.items():
+        absent = f"{package.__name__}.{file.removesuffix('.py').replace('/', '.')}"
+        if not (FOLDER / file).is_file():
+            for module in (absent.rpartition(".")[0], absent):
+                sys.modules.setdefault(module, types.ModuleType(module))
+            setattr(sys.modules[absent], name, type(name, (), {}))
     return [importlib.import_module(f"{package.__name__}.{module}") for module in modules]
 
 
 common, training = import_suite("test_modeling_common", "test_training_mixin")
+SMALLER = {"mlp": 48, "heads": 2, "hidden": 48}
 
 
 @functools.cache
@@ -52,21 +49,21 @@ def config_of(variant: str) -> FlextronConfig:
     return elastic_of(variant, parent, depth=[1]).config
 
 
-class Tester:
-    """What the tests ask of the tester of a model: a config, inputs and their sizes."""
+class ModelTester:
+    """What the tests ask of the tester of a model: a config, inputs and their sizes, which are those of theirs."""
 
-    batch_size, seq_length, num_hidden_layers = 3, 7, 2
+    batch_size, seq_length, num_hidden_layers = 13, 7, 2
     is_training = True
     base_model_class, causal_lm_class = FlextronModel, FlextronForCausalLM
 
-    def __init__(self, variant: str, budget=None):
+    def __init__(self, variant: str, budget=None, kinds=("full_attention", "sliding_attention")):
         config = config_of(variant)
         self.fields = json.loads(config.to_json_string(use_diff=False))
         # The tests set a short window on every config that has one, so let a layer use it.
-        self.fields |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 5}
-        self.fields["flextron_budget"] = budget
+        window = 5 if "sliding_attention" in kinds else None
+        self.fields |= {"layer_types": list(kinds), "sliding_window": window, "flextron_budget": budget}
         shape = config.resolve(budget)
-        self.hidden_size, self.num_attention_heads = shape.hidden, shape.heads[0]
+        self.hidden_size, self.num_attention_heads = shape.hidden, max(shape.heads)
         self.vocab_size = config.vocab_size
         torch.manual_seed(0)
 
@@ -85,32 +82,67 @@ class Suite(common.ModelTesterMixin, common.GenerationTesterMixin, training.Trai
 
     all_model_classes = (FlextronModel, FlextronForCausalLM, FlextronForSequenceClassification)
     model_tester = None
-    variant, budget = "", None
+    variant, options = "", {}
+
+    def __init_subclass__(cls, select=None):
+        """Leave out the tests that `select`, called with their names, does not want."""
+        super().__init_subclass__()
+        for name in dir(cls):
+            if name.startswith("test_") and select is not None and not select(name):
+                setattr(cls, name, None)
 
     @pytest.fixture(autouse=True)
     def names(self, monkeypatch):
         """Enter our classes where the tests look up what kind of model a class is."""
-        monkeypatch.setitem(common.MODEL_MAPPING_NAMES, "flextron", FlextronModel.__name__)
-        monkeypatch.setitem(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "flextron", FlextronForCausalLM.__name__)
-        classifiers = common.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        monkeypatch.setitem(classifiers, "flextron", FlextronForSequenceClassification.__name__)
+        base, causal, classifier = self.all_model_classes
+        monkeypatch.setitem(common.MODEL_MAPPING_NAMES, "flextron", base.__name__)
+        monkeypatch.setitem(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "flextron", causal.__name__)
+        monkeypatch.setitem(common.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "flextron", classifier.__name__)
         logging.set_verbosity_warning()  # some tests read warnings
         yield
         logging.set_verbosity_error()
 
     def setUp(self):
-        self.model_tester = Tester(self.variant, self.budget)
+        self.model_tester = ModelTester(self.variant, **self.options)
 
 
-class LlamaTest(Suite, unittest.TestCase):
+def generates(name: str) -> bool:
+    """Tests of `generate`, without those that compile for minutes."""
+    slow = ("compil", "recompile", "export")
+    return hasattr(common.GenerationTesterMixin, name) and not any(word in name for word in slow)
+
+
+def runs(name: str) -> bool:
+    """Tests that run a model; it is saved and loaded as the others are."""
+    words = (
+        "determinism",
+        "equivalence",
+        "loss",
+        "training",
+        "gradient",
+        "outputs",
+        "hidden_states",
+        "embeds",
+        "window",
+    )
+    kept = any(word in name for word in (*words, "inference_08", "inference_09", "inference_12", "inference_13"))
+    return kept and not generates(name) and "overfit" not in name
+
+
+def once(name: str) -> bool:
+    """All but what takes seconds and asks the same of every variant."""
+    return not generates(name) and name not in ("test_training_overfit", "test_bc_torch_dtype")
+
+
+class LlamaTest(Suite, unittest.TestCase, select=lambda name: not generates(name)):
     variant = "gqa-tied-llama3"
 
 
-class LlamaAtBudgetTest(Suite, unittest.TestCase):
-    variant, budget = "gqa-wide-heads", {"mlp": 48, "heads": 4, "hidden": 48}
+class LlamaAtBudgetTest(Suite, unittest.TestCase, select=lambda name: not generates(name)):
+    variant, options = "gqa-wide-heads", {"budget": {"mlp": 48, "heads": 4, "hidden": 48}}
 
 
-class GPT2Test(Suite, unittest.TestCase):
+class GPT2Test(Suite, unittest.TestCase, select=once):
     variant = "gpt2"
     # Its positions are a table, which a longer text than that cannot be looked up in.
     test_model_rope_scaling_from_config_0_linear = None
@@ -118,5 +150,45 @@ class GPT2Test(Suite, unittest.TestCase):
     test_model_rope_scaling_from_config_2_yarn = None
 
 
-class GPTNeoXTest(Suite, unittest.TestCase):
+class GPTNeoXTest(Suite, unittest.TestCase, select=once):
     variant = "neox"
+
+
+class MistralTest(Suite, unittest.TestCase, select=runs):
+    variant, options = "mistral", {"kinds": ("sliding_attention", "sliding_attention")}
+
+
+class HeterogeneousTest(Suite, unittest.TestCase, select=runs):
+    variant, options = "mha", {"budget": {"mlp": [72, 48], "heads": [4, 2]}}
+
+
+def at_smaller_default(base: type) -> type:
+    """A class of models that run less than they hold."""
+
+    def __init__(self, config):
+        base.__init__(self, config)
+        self.set_budget(SMALLER)
+
+    return type(base.__name__, (base,), {"__init__": __init__, "_auto_class": None, "__module__": base.__module__})
+
+
+class SetBudgetTest(Suite, unittest.TestCase, select=runs):
+    all_model_classes = tuple(map(at_smaller_default, Suite.all_model_classes))
+    variant = "mha"
+
+    def setUp(self):
+        super().setUp()
+        shape = config_of(self.variant).resolve(SMALLER)
+        self.model_tester.hidden_size, self.model_tester.num_attention_heads = shape.hidden, shape.heads[0]
+
+
+FULL = {"kinds": ("full_attention", "full_attention")}
+
+
+class GPT2GenerationTest(Suite, unittest.TestCase, select=generates):
+    variant, options = "gpt2", FULL
+
+
+class AtBudgetGenerationTest(Suite, unittest.TestCase, select=generates):
+    variant, options = "mha", {"budget": SMALLER, **FULL}
+    test_past_key_values_format = None  # reads head counts from the config of the whole

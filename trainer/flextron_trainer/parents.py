@@ -13,7 +13,7 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.families import check_supported
 from modeling_flextron.modeling_flextron import HUB_KEYWORDS
 
-from .models import damage_refused, load_stock, read_config
+from .models import load_stock, read_config, reading
 
 
 def plain_parent(parent: Any, *, trust_remote_code: bool = False, **load_kwargs: Any) -> PreTrainedModel:
@@ -66,7 +66,7 @@ def adapter_of(source: str | os.PathLike, **hub: Any) -> Any:
     except ImportError:
         rule = "It is an adapter, and what merges adapters is not installed."
         raise invalid("parent", source, rule, "Run `pip install peft`.") from None
-    with damage_refused("parent", source):
+    with reading("parent", source):
         config = PeftConfig.from_pretrained(source, **hub)
     if not config.base_model_name_or_path:
         rule = "It is an adapter, and its `adapter_config.json` does not name its base."

@@ -83,11 +83,13 @@ class RelaxedTokens(TokenRouting):
         super().__init__(config, subnetwork, tokens)
         self.temperature, self.seed, self.row = temperature, seed, row
 
-    def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
+    def attend(
+        self, module: Any, hidden_states: torch.Tensor, heads: int | None, past_key_values: Any = None, **kwargs
+    ) -> torch.Tensor:
         """The attention of a layer, full, with gates on the heads of every token."""
         sizes, gate = self._gates(module, "heads", hidden_states)
-        embeddings, cache = kwargs["position_embeddings"], kwargs.pop("past_key_values", None)
-        key, value = module.keys_and_values(hidden_states, embeddings, cache, sizes[0])
+        embeddings = kwargs["position_embeddings"]
+        key, value = module.keys_and_values(hidden_states, embeddings, past_key_values, sizes[0], kwargs)
         gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
         return module.forward(hidden_states, keys_and_values=(key, value), heads=sizes[0], gate=gate, **kwargs)[0]
 

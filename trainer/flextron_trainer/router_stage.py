@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.errors import invalid
 from modeling_flextron.measured import unmeasured
-from modeling_flextron.modeling_flextron import real_tokens
+from modeling_flextron.positions import real_tokens
 from modeling_flextron.subnetwork import cost_of, parse_budget
 from modeling_flextron.token_routing import TokenRouter, bounds_of
 
@@ -158,7 +158,7 @@ class RouterStage:
         bounds = config.routed(f"auto:{target}", target)
         first, last = TEMPERATURE
         ids = inputs["input_ids"]
-        tokens = real_tokens(inputs.get("attention_mask"), ids.shape[1])
+        tokens = real_tokens(inputs.get("attention_mask"), 0, ids.shape[1])
         row = (self._batch * self.args.world_size + self.args.process_index) * self.args.train_batch_size
         routing = RelaxedTokens(config, bounds, tokens, last + (first - last) * left, seed if left else None, row)
         count = torch.tensor(ids.numel(), device=ids.device) if tokens is None else tokens.sum()

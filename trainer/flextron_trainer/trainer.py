@@ -29,6 +29,8 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
 from modeling_flextron.hub import commit_files, files_of
 from modeling_flextron.model_card import write_model_card
+from modeling_flextron.modeling_flextron import runs_in_parts
+from modeling_flextron.positions import places_in_documents
 
 from .arguments import FlextronTrainingArguments
 from .data import collator
@@ -98,6 +100,13 @@ class FlextronTrainer(Trainer):
         if hasattr(model, "peft_config") and args.stage != "elastic":
             remedy = "Train the adapters with stage='elastic', or merge them first."
             raise invalid("stage", args.stage, "Routers learn on weights without adapters.", remedy)
+        if runs_in_parts(model):
+            remedy = (
+                "Divide it with FSDP, as by `DistributedConfig(fsdp_size=...)`, or train each size as a `Trainer` does."
+            )
+            raise invalid(
+                "model", "tensor-parallel", "Each step trains sizes that such a plan cannot switch to.", remedy
+            )
         if args.sampler == "weighted":
             check_weights(model.config, args.sampling_weights)
         if args.n_gpu > 1:
@@ -180,6 +189,12 @@ class FlextronTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As `Trainer._prepare_inputs`; refuses documents that the attention would not keep apart."""
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None and positions is not None:
+            places = places_in_documents(positions, mask)
+            if places is not None:  # stock code, which a teacher may be, looks for documents where there is no mask
+                inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+                inputs["position_ids"] = torch.where(mask.bool(), positions, places)
         if len(inputs.get("position_ids", ())) > 1:
             for model in (self.model, self.teacher):
                 kind = model and str(model.config._attn_implementation)

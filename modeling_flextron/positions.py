@@ -1,0 +1,102 @@
+"""Which tokens see each other: padding, several documents in a row, and positions that a model does not have."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.import_utils import is_tracing
+
+from .errors import invalid
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+
+
+def real_tokens(attention_mask: Any, seen: int | torch.Tensor, length: int) -> torch.Tensor | None:
+    """Where the `length` tokens behind those `seen` before are no padding, `[B, length]`; None when that is unknown."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return None
+    if isinstance(seen, int):
+        return attention_mask[:, seen : seen + length].bool()
+    place = torch.arange(length, device=seen.device) + seen
+    return attention_mask[:, place.to(attention_mask.device)].bool()
+
+
+def check_positions(position_ids: torch.Tensor, limit: int, most: float, given: bool) -> None:
+    """Refuse positions that are not in a table of `limit`.
+
+    Args:
+        most: Tokens that a text can have.
+        given: Whether a caller said where its tokens are.
+
+    Raises:
+        ValueError: some position is not in the table.
+    """
+    # To read positions makes a GPU wait, so that is left out where there cannot be too many.
+    if is_tracing(position_ids) or (most <= limit and position_ids.device.type != "cpu"):
+        return
+    for position in map(int, position_ids.aminmax()):
+        if not 0 <= position < limit:
+            rule = f"The model has {limit} learned positions."
+            remedy = "Cut the text into shorter pieces, or write fewer tokens."
+            name, value = ("position_ids", position) if given else ("input_ids", f"{position + 1} tokens")
+            raise invalid(name, value, rule, remedy)
+
+
+def documents(
+    position_ids: torch.Tensor | None, attention_mask: Any, cache: Cache | None, use_cache: bool | None
+) -> torch.Tensor | None:
+    """Where each token of a row with several documents is in its own; None where no row has more than one.
+
+    Raises:
+        ValueError: some row has, and a cache is to continue it, or padding is amid a document.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return None
+    if attention_mask is not None and (
+        not isinstance(attention_mask, torch.Tensor) or attention_mask.shape[1:] != position_ids.shape[1:]
+    ):
+        return None
+    if is_tracing(position_ids):  # which cannot ask whether there are several, and then a cache means one
+        return None if cache is not None or use_cache else places_in_documents(position_ids, attention_mask)
+    if cache is not None and cache.get_seq_length() != 0:
+        return None
+    places = places_in_documents(position_ids, attention_mask)
+    if places is not None and cache is not None:
+        rule = "These position ids say that a row holds several documents, of which a cache could continue only one."
+        raise invalid("past_key_values", type(cache).__name__, rule, "Pass each document in a row of its own.")
+    return places
+
+
+def places_in_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Where each token of `[B, S]` is in its document, padding being a document of its own for each token.
+
+    Positions that do not follow each other part documents, as in transformers where there is no mask.
+
+    Returns:
+        None where no row has two documents.
+
+    Raises:
+        ValueError: a row has several, and padding amid one.
+    """
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    position_ids, place = position_ids.expand_as(real), torch.arange(real.shape[1], device=real.device)
+    before = nn.functional.pad(torch.where(real, place, 0).cummax(-1).values[:, :-1], (1, 0))  # the real token before
+    step, inner = position_ids - position_ids.gather(-1, before), real & (real.cumsum(-1) > 1)
+    parted = inner & (step != 1) & (step != place - before)  # positions may count padding, or not
+    padded = nn.functional.pad(~real[:, :-1], (1, 0))  # right before
+    if not is_tracing(parted):
+        if not parted.any():
+            return None
+        if (inner & padded & ~parted).any():
+            rule = "A row with several documents is padded between them only."
+            raise invalid("attention_mask", "padding amid a document", rule, "Pass that document in a row of its own.")
+    return place - torch.where(parted | padded | ~real, place, 0).cummax(-1).values
+
+
+def flash_options(places: torch.Tensor, batch: int) -> dict[str, Any]:
+    """Where documents begin in `batch` rows one after the other, as flash attention takes it."""
+    (queries, keys), (longest, _) = prepare_fa_kwargs_from_position_ids(places.expand(batch, -1))
+    return {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys, "max_length_q": longest, "max_length_k": longest}
