@@ -201,6 +201,10 @@ def test_prompts_and_tokenizers(work, refused):
 def test_arguments(work, refused):
     train = ("train", "elastic", "text.txt", "--output_dir", "run")
     assert "--max_steps" in refused(*train, "--max_steps", "x") and "--bogus" in refused(*train, "--bogus", 1)
+    assert "`mlp`='1,x' cannot be used" in refused(
+        "convert", "parent", "out", "--calibration", "weights", "--mlp", "1,x"
+    )
+    assert "`flextron_budget`='0.01' cannot be used" in refused("generate", "elastic", "x", "--budget", "0.01", *CPU)
     (work / "mine.json").write_text(DEEP)
     assert "mine.json" in refused("convert", "parent", "out", "--preset", "mine.json")
     assert "`folder`='nowhere'" in refused("push", "nowhere", "me/x")

@@ -196,7 +196,7 @@ def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | Non
     card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **quiet)
     try:
         metadata = (card and metadata_load(card)) or {}
-    except (ValueError, yaml.YAMLError):
+    except (ValueError, yaml.YAMLError, RecursionError):
         metadata = {}
     terms = {name: metadata[name] for name in LICENSE_FIELDS if isinstance(metadata.get(name), str)}
     name = Path(source).resolve().name if Path(source).is_dir() else source
