@@ -1,26 +1,86 @@
-"""Adapters of PEFT at every size: LoRA runs on the leading slices of its own two matrices.
+"""Adapters of PEFT: LoRA at every size, and in the order of the parent.
 
 `(B A)[:o, :i] = B[:o] A[:, :i]`, so one adapter serves every sub-network, and merging before slicing is the same as
-after. PEFT puts its layers into the places of ours; it is not imported here, its layers are known by what they have.
+after. PEFT puts its layers into the places of ours.
+
+An adapter that was trained on the parent has rows and columns in the parent's order. While it is loaded they are put
+into ours (`permutation.py`), and from then on it is one of this model. What it was trained on is told by what PEFT
+writes beside it: the class, and the name of the model.
 """
 
+import functools
 import re
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 
 from .errors import invalid
-from .families import ELASTIC, axes
+from .families import ELASTIC, MODULES, axes, layer_of
+from .permutation import Permutation
 
 REMEDY = (
     "Merge it (`merge_and_unload()`), or load the model at this budget and train the adapter there; LoRA is sliced."
 )
+# What the dimensions of an adapter's tensor count: outputs and inputs of the layer it is on, or something of its own.
+PARTS = {
+    "lora_A": "rI", "lora_B": "Or", "lora_E": "rr", "lora_embedding_A": "rO", "lora_embedding_B": "Ir",
+    "lora_magnitude_vector": "O", "hada_w1_a": "Or", "hada_w1_b": "rI", "hada_w2_a": "Or", "hada_w2_b": "rI",
+    "ranknum": "", "ln_tuning_layers": "O", "trainable_tokens_delta": "rI", "modules_to_save": "OI", "base_layer": "OI",
+}  # fmt: skip
+OWN = {"ia3_l", *PARTS} - {"modules_to_save", "base_layer"}
+NO_MODULE = "This model has no such module."
+OTHER_NAMES = "An adapter of a parent with other names is rewritten by `flextron_trainer.adapters.from_parent`."
+WORD = r"(?!weight$|bias$)\w+"
 PART = re.compile(
-    r"(?P<module>[\w.]+)\.(?P<part>lora_\w+|modules_to_save|base_layer)"
-    r"(\.(?P<adapter>(?!weight$|bias$)\w+))?(\.(?P<kind>weight|bias))?"
+    rf"(?P<module>(?:\w+\.)*(?:{'|'.join(MODULES)}))(?:\.token_adapter)?"
+    rf"(?:\.(?P<part>{WORD}))?(?:\.(?P<adapter>{WORD}))?(?:\.(?P<kind>\w+))?"
 )
 NUMBER = re.compile(r"(?<=\blayers\.)\d+")
+
+
+# --------------------------------------------------------------------------------------------------- running
+
+
+@functools.cache
+def sliceable() -> tuple[Any, ...]:
+    """PEFT's layers that run on leading slices."""
+    try:
+        from peft.tuners.lora import Embedding, Linear
+    except ImportError:
+        return ()
+    return Linear, Embedding
+
+
+@functools.cache
+def tuner_layers() -> tuple[Any, ...]:
+    """What every layer of PEFT is."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return ()
+    return (BaseTunerLayer,)
+
+
+@functools.cache
+def saved_copies() -> tuple[Any, ...]:
+    """PEFT's wrapper around copies of our own layers, which it trains as they are."""
+    try:
+        from peft.utils import ModulesToSaveWrapper
+    except ImportError:
+        return ()
+    return (ModulesToSaveWrapper,)
+
+
+def kind_of(layer: Any) -> str:
+    """What a layer of PEFT is called here, such as `ia3.Linear`."""
+    *_, package, _ = ("", *type(layer).__module__.split("."))
+    return f"{package}.{type(layer).__name__}"
 
 
 def is_narrowed(layer: Any, input: torch.Tensor, size: int | None) -> bool:
@@ -66,15 +126,25 @@ def check_sliceable(layer: Any) -> None:
     Raises:
         ValueError: another kind of adapter, a variant such as DoRA, or adapters chosen for each row of a batch.
     """
-    kind = type(layer).__name__
-    if not hasattr(layer, "lora_variant"):
-        raise invalid("adapter", kind, "This kind runs at the built size alone.", REMEDY)
+    if not isinstance(layer, sliceable()):
+        raise invalid("adapter", kind_of(layer), "This kind runs at the built size alone.", REMEDY)
     variants = [layer.lora_variant[name] for name in layer.active_adapters if name in layer.lora_variant]
     if variants and not (layer.disable_adapters or layer.merged):
         raise invalid("adapter", type(variants[0]).__name__, "This variant of LoRA is not sliced.", REMEDY)
-    if layer._forward_pre_hooks:  # how PEFT hands the names to its layers
-        rule = "Adapters for each row of a batch run at the built size alone."
-        raise invalid("adapter_names", kind, rule, "Call the model for the rows of each adapter in turn.")
+    if layer._forward_pre_hooks:  # how PEFT hands them to its layers
+        rule = "Adapters or scalings for each row of a batch (`adapter_names`, X-LoRA) run at the built size alone."
+        raise invalid("adapter", kind_of(layer), rule, "Call the model for the rows of each adapter in turn.")
+
+
+def check_layers(layers: Iterable[Any]) -> None:
+    """Refuse fewer channels where PEFT has replaced whole layers of the decoder by some of these.
+
+    Raises:
+        ValueError: it has.
+    """
+    for layer in layers:
+        if isinstance(layer, tuner_layers()):
+            raise invalid("adapter", kind_of(layer), "This kind runs with all channels alone.", REMEDY)
 
 
 def refuse_adapters(model: Any, argument: str, value: object, remedy: str) -> None:
@@ -87,8 +157,106 @@ def refuse_adapters(model: Any, argument: str, value: object, remedy: str) -> No
         raise invalid(argument, value, "The model has adapters, which are no part of its weights.", remedy)
 
 
+# --------------------------------------------------------------------------------------- whose adapter it is
+
+
+def mark(model: Any) -> dict[str, Any]:
+    """What the config of an adapter says when it is in the order of this model; PEFT writes it into the folder.
+
+    Args:
+        model: A `FlextronPreTrainedModel`.
+    """
+    conversion = None if model.permutation is None else model.permutation.conversion
+    base = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return {
+        "base_model_name_or_path": model.name_or_path or None, "auto_mapping": {**base, "permutation": conversion},
+    }  # fmt: skip
+
+
+def claim(model: Any, config: Any) -> None:
+    """Mark the config of an adapter that is in the order of this model."""
+    for key, value in mark(model).items():
+        setattr(config, key, value)
+
+
+def is_of_parent(model: Any, config: Any) -> bool | None:
+    """Whether an adapter was trained on a stock model, not on one of this conversion; None when that cannot be told.
+
+    Args:
+        model: A `FlextronPreTrainedModel`.
+        config: The `PeftConfig` of the adapter.
+
+    Raises:
+        ValueError: it was trained on a Flextron model of another conversion.
+    """
+    name, base = config.base_model_name_or_path or "", config.auto_mapping or {}
+    if kind := base.get("base_model_class"):
+        if not kind.startswith("Flextron"):
+            return True
+        if "permutation" not in base:  # as PEFT writes it
+            return False
+    elif name and name == model.name_or_path:
+        return False
+    elif name and name == model.config.parent_name and not Path(name).is_dir():
+        return True
+    else:
+        base = _config_at(name, getattr(config, "revision", None))
+        if base is None:
+            return None
+        if base.get("model_type") != "flextron":
+            return True
+    if base.get("permutation") != (None if model.permutation is None else model.permutation.conversion):
+        rule = "It was trained on a Flextron model of another conversion, whose units have another order."
+        raise invalid("adapter", name, rule, "Load it on the model that it was trained on.")
+    return False
+
+
+def _config_at(name: str, revision: str | None) -> dict[str, Any] | None:
+    """The config of a model by its folder or Hub id, where there is one."""
+    try:
+        return PreTrainedConfig.get_config_dict(name, revision=revision)[0] if name else None
+    except (OSError, ValueError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------- loading
+
+
+def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dict[str, Any]:
+    """The tensors of an adapter, as `load_adapter` has them: a dict, or files.
+
+    Raises:
+        ValueError: the files are no safetensors.
+    """
+    if tensors is not None:
+        return dict(tensors)
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            remedy = "Save the adapter with PEFT as adapter_model.safetensors."
+            raise invalid("adapter", str(file), "Only safetensors are read.", remedy)
+    return {name: tensor for file in files or () for name, tensor in load_file(file).items()}
+
+
+def part_dims(match: re.Match[str], shape: Iterable[int]) -> tuple[str, ...] | None:
+    """What the dimensions of an adapter's tensor count, "" for what never shrinks; None for parts that are not known.
+
+    Args:
+        match: Of `PART`, with the tensor's name.
+        shape: Of the tensor.
+    """
+    outputs, *inputs = axes(f"{match['module']}.weight")
+    letters = PARTS.get(match["part"] or "base_layer")
+    if match["part"] == "ia3_l":
+        letters = "rI" if next(iter(shape)) == 1 else "Or"
+    if match["kind"] == "bias":
+        letters = "O"
+    if letters is None or (match["part"] == "lora_magnitude_vector" and outputs == "vocab"):
+        return None
+    return tuple(chain.from_iterable({"O": (outputs,), "I": inputs, "r": ("",)}[letter] for letter in letters))
+
+
 def fit_adapter(model: Any, tensors: dict[str, Any], prefix: str = "") -> None:
-    """Cut an adapter of the whole family, in place, to a model that was loaded at a budget; leave any other one alone.
+    """Put an adapter, in place, into the order of a model and cut it to its size; leave any other tensor alone.
 
     Args:
         model: A `FlextronPreTrainedModel` with the layers of the adapter.
@@ -96,68 +264,146 @@ def fit_adapter(model: Any, tensors: dict[str, Any], prefix: str = "") -> None:
         prefix: What the names begin with.
 
     Raises:
-        ValueError: the adapter is of another size that cannot be cut, or it cannot be told which layers are meant.
+        ValueError: the adapter is of another size that cannot be cut, or of a kind that cannot be put into another
+            order, or it cannot be told on what it was trained or which layers are meant.
     """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return
     parts = {
         name: match
         for name in tensors
         if name.startswith(prefix) and (match := PART.fullmatch(name[len(prefix) :].removeprefix("base_model.model.")))
     }
-    if not parts:
-        return
+    for name in tensors:
+        if name.startswith(prefix) and name not in parts and OWN & set(name.split(".")):
+            raise invalid("adapter", name, NO_MODULE, OTHER_NAMES)
+    named = {match["adapter"] for match in parts.values()} & set(configs)  # which a file does not do
+    current = next(iter(named), list(configs)[-1])
+    for adapter in named or {current}:
+        own = {name: match for name, match in parts.items() if (match["adapter"] or current) == adapter}
+        if any(match["part"] for match in own.values()):
+            _fit(model, adapter, tensors, own, bool(named))
+
+
+def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.Match[str]], named: bool) -> None:
+    """`fit_adapter` for the tensors `parts` of one adapter; `named` says whether they have its name in theirs."""
+    config = model.peft_config[adapter]
     shapes = {
         match.group("module", "part", "kind"): tensor.shape
         for name, tensor in model.state_dict(keep_vars=True).items()
-        if (match := PART.fullmatch(name))
+        if (match := PART.fullmatch(name)) and match["adapter"] in (None, adapter)
     }
-    numbers = _layer_numbers(model, {int(at[0]) for name in parts if (at := NUMBER.search(name))})
-    adapter = next((match["adapter"] for match in parts.values() if match["adapter"]), None)
-    for name, tensor in {name: tensors.pop(name) for name in parts}.items():
-        module, part, kind = parts[name].group("module", "part", "kind")
-        if adapter and not parts[name]["adapter"]:  # PEFT adds it for layers that it finds in the model
-            name = name.replace(f".{part}", f".{part}.{adapter}", 1)
+    modules = {module for module, _, _ in shapes}
+    dims = {name: part_dims(match, tensors[name].shape) for name, match in parts.items()}
+    theirs = _needs_order(model, config, parts, dims)
+    numbers = _layer_numbers(model, config, {int(at[0]) for name in parts if (at := NUMBER.search(name))}, theirs)
+    sliced = not any(adapter in layer.lora_variant for layer in model.modules() if isinstance(layer, sliceable()))
+    for name, match in parts.items():
+        tensor, counted = tensors.pop(name), dims[name]
+        module, part, kind = match.group("module", "part", "kind")
+        what = f"{module}.{part or kind}"
+        if named and not match["adapter"] and part not in (None, "base_layer"):
+            name = name.replace(f".{part}", f".{part}.{adapter}", 1)  # PEFT adds it for layers that it finds here
         if at := NUMBER.search(module):
             if (number := numbers.get(int(at[0]))) is None:
                 continue  # a layer that this model does not have
             module, name = NUMBER.sub(str(number), module), NUMBER.sub(str(number), name)
-        tensors[name] = _leading(tensor, shapes.get((module, part, kind)), module, part, kind)
+        if part in OWN and module not in modules:
+            raise invalid("adapter", what, NO_MODULE, OTHER_NAMES)
+        wanted = shapes.get((module, part if named else part or "modules_to_save", kind))
+        if theirs:
+            tensors[name] = in_our_order(model.permutation, tensor, counted, module, what)
+        elif part is None and kind != "bias" and named:
+            tensors[name] = tensor  # a weight of ours beside those of the adapter
+        else:
+            tensors[name] = _leading(tensor, wanted, counted, what)
+        if tensors[name].shape != tensor.shape and not sliced:
+            rule = "This variant of LoRA is not the same on a part of its layer."
+            raise invalid("adapter", what, rule, "Load it on the whole family, or merge it there.")
+    if theirs:
+        claim(model, config)
 
 
-def _layer_numbers(model: Any, found: set[int]) -> dict[int, int]:
+def _needs_order(model: Any, config: Any, parts: dict[str, re.Match[str]], dims: dict[str, Any]) -> bool:
+    """Whether an adapter must be put into our order: it has that of the parent, and this is another one."""
+    permutation = model.permutation
+    if any(m.group("part", "kind") == ("base_layer", "weight") and NUMBER.search(m["module"]) for m in parts.values()):
+        return False  # the state of a whole model of ours
+    if permutation is not None:
+        touched = chain.from_iterable(dims[n] or axes(f"{match['module']}.weight") for n, match in parts.items())
+        if not permutation.moved & set(touched):
+            return False
+    theirs = is_of_parent(model, config)
+    name = config.base_model_name_or_path
+    if theirs and permutation is None:
+        rule = "It was trained on a stock model, and this checkpoint does not know in which order that has its units."
+        remedy = "Convert the parent again with this version, or train an adapter on this model."
+        raise invalid("adapter", name, rule, remedy)
+    if theirs is None and permutation is not None:
+        rule = (
+            "It cannot be told whether it was trained on this model or on its parent, whose units have another order."
+        )
+        ours = repr(model.name_or_path) if model.name_or_path else "a folder into which this model was saved"
+        parent = repr(model.config.parent_name) if model.config.parent_name else "the folder or id of the parent"
+        remedy = f"Write into its adapter_config.json, as `base_model_name_or_path`, {ours} or {parent}."
+        raise invalid("adapter", name, rule, remedy)
+    return bool(theirs)
+
+
+def _layer_numbers(model: Any, config: Any, found: set[int], theirs: bool) -> dict[int, int]:
     """From the layer numbers in an adapter to those of the model; layers that it does not have are left out."""
-    own = {layer: layer for layer in found}
-    if model.stored is None or not found:
-        return own
-    stored = {layer: built for built, layer in enumerate(model.stored.layers)}
-    if all(layer == built for layer, built in stored.items()) or max(found) == model.stored_depth - 1:
-        return stored
-    chosen = any(
-        getattr(c, "layers_to_transform", None) is not None for c in getattr(model, "peft_config", {}).values()
+    built = {layer: layer for layer in model.built.layers}
+    ways = [(len(built), built)]  # number of layers that the adapter was trained on, and where they are here
+    if model.stored is not None:
+        ways.insert(0, (model.stored_depth, {layer: i for i, layer in enumerate(model.stored.layers)}))
+    if model.permutation is not None:
+        root = (model.permutation.sizes["layers"], {layer: i for i, layer in enumerate(model.permutation.layers)})
+        ways = [root] if theirs else [root, *ways]
+    ways = [(depth, numbers) for depth, numbers in ways if max(found, default=-1) < depth]
+    chosen = getattr(config, "layers_to_transform", None) is not None or any(
+        NUMBER.search(pattern) for pattern in (getattr(config, "alpha_pattern", None) or {})
     )
-    if found == set(stored.values()) and not chosen:
-        return own  # it has every layer, and was trained on a model of this depth
-    rule = f"The model has the layers {list(stored)} of {model.stored_depth}; which of them are meant cannot be told."
+    if not chosen:
+        ways = [way for way in ways if found == set(range(way[0]))][:1] or ways
+    places = [{number: way[number] for number in found if number in way} for _, way in ways]
+    moved = chosen and any(place != {number: number for number in found} for place in places)
+    if places and not moved and all(place == places[0] for place in places):
+        return places[0]
+    rule = (
+        f"It cannot be told which of this model's layers {list(built)} are meant, of which some others were left out."
+    )
     remedy = "Load it on the whole family, or on the model that it was trained on, with all layers adapted."
     raise invalid("adapter", f"layers {sorted(found)}", rule, remedy)
 
 
-def _leading(tensor: torch.Tensor, shape: torch.Size | None, module: str, part: str, kind: str | None) -> torch.Tensor:
+def in_our_order(
+    permutation: Permutation, tensor: torch.Tensor, dims: tuple[str, ...] | None, module: str, what: str
+) -> torch.Tensor:
+    """A tensor of an adapter of the parent in our order and size."""
+    if dims is None:
+        rule = "An adapter of this kind cannot be put into the order of this model."
+        raise invalid("adapter", what, rule, "Merge it into the parent and convert that.")
+    for axis, size in zip(dims, tensor.shape, strict=True):
+        if axis in permutation.sizes and size != permutation.parent_size(axis):
+            rule = f"It has {size} in `{axis}`, and the parent of this model has {permutation.parent_size(axis)}."
+            raise invalid("adapter", what, rule, "Load it on the model that it was trained on.")
+    return permutation.to_ours(tensor, dims, layer_of(f"{module}.weight")).clone()
+
+
+def _leading(tensor: torch.Tensor, shape: torch.Size | None, dims: tuple[str, ...] | None, what: str) -> torch.Tensor:
     """A tensor of an adapter, cut to a shape along elastic axes."""
     if shape is None or tensor.shape == shape:
         return tensor
-    outputs, *inputs = axes(f"{module}.{kind or 'weight'}")
-    dims = {
-        "lora_A": ("rank", *inputs),
-        "lora_B": (outputs,) if kind == "bias" else (outputs, "rank"),
-        "lora_embedding_B": (*inputs, "rank"),
-        "modules_to_save": (outputs, *inputs),
-        "base_layer": (outputs, *inputs),  # PEFT saves adapted embeddings whole
-    }.get(part, ())
-    if len(dims) != len(shape) or any(
-        wanted != size and (wanted > size or axis not in ELASTIC)
-        for axis, wanted, size in zip(dims, shape, tensor.shape, strict=True)
+    if (
+        dims is None
+        or len(dims) != len(shape)
+        or any(
+            wanted != size and (wanted > size or axis not in ELASTIC)
+            for axis, wanted, size in zip(dims, shape, tensor.shape, strict=True)
+        )
     ):
         rule = f"The model needs {list(shape)}, and that is no leading part of {list(tensor.shape)} for this kind."
         remedy = "Load it on the model that it was trained on, or on the whole family."
-        raise invalid("adapter", f"{module}.{part}", rule, remedy)
+        raise invalid("adapter", what, rule, remedy)
     return tensor[tuple(slice(size) for size in shape)].clone()

@@ -144,6 +144,8 @@ class FlextronConfig(PreTrainedConfig):
             `rows`, the row of the frontier that each level completes, smallest first.
         parent_name: Hub id of the parent, or the name of its folder.
         parent_license: `license`, and `license_name` and `license_link` where there are any, of the parent's card.
+        permutation: What tells the order of units of this conversion from that of any other; the order itself is in a
+            file beside this one (`permutation.py`). None when it is not known.
         training_runs: Of every run since the conversion: the training arguments that differ from their defaults, and
             how many `steps` it made and `tokens` it read.
         flextron_version: Version of the code that wrote the file, and that lies beside it.
@@ -209,6 +211,7 @@ class FlextronConfig(PreTrainedConfig):
     levels: dict | None = None
     parent_name: str | None = None
     parent_license: dict | None = None
+    permutation: str | None = None
     training_runs: list[dict] | None = None
     flextron_version: str | None = None
 
@@ -538,6 +541,8 @@ class FlextronConfig(PreTrainedConfig):
         """Check what a card says about where the model comes from."""
         if not isinstance(self.parent_name, str | None):
             raise invalid("parent_name", self.parent_name, "It is a text.", "Pass the Hub id of the parent, or None.")
+        if not isinstance(self.permutation, str | None):
+            raise invalid("permutation", self.permutation, "It is the name of a conversion.", "Leave it out.")
         terms = self.parent_license
         if terms is not None and not (
             isinstance(terms, dict) and set(terms) <= set(LICENSE_FIELDS) and all(map(_is_text, terms.values()))

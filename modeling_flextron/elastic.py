@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapters import add_adapters, check_sliceable, is_narrowed
+from .adapters import add_adapters, check_sliceable, is_narrowed, saved_copies
 from .errors import invalid
 
 
@@ -141,7 +141,7 @@ def project(layer: Any, input: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     if isinstance(layer, (ElasticLinear, ElasticEmbedding)) or not is_narrowed(layer, input, size):
         return layer(input) if size is None else layer(input, size)
-    if hasattr(layer, "modules_to_save"):  # copies of ours, which PEFT trains as they are
+    if isinstance(layer, saved_copies()):
         return layer(input, size) if size is not None else layer(input)
     check_sliceable(layer)
     output = layer.base_layer(input) if size is None else layer.base_layer(input, size)

@@ -14,7 +14,8 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
 from .errors import invalid
-from .families import axes, by_stock_name, family_of, head_rows, layer_of, stock_name, stored_heads, to_stock
+from .families import axes, by_stock_name, family_of, layer_of, stock_name, to_stock
+from .permutation import Permutation
 from .subnetwork import SubNetwork, count_parameters, uniform_subnetworks
 
 logger = logging.get_logger(__name__)
@@ -156,6 +157,8 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False, snap: bool = False
 def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a sub-network as the stock family names and arranges them, copied one by one.
 
+    The units that it has are in the parent's order, so that at full size they are the parent's tensors.
+
     Args:
         model: A `FlextronForCausalLM`.
         subnetwork: What to copy.
@@ -172,24 +175,21 @@ def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator
         names.remove("lm_head.weight")
 
     state = model.state_dict()
+    order = (model.permutation or Permutation.unsorted(config)).narrowed(subnetwork)
+    groups = config.kv_heads(1)  # of heads that lie together; 1 where every head has a KV head of its own
     for group in by_stock_name(family, names).values():
         at = position.get(layer_of(group[0]), 0)
-        heads, kv_heads = target.heads[at], config.kv_heads(target.heads[at])
+        used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
         parts = []
         for name in group:
             tensor = (load_offloaded_parameter(model, name) if state[name].is_meta else state[name]).to(device)
-            used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
+            tensor = order.to_parent(tensor, axes(name), at)
             for dim, axis in enumerate(axes(name)):
                 if axis in used:
-                    tensor = tensor.narrow(dim, 0, used[axis])
-                    tensor = _zeros_behind(tensor, dim, size[axis] - used[axis])
-                if axis == "heads" and kv_heads < heads:
-                    stored = stored_heads(heads, kv_heads)
-                    group_major = head_rows([stored.index(head) for head in range(heads)], config.head_dim)
-                    tensor = tensor.index_select(dim, group_major.to(device))
+                    tensor = _zeros_behind(tensor, dim, size[axis] - used[axis], groups if axis == "heads" else 1)
             parts.append(tensor)
         name = stock_name(family, group[0], position.get(layer_of(group[0])))
-        yield name, to_stock(family, name, parts, heads)
+        yield name, to_stock(family, name, parts, target.heads[at])
 
 
 def _device(model) -> torch.device:
@@ -207,9 +207,11 @@ def _axis_sizes(config, subnetwork: SubNetwork, at: int) -> dict[str, int]:
     }
 
 
-def _zeros_behind(tensor: torch.Tensor, dim: int, count: int) -> torch.Tensor:
+def _zeros_behind(tensor: torch.Tensor, dim: int, count: int, groups: int) -> torch.Tensor:
+    """Put `count` zeros along a dimension, an equal part behind each of its groups."""
     if count == 0:
         return tensor
+    tensor = tensor.unflatten(dim, (groups, -1))
     shape = list(tensor.shape)
-    shape[dim] = count
-    return torch.cat((tensor, tensor.new_zeros(shape)), dim)
+    shape[dim + 1] = count // groups
+    return torch.cat((tensor, tensor.new_zeros(shape)), dim + 1).flatten(dim, dim + 1)

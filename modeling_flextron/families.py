@@ -6,7 +6,7 @@ of our decoder, in `axes`. A new LLaMA-like family is one more entry of `FAMILIE
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,6 +169,7 @@ _AXES = {
     "score": ("labels", "hidden"),
     "router": ("targets", "hidden"),
 }
+MODULES = tuple(_AXES)  # the last part of the name of every module of ours that has weights
 ELASTIC = ("hidden", "mlp", "heads", "kv_heads", "targets")
 _FUSED = ("q_proj", "k_proj", "v_proj")
 
@@ -274,6 +275,6 @@ def stored_heads(heads: int, kv_heads: int) -> list[int]:
     return [group * ranks + rank for rank in range(ranks) for group in range(kv_heads)]
 
 
-def head_rows(order: list[int], head_dim: int) -> torch.Tensor:
+def head_rows(order: Sequence[int] | torch.Tensor, head_dim: int) -> torch.Tensor:
     """Indices of the rows (or columns) of the heads in `order`."""
-    return (torch.tensor(order)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    return (torch.as_tensor(order)[:, None] * head_dim + torch.arange(head_dim)).flatten()

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     ContinuousBatchingConfig,
@@ -51,7 +50,7 @@ from transformers.utils import (
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import fit_adapter, refuse_adapters
+from .adapters import check_layers, fit_adapter, read_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
 from .checkpoint import staging, undisturbed, write_beside
@@ -64,6 +63,8 @@ from .hub import commit_files, files_of, retried
 from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
 from .model_card import write_model_card
+from .permutation import FILE as PERMUTATION
+from .permutation import Permutation, read_permutation
 from .positions import MASKS, check_positions, documents, flash_options, real_tokens
 from .subnetwork import SubNetwork, resolve
 from .switching import run_at, size_around
@@ -423,6 +424,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
         self.switchable = quantizer(self.config) in (None, "torchao")
         self._subnetwork = self.built
+        self._permutation: Permutation | None = None
         self._last_routing: TokenRouting | None = None
         self._shared = False
 
@@ -460,6 +462,15 @@ class FlextronPreTrainedModel(PreTrainedModel):
         Of the last pass of any caller: a report of what was done, from which nothing that runs is read.
         """
         return self.base_model._last_routing
+
+    @property
+    def permutation(self) -> Permutation | None:
+        """Where every unit was in the parent; None when that is not known."""
+        return self.base_model._permutation
+
+    @permutation.setter
+    def permutation(self, permutation: Permutation | None) -> None:
+        self.base_model._permutation = permutation
 
     @property
     def frontier(self) -> list[dict[str, Any]]:
@@ -592,17 +603,20 @@ class FlextronPreTrainedModel(PreTrainedModel):
         # The one place where the model and its files are both known: hand on lazy parts instead of whole tensors.
         index = load_config.sharded_metadata
         in_parts = model.stored is not None or (index is not None and "checkpoint" in index)
-        if in_parts and state_dict is None and checkpoint_files is not None:
-            if getattr(load_config.hf_quantizer, "pre_quantized", False):
-                rule = "The stored weights are quantized, and are not cut on disk."
-                remedy = "Load all of them and `set_budget`, or quantize an unquantized checkpoint while loading it."
-                raise invalid("flextron_budget", (model.stored or model.built).to_dict(), rule, remedy)
-            if expected_keys is None:
-                state_dict = stored_tensors(model, checkpoint_files, index)
-            else:  # an adapter, by `load_adapter`
-                state_dict = {name: tensor for file in checkpoint_files for name, tensor in load_file(file).items()}
-                fit_adapter(model, state_dict)
-            checkpoint_files = None
+        if expected_keys is not None:  # an adapter, by `load_adapter`
+            state_dict, checkpoint_files = read_adapter(state_dict, checkpoint_files), None
+            fit_adapter(model, state_dict)
+        elif state_dict is None and checkpoint_files is not None:
+            hub = load_config.download_kwargs or {}
+            model.permutation = read_permutation(model, load_config.pretrained_model_name_or_path, **hub)
+            if in_parts:
+                if getattr(load_config.hf_quantizer, "pre_quantized", False):
+                    rule = "The stored weights are quantized, and are not cut on disk."
+                    remedy = (
+                        "Load all of them and `set_budget`, or quantize an unquantized checkpoint while loading it."
+                    )
+                    raise invalid("flextron_budget", (model.stored or model.built).to_dict(), rule, remedy)
+                state_dict, checkpoint_files = stored_tensors(model, checkpoint_files, index), None
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
         if load_config.hf_quantizer is not None and not load_config.hf_quantizer.pre_quantized:
             model.config.forget_measurements()  # these are other weights
@@ -636,9 +650,12 @@ class FlextronPreTrainedModel(PreTrainedModel):
         if not is_main_process:
             return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
         levels, self.config.levels = self.config.levels, None  # those of the files that were read
+        self.config.permutation = None if self.permutation is None else self.permutation.conversion
         try:
             with write_beside(save_directory, kwargs.get("variant")) as folder:
                 super().save_pretrained(folder, **kwargs)
+                if self.permutation is not None and not self._hf_peft_config_loaded:
+                    self.permutation.save(folder / PERMUTATION)
         finally:
             self.config.levels = levels
         if push:
@@ -784,6 +801,8 @@ class FlextronModel(FlextronPreTrainedModel):
             raise invalid("config.vocab_size", self.config.vocab_size, rule, "Call `share` again.")
         subnetwork, built = self.resolve_budget(flextron_budget), self.built
         hidden = None if subnetwork.hidden == built.hidden else subnetwork.hidden
+        if hidden is not None:
+            check_layers([layer for layer in self.layers if type(layer) is not FlextronDecoderLayer])
         if input_ids is not None and inputs_embeds is None:
             hidden_states = project(self.embed_tokens, input_ids, hidden)
         elif inputs_embeds is not None and input_ids is None:

@@ -7,6 +7,7 @@ that no second copy of it exists at any time.
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,11 +30,10 @@ from modeling_flextron.families import (
     check_supported,
     family_of,
     from_stock,
-    head_rows,
     layer_of,
-    stored_heads,
 )
 from modeling_flextron.modeling_flextron import HUB_KEYWORDS
+from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES
 
 from .data import calibration_batches, load_tokenizer
@@ -293,12 +293,10 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
     Args:
         release: Empty each of the parent's tensors as soon as it is taken.
     """
-    family = family_of(config.base_model_type)
+    family, start = family_of(config.base_model_type), Permutation.unsorted(config)
     with no_init_weights():
         elastic = FlextronForCausalLM._from_config(config, dtype=parent.dtype)
     theirs = dict(parent.state_dict(keep_vars=True))
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    rank_major = head_rows(stored_heads(heads, kv_heads), config.head_dim)
     names = list(elastic.state_dict())
     if config.tie_word_embeddings:
         names.remove("lm_head.weight")
@@ -310,11 +308,10 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
             raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
         source = tensor_of(parent, stock, source)
         for name in ours:
-            tensor = from_stock(family, name, source.detach(), heads)
-            if kv_heads < heads and "heads" in axes(name):
-                tensor = tensor.index_select(axes(name).index("heads"), rank_major.to(tensor.device))
-            elif len(ours) > 1 or not release or not tensor.is_contiguous():
-                tensor = tensor.clone(memory_format=torch.contiguous_format)
+            view = from_stock(family, name, source.detach(), config.num_attention_heads)
+            tensor = start.to_ours(view, axes(name), layer_of(name))
+            if tensor is view and (len(ours) > 1 or not release or not view.is_contiguous()):
+                tensor = view.clone(memory_format=torch.contiguous_format)
             module, _, kind = name.rpartition(".")
             setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
         if release:
@@ -324,32 +321,38 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
         raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
     elastic.tie_weights()
     elastic.generation_config = copy.deepcopy(parent.generation_config)
+    elastic.permutation = start
     return elastic.eval()
 
 
 @torch.no_grad()
 def _permute(elastic: FlextronForCausalLM, scores: Importance) -> None:
-    """Sort every axis by importance, in place, one tensor at a time; the full network computes the same."""
-    config = elastic.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    stored = {head: position for position, head in enumerate(stored_heads(heads, kv_heads))}
-    hidden = scores.hidden.argsort(descending=True, stable=True)
+    """Sort every axis that can shrink by importance, in place, one tensor at a time; the function stays the same."""
+    assert elastic.permutation is not None
+    permutation = _sorted(elastic.config, elastic.permutation, scores)
+    change = permutation.since(elastic.permutation)
     for name, parameter in tqdm(list(elastic.named_parameters()), desc="Permuting", unit="tensor"):
-        layer = layer_of(name)
-        index: list[torch.Tensor] = []
-        for dim, axis in enumerate(axes(name)):
-            if axis == "hidden":
-                order = hidden
-            elif axis == "mlp":
-                order = scores.mlp[layer].argsort(descending=True, stable=True)
-            elif axis == "heads" or (axis == "kv_heads" and kv_heads == heads):
-                ranked = _ranked_heads(scores.heads[layer], kv_heads)
-                order = head_rows([stored[head] for head in ranked], config.head_dim)
-            else:
-                order = torch.arange(parameter.shape[dim])
-            index.append(order.to(parameter.device))
-        # Both dimensions of a matrix in one step, without a tensor in between.
-        parameter.data = parameter.data[(index[0][:, None], index[1]) if len(index) == 2 else index[0]]
+        parameter.data = change.to_ours(parameter.data, axes(name), layer_of(name))
+    elastic.permutation = permutation
+
+
+def _sorted(config: FlextronConfig, start: Permutation, scores: Importance) -> Permutation:
+    """What was made for the parent stays in its order on every axis that has one size."""
+    kv_heads = config.num_key_value_heads
+    orders: dict[str, Any] = {}
+    if len(config.choices("hidden")) > 1:
+        orders["hidden"] = _descending(scores.hidden)
+    if len(config.choices("mlp")) > 1:
+        orders["mlp"] = tuple(map(_descending, scores.mlp))
+    if len(config.choices("heads")) > 1:
+        orders["heads"] = tuple(torch.tensor(_ranked_heads(layer, kv_heads)) for layer in scores.heads)
+        if kv_heads == config.num_attention_heads:
+            orders["kv_heads"] = orders["heads"]
+    return replace(start, **orders, conversion="")
+
+
+def _descending(scores: torch.Tensor) -> torch.Tensor:
+    return scores.argsort(descending=True, stable=True)
 
 
 def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:

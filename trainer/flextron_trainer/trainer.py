@@ -24,6 +24,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_flextron import FlextronConfig
+from modeling_flextron.adapters import claim
 from modeling_flextron.checkpoint import staging, sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
@@ -107,6 +108,8 @@ class FlextronTrainer(Trainer):
             raise invalid(
                 "model", "tensor-parallel", "Each step trains sizes that such a plan cannot switch to.", remedy
             )
+        for config in getattr(model, "peft_config", {}).values():  # a checkpoint says whose it is
+            claim(getattr(model, "get_base_model", lambda: model)(), config)
         if args.sampler == "weighted":
             check_weights(model.config, args.sampling_weights)
         if args.n_gpu > 1:
