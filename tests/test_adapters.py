@@ -510,7 +510,7 @@ KINDS = {
     "UNILORA": (BUILT, {}), "VBLORA": (BUILT, {"num_vectors": 8, "vector_length": 8}), "VERA": (BUILT, {}),
     "WAVEFT": (BUILT, {"n_frequency": 10}), "XLORA": (BUILT, {}),
     "ADAPTION_PROMPT": (REFUSED, {"adapter_len": 2, "adapter_layers": 2}), "GLORA": (REFUSED, {}),
-    "SHADOW": (REFUSED, {}),
+    "SHADOW": (BUILT, {}),
 }  # fmt: skip
 
 
@@ -568,7 +568,12 @@ def test_every_kind_is_right_or_refused_by_name(kind, tmp_path):
             expected = [logits(merged, size) for size in sizes]
         assert all(map(close, found, expected))
     else:
-        refused = {"TRAINABLE_TOKENS": sizes[2:], "PREFIX_TUNING": sizes[1:2], "CARTRIDGE": sizes[1:2]}.get(kind, sizes)
+        refused = {
+            "TRAINABLE_TOKENS": sizes[2:],
+            "SHADOW": sizes[2:],
+            "PREFIX_TUNING": sizes[1:2],
+            "CARTRIDGE": sizes[1:2],
+        }.get(kind, sizes)
         for size in refused:
             with pytest.raises(ValueError, match=r"`adapter`='\w+\.\w+'|KV heads"):
                 run(ours, flextron_budget=size)
