@@ -38,6 +38,11 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import (
     CONFIG_NAME,
@@ -1018,6 +1023,12 @@ class FlextronForSequenceClassification(GenericForSequenceClassification, Flextr
 
     forward = can_return_tuple(per_row(GenericForSequenceClassification.forward))
 
+
+# Some parts of transformers ask by the name of a class what it is: the Trainer, which labels label smoothing shifts;
+# `transformers serve`; model cards. Registering with the Auto classes does not reach these tables.
+MODEL_MAPPING_NAMES["flextron"] = FlextronModel.__name__
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["flextron"] = FlextronForCausalLM.__name__
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["flextron"] = FlextronForSequenceClassification.__name__
 
 FlextronModel.register_for_auto_class("AutoModel")
 FlextronForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

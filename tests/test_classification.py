@@ -43,5 +43,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], trust_remote_code=True, flextron_budget="0.35")
 print("SHAPE", tuple(model(torch.ones(2, 5, dtype=torch.long)).logits.shape))
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+print("CAUSAL", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get("flextron"))  # by which the Trainer shifts labels
 """
-    assert "SHAPE (2, 3)" in run_python(code, tmp_path / "classifier", package=False).stdout
+    output = run_python(code, tmp_path / "classifier", package=False).stdout
+    assert "SHAPE (2, 3)" in output and "CAUSAL FlextronForCausalLM" in output

@@ -4,6 +4,7 @@ import bz2
 import copy
 import gzip
 import json
+import pickle
 
 import datasets
 import pytest
@@ -279,6 +280,14 @@ def test_collator_pads_and_copies_labels():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     full = collator()([{"input_ids": torch.tensor([1, 2]), "labels": [-100, 2]}])
     assert set(full) == {"input_ids", "labels"} and full["labels"].tolist() == [[-100, 2]]
+
+
+def test_collator_reaches_workers_of_any_kind(tokenizer):
+    """Those that are not forked get it pickled."""
+    again = pickle.loads(pickle.dumps(collator(tokenizer)))
+    data = [{"input_ids": [5, 6]}, {"input_ids": [7]}]
+    expected = collator(tokenizer)(data)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again(data).items())
 
 
 def test_collator_hides_padding_that_the_rows_bring(tokenizer):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from helpers import all_sizes, elastic_of, parent_of
 from huggingface_hub import ModelCard
-from training import arguments, rows
+from test_losses import peak_bytes
+from training import arguments, rows, trainer, with_adapter
 
 from flextron_trainer.data import collator
 from flextron_trainer.evaluation import NextToken, evaluate_frontier, evaluate_model
+from flextron_trainer.frontier import mean_loss
 from modeling_flextron import (
     FlextronConfig,
     FlextronForCausalLM,
@@ -24,8 +26,8 @@ from modeling_flextron.model_card import TASKS, frontier_table, plot_frontier, w
 
 def test_metric_by_hand():
     metric = NextToken()
-    metric.add_batch(predictions=[[1, 2, 3]], references=[[1, 9, -100]], nll=[[0.5, 1.5, 99.0]])
-    metric.add_batch(predictions=[[4]], references=[[4]], nll=[[1.0]])
+    metric.add_batch(nats=[2.0, 0.0], right=[1, 0], tokens=[2, 0])
+    metric.add_batch(nats=[1.0], right=[1], tokens=[1])
     result = metric.compute()
     assert result["tokens"] == 3 and result["loss"] == pytest.approx(1.0)
     assert result["perplexity"] == pytest.approx(math.e) and result["accuracy"] == pytest.approx(2 / 3)
@@ -40,6 +42,72 @@ def test_loss_is_the_models_own():
         found = evaluate_model(parent, data, batch_size)
         assert found["loss"] == pytest.approx(expected, rel=1e-4)
         assert found["tokens"] == (batch["labels"][:, 1:] != -100).sum().item()
+
+
+def masked(count: int = 7) -> list[dict]:
+    """Rows of unequal length with masked prompts, so that few of their tokens count, and not equally many."""
+    data = [{"input_ids": row["input_ids"][: 16 - 2 * i]} for i, row in enumerate(rows(count))]
+    return [
+        row | {"labels": [-100] * (2 + i % 3) + row["input_ids"][2 + i % 3 :].tolist()} for i, row in enumerate(data)
+    ]
+
+
+def by_hand(model, data, budget) -> tuple[float, float, int]:
+    """Loss, accuracy and tokens of all rows together, from the logits of each row alone."""
+    nats, right, tokens = 0.0, 0, 0
+    for row in data:
+        ids, labels = row["input_ids"][None], torch.tensor(row["labels"])[1:]
+        with torch.no_grad():
+            logits = model(ids, flextron_budget=budget).logits[0, :-1]
+        counts = labels != -100
+        nats += torch.nn.functional.cross_entropy(logits[counts], labels[counts], reduction="sum").item()
+        right, tokens = right + (logits.argmax(-1) == labels)[counts].sum().item(), tokens + counts.sum().item()
+    return nats / tokens, right / tokens, tokens
+
+
+def test_a_loss_does_not_depend_on_the_batches(tmp_path):
+    """In the trainer, in `evaluate_frontier` and in `evaluate_model`: every token counts alike."""
+    data, model = masked(), elastic_of("gqa-wide-heads")
+    expected = {row["name"]: by_hand(model, data, row["name"]) for row in model.frontier}
+    for size in (1, 3, 8):
+        run = trainer(tmp_path, model=model, teacher=None, per_device_eval_batch_size=size)
+        run.eval_dataset = data
+        metrics, found = run.evaluate(), evaluate_frontier(model, data, size)
+        for name, (loss, accuracy, tokens) in expected.items():
+            alone = evaluate_model(model, data, size, name)
+            for result in (found[name], alone):
+                assert result["loss"] == pytest.approx(loss, rel=1e-5) and result["tokens"] == tokens
+                assert result["accuracy"] == pytest.approx(accuracy)
+            assert metrics[f"eval_loss_{name}"] == pytest.approx(loss, rel=1e-5)
+            assert metrics[f"eval_accuracy_{name}"] == pytest.approx(accuracy) and metrics["eval_tokens"] == tokens
+
+
+def test_rows_of_the_frontier_are_chosen_by_the_same_loss():
+    data, model = masked(), elastic_of("gqa-wide-heads")
+    batches = [row["input_ids"][None] for row in data]
+    whole = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in data]
+    assert mean_loss(model, model.built, batches) == pytest.approx(evaluate_model(model, whole, 8, model.built)["loss"])
+
+
+def test_evaluation_never_makes_all_logits(tmp_path):
+    """And the memory plan says what it takes."""
+    parent = parent_of("gqa-wide-heads", vocab_size=4096)
+    data = [{"input_ids": torch.randint(1, 4096, (64,))} for _ in range(16)]
+    run = trainer(tmp_path, model=elastic_of("gqa-wide-heads", parent), teacher=None, loss_chunk_size=64)
+    run.eval_dataset = run.train_dataset = data
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run.evaluate()
+    peak, logits = peak_bytes(profile), 4 * 4096 * 8 * 64
+    assert 0.25 * logits < peak < 0.6 * logits
+    assert run.plan().evaluation == pytest.approx(peak, rel=0.25)
+    run.compute_metrics = len
+    assert run.plan().evaluation > 2 * logits and run.plan().total > run.plan().parameters + 2 * logits
+
+
+def test_an_adapted_output_layer_is_measured():
+    model = with_adapter(elastic_of("gqa-wide-heads"), ["lm_head"], init_lora_weights=False)
+    expected = by_hand(model, masked(), "0.35")
+    assert evaluate_model(model, masked(), 3, "0.35")["loss"] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_every_row_is_measured_and_written():

@@ -9,6 +9,8 @@ from training import VARIANT, arguments, trainer
 
 from flextron_trainer.plan import plan_memory
 
+DTYPES = (torch.bfloat16, torch.float32)
+
 
 def test_weights_gradients_and_moments_are_exact(tmp_path):
     run = trainer(tmp_path)
@@ -34,6 +36,21 @@ def test_what_it_depends_on(tmp_path):
     assert plan(gradient_accumulation_steps=2).total > plain.total and plain.overlap > 0
     assert plan(bf16=True).parameters == 1.5 * plain.parameters
     assert plan(loss_chunk_size=64).logits < plain.logits
+
+
+def test_adapters_alone_have_gradients_and_moments(tmp_path):
+    weighted = {"sampler": "weighted", "sampling_weights": [1, 1, 1, 1]}
+    run = trainer(tmp_path, model=elastic_of(VARIANT).bfloat16(), adapter={}, **weighted)
+    adapters = sum(p.numel() * p.element_size() for p in run.model.parameters() if p.requires_grad)
+    weights, plan = sum(p.numel() * p.element_size() for p in run.model.parameters()), run.plan()
+    assert plan.parameters == weights and plan.gradients == adapters and plan.optimizer == 2 * adapters
+
+
+def test_weights_are_planned_as_they_are_trained(tmp_path):
+    half, full = (trainer(tmp_path, model=elastic_of(VARIANT).to(dtype), teacher=None) for dtype in DTYPES)
+    assert half.plan() == full.plan()
+    kept = trainer(tmp_path, model=elastic_of(VARIANT).bfloat16(), teacher=None, float32_weights=False)
+    assert 2 * kept.plan().optimizer == full.plan().optimizer
 
 
 def test_it_says_what_to_do_when_it_does_not_fit(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Which sub-networks a step trains."""
 
+import random
 from collections import Counter
 
 import pytest
 from helpers import elastic_of, run_python
 
-from flextron_trainer.sampling import SAMPLERS, draw
+from flextron_trainer.sampling import SAMPLERS, draw, spread
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,37 @@ def test_sandwich_has_both_ends(config):
         assert (draws[0].name, draws[-1].name) == (names[0], names[-1])
         between |= {drawn.name for drawn in draws[1:-1]}
     assert between == set(names[1:-1])
+
+
+@pytest.mark.parametrize("sampler", ["sandwich", "uniform", "weighted"])
+def test_no_row_comes_twice_where_there_are_others(config, sampler):
+    weights = [1.0] * 4 if sampler == "weighted" else None
+    for count in (2, 3, 4):
+        for step in range(20):
+            drawn = draw(config, sampler, count, seed=0, step=step, weights=weights)
+            assert len({one.name for one in drawn}) == len(drawn) == count
+    more = Counter(one.name for one in draw(config, sampler, 6, seed=0, step=0, weights=weights))
+    assert sorted(more.values()) == [1, 1, 2, 2]
+
+
+def test_shares_are_kept_and_pairs_are_free():
+    generator, rows = random.Random(0), ["a", "b", "c", "d"]
+    pairs = Counter(tuple(sorted(spread(rows, [1.0] * 4, 2, generator))) for _ in range(3000))
+    assert len(pairs) == 6 and all(abs(count / 3000 - 1 / 6) < 0.03 for count in pairs.values())
+    drawn = [Counter(spread(rows, [0.7, 0.1, 0.2, 0.0], 3, generator)) for _ in range(3000)]
+    assert all(one["a"] in (2, 3) and one["b"] <= 1 and one["c"] <= 1 for one in drawn)
+    shares = sum(drawn, Counter())
+    for row, share in zip(rows, [0.7, 0.1, 0.2, 0.0], strict=True):
+        assert abs(shares[row] / 9000 - share) < 0.01
+
+
+def test_a_sandwich_without_rows_between_takes_random_sizes():
+    few = elastic_of("gqa-wide-heads", budgets=[1, 0.15]).config
+    for step in range(20):
+        drawn = draw(few, "sandwich", 4, seed=0, step=step)
+        assert [one.name for one in drawn] == ["1", "random", "random", "0.15"] and len(set(drawn)) == 4
+    single = elastic_of("gqa-wide-heads", budgets=[1]).config
+    assert [one.name for one in draw(single, "sandwich", 3, seed=0, step=0)] == ["1", "random", "random"]
 
 
 def test_weights_are_probabilities(config):

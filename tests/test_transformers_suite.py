@@ -92,13 +92,8 @@ class Suite(common.ModelTesterMixin, common.GenerationTesterMixin, training.Trai
                 setattr(cls, name, None)
 
     @pytest.fixture(autouse=True)
-    def names(self, monkeypatch):
-        """Enter our classes where the tests look up what kind of model a class is."""
-        base, causal, classifier = self.all_model_classes
-        monkeypatch.setitem(common.MODEL_MAPPING_NAMES, "flextron", base.__name__)
-        monkeypatch.setitem(common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "flextron", causal.__name__)
-        monkeypatch.setitem(common.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "flextron", classifier.__name__)
-        logging.set_verbosity_warning()  # some tests read warnings
+    def warnings(self):
+        logging.set_verbosity_warning()  # some tests read them
         yield
         logging.set_verbosity_error()
 

@@ -68,7 +68,7 @@ def trainer(
         arguments(output, **changes),
         teacher=parent if teacher == "parent" else teacher,
         train_dataset=rows(),
-        eval_dataset=rows(8, seed=4),
+        eval_dataset=rows(9, seed=4),
         callbacks=callbacks,
     )
 

@@ -1,5 +1,6 @@
 """`FlextronTrainingArguments`: the ordinary `TrainingArguments` and what elastic training adds to them."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -13,6 +14,22 @@ from .sampling import SAMPLERS
 STAGES = ("elastic", "router", "joint")
 METHODS = ("surrogate", "gumbel", "token")
 COSTS = ("parameters", "latency")
+# What the base class offers and elastic training cannot honour, where it is set: why, and what to do instead.
+REFUSED = {
+    "label_smoothing_factor": ("The losses of elastic training have no label smoothing.", "Leave it at 0."),
+    "use_liger_kernel": ("Its kernels take the place of layers of stock models, not of ours.", "Leave it out."),
+    "auto_find_batch_size": (
+        "A run that begins anew after an error would go on from the weights and routers that the failed one left.",
+        "Ask `trainer.plan()` or `flextron train --plan` what fits, and pass `per_device_train_batch_size`.",
+    ),
+    "deepspeed": (
+        "Its engine steps after every backward pass, of which a step has one for each sub-network.",
+        "Shard with FSDP2 instead.",
+    ),
+    "ddp_static_graph": ("Every step trains other sub-networks, and so other parameters.", "Leave it out."),
+    "bf16_full_eval": ("It rounds the weights that are trained, for good.", "Pass bf16=True: it evaluates so, too."),
+    "fp16_full_eval": ("It rounds the weights that are trained, for good.", "Pass fp16=True: it evaluates so, too."),
+}
 # Matters of a machine or an account, not of what was trained.
 LOCAL = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "resume_from_checkpoint",
@@ -58,6 +75,13 @@ class FlextronTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the cross entropy, added to distillation (alone it is 1)."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    float32_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep what is trained in float32 while it is trained, also under bf16: bfloat16 rounds small steps"
+            " away. Without, the weights stay as they were loaded."
+        },
+    )
     loss_chunk_size: int = field(default=512, metadata={"help": "Tokens whose logits exist at the same time."})
     router_method: str = field(
         default="surrogate",
@@ -127,10 +151,29 @@ class FlextronTrainingArguments(TrainingArguments):
                 raise invalid("router_budgets", budgets, rule, "Pass for instance [0.75, 0.5].")
             if len(set(budgets)) != len(budgets):
                 raise invalid("router_budgets", budgets, "Each of them gets one row.", "Drop the repeated ones.")
-        if self.label_smoothing_factor:
-            rule = "The losses of elastic training have no label smoothing."
-            raise invalid("label_smoothing_factor", self.label_smoothing_factor, rule, "Leave it at 0.")
+        self._refuse_what_cannot_be_honoured()
         super().__post_init__()
+        # Reentrant checkpoints forget every gradient but those of a layer's inputs, such as that of what tokens cost.
+        given = self.activation_checkpointing_kwargs or {}
+        if given.get("use_reentrant"):
+            rule = "Reentrant checkpoints lose the gradients of routers."
+            raise invalid("activation_checkpointing_kwargs", given, rule, "Leave out `use_reentrant`.")
+        if self.activation_checkpointing:
+            self.activation_checkpointing_kwargs = {**given, "use_reentrant": False}
+
+    def _refuse_what_cannot_be_honoured(self) -> None:
+        """Refuse what would be ignored, or would train something else, in silence."""
+        for name, (rule, remedy) in REFUSED.items():
+            if getattr(self, name):
+                raise invalid(name, getattr(self, name), rule, remedy)
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if optimizer.endswith(("lomo", "_layerwise")):
+            rule = "It changes weights inside of a backward pass, of which a step has one for each sub-network."
+            raise invalid("optim", optimizer, rule, "Pass another one, such as 'adamw_torch'.")
+        if self.label_names not in (None, ["labels"]):
+            raise invalid("label_names", self.label_names, "The model takes its targets as `labels`.", "Rename them.")
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+            raise invalid("ACCELERATE_USE_DEEPSPEED", "true", *REFUSED["deepspeed"])
 
     def changed(self) -> dict[str, Any]:
         """The arguments that were given and differ from their defaults, without paths, tokens, logging and the like."""

@@ -269,9 +269,9 @@ def train(
 
     Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
     weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
-    `--loss_chunk_size`. With `--stage router` or `--stage joint`: `--router_method` (surrogate, gumbel, token),
-    `--router_budgets`, `--router_cost` (parameters, latency), `--router_uniform`, `--router_learning_rate`,
-    `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
+    `--loss_chunk_size`, `--no_float32_weights`. With `--stage router` or `--stage joint`: `--router_method` (surrogate,
+    gumbel, token), `--router_budgets`, `--router_cost` (parameters, latency), `--router_uniform`,
+    `--router_learning_rate`, `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -343,6 +343,8 @@ def train(
         model, arguments, teacher=teacher, trust_remote_code=trust_remote_code, train_dataset=rows,
         eval_dataset=eval_rows, eval_text=eval_text, processing_class=tokenizer,
     )  # fmt: skip
+    if streaming:  # else it says so itself
+        print(trainer.plan(sequence_length), file=sys.stderr)
     trainer.train(resume_from_checkpoint=resume or arguments.resume_from_checkpoint)
     metrics = trainer.evaluate()
     if arguments.push_to_hub:

@@ -184,27 +184,26 @@ def collator(tokenizer: Any = None) -> Callable[[list[dict[str, Any]]], dict[str
         tokenizer: Its padding token fills short rows; without one 0 does, which the mask and the labels hide.
     """
     padding = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": IGNORED, "attention_mask": 0}
+    return partial(_collate, padding)  # which, other than a closure, reaches the workers of a DataLoader
 
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        columns: dict[str, list[torch.Tensor]] = {name: [] for name in padding}
-        for row in rows:
-            ids = torch.as_tensor(row["input_ids"])
-            mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids)))
-            columns["input_ids"].append(ids)
-            columns["labels"].append(torch.as_tensor(row.get("labels", ids.masked_fill(mask == 0, IGNORED))))
-            columns["attention_mask"].append(mask)
-        batch = {
-            name: pad_sequence(tensors, batch_first=True, padding_value=padding[name])
-            for name, tensors in columns.items()
-        }
-        if "position_ids" in rows[0]:
-            positions = [torch.as_tensor(row["position_ids"]) for row in rows]
-            batch["position_ids"] = pad_sequence(positions, batch_first=True)
-        if "position_ids" in batch or batch["attention_mask"].all():
-            del batch["attention_mask"]  # attention is faster without one, and with one does not look at positions
-        return batch
 
-    return collate
+def _collate(padding: dict[str, int], rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in padding}
+    for row in rows:
+        ids = torch.as_tensor(row["input_ids"])
+        mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids)))
+        columns["input_ids"].append(ids)
+        columns["labels"].append(torch.as_tensor(row.get("labels", ids.masked_fill(mask == 0, IGNORED))))
+        columns["attention_mask"].append(mask)
+    batch = {
+        name: pad_sequence(tensors, batch_first=True, padding_value=padding[name]) for name, tensors in columns.items()
+    }
+    if "position_ids" in rows[0]:
+        positions = [torch.as_tensor(row["position_ids"]) for row in rows]
+        batch["position_ids"] = pad_sequence(positions, batch_first=True)
+    if "position_ids" in batch or batch["attention_mask"].all():
+        del batch["attention_mask"]  # attention is faster without one, and with one does not look at positions
+    return batch
 
 
 def calibration_batches(

@@ -1,7 +1,7 @@
 """Quality of every sub-network on held-out text, with the `evaluate` library and without the network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,91 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from modeling_flextron import FlextronForCausalLM
+from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.errors import invalid
 
 from .data import collator
-from .losses import IGNORED
+from .losses import RowScores
+
+FIGURES = ("loss", "accuracy")  # that a config keeps
 
 
 class NextToken(evaluate.Metric):
-    """Loss, perplexity and accuracy of next-token prediction.
+    """Loss, perplexity and accuracy of next-token prediction, every token alike.
 
-    One row is one sequence: `predictions` the most likely ids, `nll` the negative log-likelihoods (nats) of
-    `references`, the ids that came; a reference of -100 does not count.
+    One row is one sequence: `nats`, the sum of the negative log-likelihoods of its tokens; `right`, how many of them
+    the most likely guess was; `tokens`, how many count.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description="Token-level loss, perplexity and next-token accuracy of a language model.",
             citation="",
-            inputs_description="Token ids and their negative log-likelihoods, a list for every sequence.",
+            inputs_description="Negative log-likelihoods in nats, right guesses and tokens, a sum for every sequence.",
             features=datasets.Features(
                 {
-                    "predictions": datasets.Sequence(datasets.Value("int64")),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                    "nll": datasets.Sequence(datasets.Value("float32")),
+                    "nats": datasets.Value("float64"),
+                    "right": datasets.Value("int64"),
+                    "tokens": datasets.Value("int64"),
                 }
             ),
         )
 
-    def _compute(self, predictions, references, nll) -> dict[str, float]:
-        total, right, tokens = 0.0, 0, 0
-        for guess, truth, values in zip(predictions, references, nll, strict=True):
-            for token, target, value in zip(guess, truth, values, strict=True):
-                if target != IGNORED:
-                    total, right, tokens = total + value, right + (token == target), tokens + 1
-        if tokens == 0:
-            raise invalid("references", len(references), "No token counts.", "Pass at least one target token.")
-        loss = total / tokens
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": right / tokens, "tokens": tokens}
+    def _compute(self, nats, right, tokens) -> dict[str, float]:
+        return quality(torch.tensor([nats, right, tokens], dtype=torch.float64).T)
+
+
+def quality(rows: torch.Tensor) -> dict[str, float]:
+    """`loss` (nats for each token), `perplexity`, `accuracy` and `tokens` of rows `[N, 3]` as `RowScores` makes them.
+
+    Raises:
+        ValueError: no token counts.
+    """
+    nats, right, tokens = rows.double().sum(dim=0).tolist()
+    if tokens == 0:
+        rule = "None of their tokens is to be foretold: all labels but the first of a row are -100."
+        raise invalid("rows", len(rows), rule, "Pass at least one target token.")
+    loss = nats / tokens
+    perplexity = math.exp(min(loss, 700.0))
+    return {"loss": loss, "perplexity": perplexity, "accuracy": right / tokens, "tokens": int(tokens)}
 
 
 @torch.no_grad()
+def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_size: int = 512) -> torch.Tensor:
+    """How well a model foretells a batch: `RowScores.rows` `[B, 3]`. The one place where quality is measured.
+
+    Args:
+        model: A causal language model, elastic (also with adapters) or stock.
+        batch: What its forward pass takes, with `labels`.
+        budget: For an elastic model: the size to measure; None for the current one.
+        chunk_size: Tokens whose logits exist at the same time; of a stock model all do.
+    """
+    inputs = dict(batch)
+    scores = RowScores(inputs.pop("labels"), chunk_size)
+    if model.config.model_type == "flextron":
+        model(**inputs, use_cache=False, flextron_budget=budget, head_loss=scores)
+    else:
+        scores(model(**inputs, use_cache=False).logits, torch.nn.Identity())
+    assert scores.rows is not None
+    return scores.rows
+
+
+def measure(model, batches: Iterable[Mapping[str, torch.Tensor]], sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """`score` every size on every batch, which is read once: name -> `[N, 3]`, a row for every row of the batches.
+
+    Args:
+        model: As in `score`, in evaluation mode.
+        batches: Batches with labels, on any device.
+        sizes: Name -> budget.
+    """
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in sizes}
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        for name, budget in sizes.items():
+            found[name].append(score(model, batch, budget).cpu())
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
 def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, budget: Any = None) -> dict[str, float]:
     """`NextToken` of one model at one size.
 
@@ -60,20 +104,11 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
         rows: Rows of `input_ids` and, unless they are the same, `labels`.
         batch_size: Rows in a forward pass.
         budget: For an elastic model: the sub-network to measure.
+
+    Raises:
+        ValueError: there are no rows, or none of their tokens counts.
     """
-    metric = NextToken()
-    model.eval()
-    extra = {} if budget is None else {"flextron_budget": budget}
-    loader: DataLoader = DataLoader(rows, batch_size=batch_size, collate_fn=collator())  # type: ignore[arg-type]
-    if len(loader) == 0:
-        raise invalid("rows", rows, "There are no rows to evaluate on.", "Pass some text.")
-    for batch in tqdm(loader, desc="Evaluating", leave=False):
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False, **extra).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
-        metric.add_batch(predictions=logits.argmax(-1).cpu(), references=labels.cpu(), nll=nll.cpu())
-    return metric.compute() or {}
+    return _evaluate(model, rows, batch_size, {"": budget})[""]
 
 
 def name_of(source: str) -> str:
@@ -101,14 +136,32 @@ def evaluate_frontier(
     Returns:
         Name of the row, or `"auto:0.5"`, -> `loss`, `perplexity`, `accuracy`, `tokens`.
     """
-    budgets = {row["name"]: row["subnetwork"] for row in model.config.frontier if row["subnetwork"] is not None}
-    routed = [f"auto:{entry['target']:g}" for entry in (model.config.token_routing or {"targets": []})["targets"]]
-    budgets |= {budget: budget for budget in routed}
-    results = {name: evaluate_model(model, rows, batch_size, budget) for name, budget in budgets.items()}
-    figures = {name: {key: found[key] for key in ("loss", "accuracy")} for name, found in results.items()}
-    tokens = int(next(iter(results.values()))["tokens"])
+    results = _evaluate(model, rows, batch_size, measured_sizes(model.config))
+    figures = {name: {figure: found[figure] for figure in FIGURES} for name, found in results.items()}
+    tokens = next(iter(results.values()))["tokens"]
     model.config.record(figures, text=text, split=split, tokens=tokens)
     return results
+
+
+def measured_sizes(config: FlextronConfig) -> dict[str, Any]:
+    """Name -> budget of everything that has figures of its own: rows of the frontier, and `"auto:0.5"`."""
+    rows = {row["name"]: row["subnetwork"] for row in config.frontier if row["subnetwork"] is not None}
+    targets = (config.token_routing or {"targets": []})["targets"]
+    return rows | {name: name for name in (f"auto:{entry['target']:g}" for entry in targets)}
+
+
+def _evaluate(model, rows: Sequence[dict[str, Any]], batch_size: int, sizes: dict[str, Any]) -> dict[str, Any]:
+    loader: DataLoader = DataLoader(rows, batch_size=batch_size, collate_fn=collator())  # type: ignore[arg-type]
+    if len(loader) == 0:
+        raise invalid("rows", rows, "There are no rows to evaluate on.", "Pass some text.")
+    model.eval()
+    found = measure(model, tqdm(loader, desc="Evaluating", leave=False), sizes)
+    return {name: _next_token(scores) for name, scores in found.items()}
+
+
+def _next_token(scores: torch.Tensor) -> Any:
+    nats, right, tokens = scores.T.tolist()
+    return NextToken().compute(nats=nats, right=list(map(int, right)), tokens=list(map(int, tokens)))
 
 
 @torch.no_grad()

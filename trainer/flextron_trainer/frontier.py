@@ -24,6 +24,7 @@ from modeling_flextron.subnetwork import (
     uniform_subnetworks,
 )
 
+from .evaluation import measure, quality
 from .search import search
 
 _UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}
@@ -228,11 +229,7 @@ def _limit(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
     return cost_of(config, parsed.kind, budget), parsed.value * whole
 
 
-@torch.no_grad()
 def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: list[torch.Tensor]) -> float:
     """Mean next-token loss in nats over batches of ids `[B, S]`."""
-    losses = [
-        model(ids.to(model.device), labels=ids.to(model.device), use_cache=False, flextron_budget=subnetwork).loss
-        for ids in batches
-    ]
-    return torch.stack(losses).mean().item()
+    scores = measure(model, ({"input_ids": ids, "labels": ids} for ids in batches), {"": subnetwork})
+    return quality(scores[""])["loss"]

@@ -17,9 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from modeling_flextron.elastic import project
 from modeling_flextron.errors import invalid
 
 IGNORED = -100
+
+
+def targets_of(labels: torch.Tensor) -> torch.Tensor:
+    """What every position of labels `[B, S]` is to predict: the label after it, and nothing at the end."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class HeadLoss:
             raise invalid("lm_head", type(head).__name__, rule, remedy)
         self.hidden_states = hidden_states.detach()
         weight, _ = head.leading(hidden_states.shape[-1])
-        targets = F.pad(self.labels, (0, 1), value=IGNORED)[:, 1:].to(hidden_states.device)
+        targets = targets_of(self.labels).to(hidden_states.device)
         valid = targets != IGNORED
         return chunked_loss(
             hidden_states[valid],
@@ -76,6 +82,41 @@ class HeadLoss:
             chunk_size=self.chunk_size,
             normalizer=self.normalizer,
         )
+
+
+@dataclass
+class RowScores:
+    """How well the rows of a batch are foretold, for the `head_loss` argument of `FlextronForCausalLM.forward`.
+
+    Args:
+        labels: Ids `[B, S]`, as in `HeadLoss`.
+        chunk_size: Tokens whose logits exist at the same time.
+
+    Attributes:
+        rows: `[B, 3]` of the last call, for every row: the sum of its losses in nats, how many of its tokens the most
+            likely guess was, and how many tokens count.
+    """
+
+    labels: torch.Tensor
+    chunk_size: int = 512
+    rows: torch.Tensor | None = field(default=None, init=False)
+
+    @torch.compiler.disable  # as `HeadLoss`
+    @torch.no_grad()
+    def __call__(self, hidden_states: torch.Tensor, head: Any) -> torch.Tensor:
+        """The mean loss of a token, of hidden states `[B, S, D]` under an output layer; NaN where no token counts."""
+        targets = targets_of(self.labels).to(hidden_states.device)
+        row, place = (targets != IGNORED).nonzero(as_tuple=True)
+        self.rows = torch.zeros(len(targets), 3, device=hidden_states.device)
+        for start in range(0, len(row), self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            logits = project(head, hidden_states[row[part], place[part]], None).float()
+            wanted = targets[row[part], place[part]]
+            nats = logits.logsumexp(-1) - logits.gather(-1, wanted[:, None])[:, 0]
+            right = (logits.argmax(-1) == wanted).float()
+            self.rows.index_add_(0, row[part], torch.stack([nats, right, torch.ones_like(nats)], dim=-1))
+        nats, _, tokens = self.rows.sum(dim=0)
+        return nats / tokens
 
 
 def chunked_loss(

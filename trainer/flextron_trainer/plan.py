@@ -3,8 +3,8 @@
 Elastic training runs one sub-network after the other, the largest first, so the peak is the larger of two moments:
 the end of the forward pass of the largest network, when there are no gradients yet (with gradient accumulation there
 are, from the batch before), and that of the next one, when there are. The terms were checked against measured peaks
-(`benchmarks/bench_memory.py`). Not counted: the CUDA context (about 0.5 GiB), fragmentation, and what an optimizer
-other than Adam keeps.
+(`benchmarks/bench_memory.py`). An evaluation needs less, unless its batches are larger or metrics want all logits.
+Not counted: the CUDA context (about 0.5 GiB), fragmentation, and what an optimizer other than Adam keeps.
 """
 
 import os
@@ -33,7 +33,8 @@ class MemoryPlan:
         activations: What the forward pass of the largest network keeps for its backward pass.
         teacher: Weights of the teacher and its hidden states; 0 for `"self"`, whose states count as activations.
         logits: Chunks of logits, and the gradient of the output layer, which exists before the backward pass.
-        overlap: What of the sum is never there at the same time as the rest.
+        evaluation: What an evaluation needs beside weights, optimizer and teacher.
+        overlap: What of the sum of all others is never there at the same time as the rest.
         available: What the device has; None when that is not known.
     """
 
@@ -43,14 +44,16 @@ class MemoryPlan:
     activations: int
     teacher: int
     logits: int
+    evaluation: int
     overlap: int
     available: int | None
 
     @property
     def total(self) -> int:
         """The expected peak."""
-        parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.teacher, self.logits)
-        return sum(parts) - self.overlap
+        held = self.parameters + self.optimizer + self.teacher
+        training = held + self.gradients + self.activations + self.logits - self.overlap
+        return max(training, held + self.evaluation)
 
     def gib(self) -> dict[str, float | None]:
         """Every part and the total in GiB."""
@@ -61,15 +64,15 @@ class MemoryPlan:
         names = ("parameters", "gradients", "optimizer", "activations", "teacher", "logits")
         parts = ", ".join(f"{name} {getattr(self, name) / GIB:.2f}" for name in names)
         text = f"Expected peak memory {self.total / GIB:.2f} GiB on each device ({parts}; {self.overlap / GIB:.2f}"
-        text += " of that never at the same time)"
+        text += f" of that never at the same time; evaluation {self.evaluation / GIB:.2f} beside the weights)"
         if self.available is None:
             return text + "."
         if self.total <= self.available:
             return f"{text}; the device has {self.available / GIB:.2f} GiB."
         return (
             f"{text}; the device has only {self.available / GIB:.2f} GiB. What helps, in this order: a smaller"
-            " --per_device_train_batch_size with more --gradient_accumulation_steps, --activation_checkpointing,"
-            " teacher='self', FSDP over several devices."
+            " --per_device_train_batch_size with more --gradient_accumulation_steps (or --per_device_eval_batch_size),"
+            " --activation_checkpointing, teacher='self', FSDP over several devices."
         )
 
 
@@ -81,7 +84,9 @@ def plan_memory(
     dtype: torch.dtype | str | None = None,
     teacher: Any = None,
     teacher_bytes: int = 0,
+    adapter_bytes: int = 0,
     sharded: bool = False,
+    metrics: bool = False,
 ) -> MemoryPlan:
     """The memory of a training run.
 
@@ -89,26 +94,29 @@ def plan_memory(
         config: Of the elastic model.
         args: Of the run.
         sequence_length: Tokens in a row.
-        dtype: Of the weights; None for that of the config.
+        dtype: Of the weights before training; None for that of the config.
         teacher: The config of a separate teacher; None without one.
         teacher_bytes: Bytes of its weights on the training device.
+        adapter_bytes: Of adapters, which are trained alone; 0 where the weights are trained.
         sharded: Whether FSDP divides weights, gradients and optimizer among the processes.
+        metrics: Whether evaluations compute all logits; what they keep of those until the end is not counted.
     """
-    size, built = bytes_per_value(dtype or config.dtype), config.built
+    learns = args.stage != "router" and not adapter_bytes  # routers are small
+    size, built = 4 if learns and args.float32_weights else bytes_per_value(dtype or config.dtype), config.built
     tokens = args.per_device_train_batch_size * sequence_length
     half = args.bf16 or args.fp16
     count = count_parameters(config, built)
     head = config.vocab_size * built.hidden
     share = args.world_size if sharded else 1
-    learns = args.stage != "router"  # routers are small
-    wide = learns or args.router_method != "surrogate"  # else no backward pass, and one layer's activations
-    weights = size * count
-    gradients = weights if learns else 0
+    wide = args.stage != "router" or args.router_method != "surrogate"  # else one layer's activations at a time
+    weights = size * count + adapter_bytes
+    gradients = weights if learns else adapter_bytes
     buckets = gradients if args.world_size > 1 and not sharded else 0
-    copies = 2 * count if half and size == 4 else 0  # autocast keeps the copies that it made
+    copies = 2 * count if half and size == 4 and learns else 0  # of what learns autocast keeps the copies that it made
     first = _activations(config, built, tokens, size, half, args.activation_checkpointing, wide)
     logits = LOGIT_ARRAYS * 4 * min(args.loss_chunk_size, tokens) * config.vocab_size
-    logits += 4 * head + size * tokens * built.hidden if learns else 0
+    logits += 4 * head if learns else 0
+    logits += size * tokens * built.hidden if wide else 0
     states = 0
     if teacher is not None:
         states = (2 if half else size) * tokens * teacher.hidden_size
@@ -124,16 +132,28 @@ def plan_memory(
         activations=first,
         teacher=teacher_bytes + states,
         logits=logits,
+        evaluation=_evaluation(config, args, args.eval_batch_size * sequence_length, size, half, metrics),
         overlap=max(0, overlap),
         available=_available(args.device),
     )
+
+
+def _evaluation(
+    config: FlextronConfig, args: FlextronTrainingArguments, tokens: int, size: int, half: bool, metrics: bool
+) -> int:
+    """Bytes that a pass without gradients needs, beside the weights."""
+    layer = _activations(config, config.built, tokens, size, half, False, False)
+    logits = 2 * 4 * config.vocab_size * (tokens if metrics else min(args.loss_chunk_size, tokens))  # and their softmax
+    return tokens * size * config.built.hidden + max(layer, logits)
 
 
 def _second(config: FlextronConfig, args: FlextronTrainingArguments) -> SubNetwork:
     """The largest network that may run while there are gradients, without accumulation."""
     rows = [config.resolve(row["subnetwork"]) for row in config.frontier if row["subnetwork"]]
     if args.stage == "elastic" and args.sampler == "sandwich" and len(rows) > 1:
-        return rows[1] if args.subnetworks_per_step > 2 and len(rows) > 2 else rows[-1]
+        if args.subnetworks_per_step == 2:
+            return rows[-1]
+        return rows[1] if len(rows) > 2 else config.built  # random sizes
     return config.built if args.subnetworks_per_step > 1 else smallest_subnetwork(config)
 
 

@@ -4,8 +4,10 @@ Every process draws the same ones, and a resumed run continues the sequence of t
 """
 
 import random
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -37,9 +39,11 @@ def draw(
 
     Args:
         config: Of the elastic model.
-        sampler: `"sandwich"`: the largest and the smallest row of the frontier and random rows between them
-            (slimmable networks, arXiv 1903.05134); `"uniform"` and `"weighted"`: rows of the frontier with equal
-            or given probabilities; `"random"`: every layer's sizes, and the global ones, drawn independently.
+        sampler: `"sandwich"`: the largest and the smallest row of the frontier and random rows between them, or
+            random sizes where there are none (slimmable networks, arXiv 1903.05134); `"uniform"` and `"weighted"`:
+            rows of the frontier with equal or given shares; `"random"`: every layer's sizes, and the global ones,
+            drawn independently. No row comes twice in a step unless there are more draws than rows, or its weight
+            asks for it.
         count: How many; a sandwich needs at least 2.
         seed: Of the run.
         step: Optimizer steps that were made.
@@ -47,18 +51,36 @@ def draw(
     """
     generator = random.Random(f"{seed}/{step}")  # hashed the same way everywhere
     rows = [Draw(row["name"], config.resolve(row["subnetwork"])) for row in config.frontier if row["subnetwork"]]
+
+    def sizes(number: int) -> list[Draw]:
+        return [Draw("random", random_subnetwork(config, generator)) for _ in range(number)]
+
+    equal = [1.0] * len(rows)
     if sampler == "sandwich":
-        between = rows[1:-1] or [Draw("random", random_subnetwork(config, generator))]
-        drawn = [rows[0], *generator.choices(between, k=max(0, count - 2)), rows[-1]]
-    elif sampler == "uniform":
-        drawn = generator.choices(rows, k=count)
-    elif sampler == "weighted":
-        check_weights(config, weights)
-        drawn = generator.choices(rows, weights, k=count)
+        ends, between = rows[1:][-1:], rows[1:-1]
+        middle = spread(between, equal[1:-1], count - 2, generator) if between else sizes(count - 1 - len(ends))
+        drawn = [rows[0], *middle, *ends]
+    elif sampler == "random":
+        drawn = sizes(count)
     else:
-        drawn = [Draw("random", random_subnetwork(config, generator)) for _ in range(count)]
+        if sampler == "weighted":
+            check_weights(config, weights)
+        drawn = spread(rows, weights or equal, count, generator)
     order = {draw.name: i for i, draw in enumerate(rows)}
     return sorted(drawn, key=lambda draw: order.get(draw.name, 1))
+
+
+def spread(rows: list[Draw], weights: list[float], count: int, generator: random.Random) -> list[Draw]:
+    """Draw `count` rows, each as often as its share of the weights says, on average, and never more unevenly than so.
+
+    A row whose share is `count * weight / sum(weights)` comes that often, rounded up or down: at most once where its
+    share is at most 1. (Systematic sampling: points at equal distances on a line of shuffled pieces.)
+    """
+    pieces = generator.sample(list(zip(rows, weights, strict=True)), len(rows))
+    ends = list(accumulate(weight for _, weight in pieces))
+    start = generator.random()
+    points = ((start + i) * ends[-1] / count for i in range(count))
+    return [pieces[min(bisect(ends, point), len(pieces) - 1)][0] for point in points]
 
 
 def check_weights(config: FlextronConfig, weights: list[float] | None) -> None:

@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from huggingface_hub import run_as_future
 from transformers import PreTrainedModel, Trainer, TrainerState
@@ -35,9 +37,11 @@ from modeling_flextron.positions import places_in_documents
 
 from .arguments import FlextronTrainingArguments
 from .data import collator
-from .losses import IGNORED, HeadLoss, Teacher
+from .evaluation import FIGURES, measured_sizes, quality, score
+from .losses import HeadLoss, Teacher
 from .models import check_files, load_elastic, load_stock
 from .plan import MemoryPlan, plan_memory
+from .precision import in_float32
 from .router_stage import FILE as ROUTERS
 from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
@@ -47,6 +51,17 @@ logger = logging.get_logger(__name__)
 TRAINER_STATE = "trainer_state.json"
 # What stays on this machine: the pickles of optimizer, schedule and random state, and arguments with local paths.
 LOCAL = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.json")
+# Arguments of the base class that elastic training cannot honour: why, and what to do instead.
+REFUSED = {
+    "model_init": (
+        "An elastic model is not drawn anew: it comes from a trained one, and training goes on from what it is.",
+        "Pass the model, and build a trainer with a model of its own for every trial.",
+    ),
+    "compute_loss_func": (
+        "The sub-networks learn from losses on hidden states, chunk by chunk, and never make all logits.",
+        "Set `kd_weight`, `ce_weight` and `temperature`, or train one size with the plain Trainer.",
+    ),
+}
 
 
 class FlextronTrainer(Trainer):
@@ -63,15 +78,13 @@ class FlextronTrainer(Trainer):
         trust_remote_code: Run the code that the files of a teacher's folder or Hub id name, where they name some.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
-            of a row do not see each other.
+            of a row do not see each other. Refused: `model_init`, `compute_loss_func`, and those of `REFUSED` in
+            `arguments.py`.
         eval_text: What the card calls the text of `eval_dataset`.
 
-    `evaluate()` measures every row of the frontier, returns `eval_loss_<row>` for each beside the `eval_loss` of the
-    model's current budget, and writes the losses into `model.config.frontier`.
-
     Raises:
-        ValueError: the model is not elastic, the teacher has another tokenizer or an unknown architecture, or the
-            routers cannot learn in this kind of run.
+        ValueError: an argument that elastic training cannot honour, the model is not elastic, the teacher has another
+            tokenizer or an unknown architecture, or the routers cannot learn in this kind of run.
     """
 
     model: Any
@@ -82,22 +95,27 @@ class FlextronTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | str | os.PathLike,
-        args: FlextronTrainingArguments,
-        teacher: PreTrainedModel | str | os.PathLike | None = None,
+        model: PreTrainedModel | str | os.PathLike | None = None,
+        args: FlextronTrainingArguments | None = None,
         *,
+        teacher: PreTrainedModel | str | os.PathLike | None = None,
         eval_text: str | None = None,
         trust_remote_code: bool = False,
         **kwargs,
     ):
+        for name, (rule, remedy) in REFUSED.items():
+            if kwargs.get(name) is not None:
+                raise invalid(name, kwargs[name], rule, remedy)
         if not isinstance(args, FlextronTrainingArguments):
             remedy = "Build a FlextronTrainingArguments; it takes every argument of TrainingArguments."
             raise invalid("args", type(args).__name__, "They carry the arguments of elastic training.", remedy)
         if isinstance(model, (str, os.PathLike)):
             model = load_elastic(model)
-        if getattr(model.config, "model_type", None) != "flextron":
+        config: Any = getattr(model, "config", None)
+        if getattr(config, "model_type", None) != "flextron":
             remedy = "Make it elastic first: `convert(model, calibration=...)`."
             raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
+        assert isinstance(model, torch.nn.Module)
         if hasattr(model, "peft_config") and args.stage != "elastic":
             remedy = "Train the adapters with stage='elastic', or merge them first."
             raise invalid("stage", args.stage, "Routers learn on weights without adapters.", remedy)
@@ -108,10 +126,10 @@ class FlextronTrainer(Trainer):
             raise invalid(
                 "model", "tensor-parallel", "Each step trains sizes that such a plan cannot switch to.", remedy
             )
-        for config in getattr(model, "peft_config", {}).values():  # a checkpoint says whose it is
-            claim(getattr(model, "get_base_model", lambda: model)(), config)
+        for adapter in getattr(model, "peft_config", {}).values():  # a checkpoint says whose it is
+            claim(getattr(model, "get_base_model", lambda: model)(), adapter)
         if args.sampler == "weighted":
-            check_weights(model.config, args.sampling_weights)
+            check_weights(config, args.sampling_weights)
         if args.n_gpu > 1:
             logger.warning("Several GPUs in one process are not used: launch one process for each with accelerate.")
             args._n_gpu = 1  # what Trainer itself does for models that DataParallel cannot wrap
@@ -119,14 +137,22 @@ class FlextronTrainer(Trainer):
             args.ddp_find_unused_parameters = (
                 True  # a step without some layers leaves their parameters without gradient
             )
-        kwargs.setdefault("data_collator", collator(kwargs.get("processing_class")))
+        kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
         super().__init__(model=model, args=args, **kwargs)
+        if self.model.get_output_embeddings() is None:
+            rule = "The losses of elastic training are those of a language model."
+            raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
+        if max(self.get_cp_size(), self.get_sp_size()) > 1:
+            rule = "The loss of a token needs the one after it, which would be on another device."
+            raise invalid("parallelism_config", args.parallelism_config, rule, "Divide batches or weights instead.")
         if isinstance(teacher, (str, os.PathLike)) and not self.in_place:
             teacher = load_stock(teacher, "teacher", trust_remote_code=trust_remote_code, dtype=self.model.dtype)
         self.teacher = None if teacher is None or self.in_place else self._check_teacher(teacher)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
+        self._sizes: dict[str, Any] = {}  # that the evaluation at hand measures, by name
+        self._scores: list[torch.Tensor] = []  # `[B, sizes, 3]` of its batches so far
         self.routers: RouterStage | None = None
         self._asked: list[torch.Tensor] = []  # losses of the networks that a step proposed, one entry for each batch
         if args.stage == "elastic":
@@ -168,19 +194,34 @@ class FlextronTrainer(Trainer):
         if rows < 2:
             logger.warning("The frontier has a single row: nothing smaller is trained or evaluated by name.")
 
-    def plan(self) -> MemoryPlan:
-        """The memory that training is expected to need, for rows as long as the first one."""
-        teacher, own = self.teacher, 0
+    def plan(self, sequence_length: int | None = None) -> MemoryPlan:
+        """The memory that training is expected to need.
+
+        Args:
+            sequence_length: Tokens in a row; None for those of the first row, where rows are stored.
+
+        Raises:
+            ValueError: no length, and rows are made when they are read, which is left to training.
+        """
+        length = sequence_length or stored_length(self.train_dataset)
+        if length is None:
+            rule = "The rows of this dataset are made when they are read, which is left to training."
+            raise invalid("sequence_length", None, rule, "Say how many tokens a row has: `trainer.plan(1024)`.")
+        teacher, own, adapters = self.teacher, 0, 0
         if teacher is not None and teacher.device.type == self.args.device.type:
-            own = sum(p.numel() * p.element_size() for p in (*teacher.parameters(), *teacher.buffers()))
+            own = bytes_of(*teacher.parameters(), *teacher.buffers())
+        if hasattr(self.model, "peft_config"):
+            adapters = bytes_of(*(p for p in self.model.parameters() if p.requires_grad))
         return plan_memory(
             self.model.config,
             self.args,
-            len(next(iter(self.train_dataset))["input_ids"]),
+            length,
             dtype=self.model.dtype,
             teacher=None if teacher is None else teacher.config,
             teacher_bytes=own,
+            adapter_bytes=adapters,
             sharded=self._sharded,
+            metrics=self.compute_metrics is not None,
         )
 
     @property
@@ -212,14 +253,14 @@ class FlextronTrainer(Trainer):
     ) -> torch.Tensor:
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
         inputs = self._prepare_inputs(inputs)
+        self._check_batch(inputs)
         if self.routers is not None:
             self.routers.begin(self.state.global_step)
         if self.args.stage == "router" and self.args.router_method == "surrogate":
             return self._surrogate_step(inputs)
         step = self.state.global_step
         draws = self.draws(step) if self.routers is None else self.routers.draws(step, inputs)
-        if self.args.stage != "router" or self.args.router_method == "token":
-            self.model.config.forget_measurements(only_routed=self.args.stage == "router")
+        self._forget()
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
         for drawn in draws:
             self._show(drawn)
@@ -248,6 +289,15 @@ class FlextronTrainer(Trainer):
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         return total
 
+    def _check_batch(self, inputs: dict[str, Any]) -> None:
+        """Refuse batches that do not say what is to be foretold."""
+        missing = [name for name in ("input_ids", "labels") if inputs.get(name) is None]
+        if missing or "shift_labels" in inputs:
+            name = type(self.data_collator).__name__
+            rule = f"Its batches have no `{missing[0]}`." if missing else "The loss shifts `labels` itself."
+            remedy = "Make batches of `input_ids` and `labels`, which is what comes of leaving it out."
+            raise invalid("data_collator", name, rule, remedy)
+
     def _show(self, drawn: Draw) -> None:
         """Name the current sub-network in the progress line."""
         for callback in self.callback_handler.callbacks:
@@ -269,16 +319,14 @@ class FlextronTrainer(Trainer):
         assert self.routers is not None and self.routers.learner is not None
         learner, step, config = self.routers.learner, self.state.global_step, self.model.config
         proposed = learner.propose(step, self.args.subnetworks_per_step)
-        labels = inputs.pop("labels")
-        tokens, sums = (labels[:, 1:] != IGNORED).sum(), []
+        sums, tokens = [], torch.zeros(())
         self.model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with self.compute_loss_context_manager():
             for subnetwork in (config.built, *(choices.subnetwork(config) for choices in proposed)):
-                loss = HeadLoss(labels, ce_weight=1.0, normalizer=1.0, chunk_size=self.args.loss_chunk_size)
-                outputs = self.model(**inputs, use_cache=False, flextron_budget=subnetwork, head_loss=loss)
-                self._check_finite(outputs.loss, Draw("proposed", subnetwork))
-                sums.append(outputs.loss.float())
-        self._asked.append(torch.stack([*sums, tokens.float()]))
+                nats, _, tokens = score(self.model, inputs, subnetwork, self.args.loss_chunk_size).sum(dim=0)
+                self._check_finite(nats, Draw("proposed", subnetwork))
+                sums.append(nats)
+        self._asked.append(torch.stack([*sums, tokens]))
         if self.accelerator.sync_gradients:
             *total, count = self.accelerator.reduce(torch.stack(self._asked).sum(dim=0), "sum")
             self._asked.clear()
@@ -387,32 +435,72 @@ class FlextronTrainer(Trainer):
 
     # ---------------------------------------------------------------------------------------- evaluation
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, **kwargs):
-        """Evaluate at the current budget and, for `evaluate()`, at every row of the frontier."""
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if description != "Evaluation" or f"{prefix}_loss" not in output.metrics:
-            return output
-        current, found = self.model.subnetwork, dict[str, dict[str, float]]()
-        for row in self.model.config.frontier:
-            if row["subnetwork"] is None:
-                continue
-            metrics = output.metrics
-            if self.model.resolve_budget(row["subnetwork"]) != current:
-                with self.model.at_budget(row["subnetwork"]):
-                    metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
-            output.metrics[f"{prefix}_loss_{row['name']}"] = loss = metrics[f"{prefix}_loss"]
-            found[row["name"]] = {"loss": loss}
-        for entry in (self.model.config.token_routing or {"targets": []})["targets"]:
-            with self.model.at_budget(f"auto:{entry['target']}"):
-                metrics = super().evaluation_loop(dataloader, description, True, ignore_keys, **kwargs).metrics
-            output.metrics[f"{prefix}_loss_auto-{entry['target']:g}"] = loss = metrics[f"{prefix}_loss"]
-            found[f"auto:{entry['target']:g}"] = {"loss": loss}
-        if prefix == "eval":
-            text = self.eval_text if dataloader.dataset is self.eval_dataset else None  # another one is not named
-            text = "the training rows" if dataloader.dataset is self.train_dataset else text
-            self.model.config.record(found, text=text)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure every row of the frontier, every token alike, and keep the figures in the config of the model.
+
+        Args:
+            eval_dataset, ignore_keys: as in `Trainer.evaluate`. Of a dict of datasets the frontier goes by the first;
+                figures of the others have its name before theirs.
+            metric_key_prefix: With another one than `"eval"` nothing is kept.
+
+        Returns:
+            `eval_loss`, of the model's current budget; `eval_loss_<row>` and `eval_accuracy_<row>`; or those of
+            `eval_<dataset>`; and what `Trainer.evaluate` returns.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if metric_key_prefix == "eval":
+            sets = self.eval_dataset if eval_dataset is None else eval_dataset
+            prefixes = {name: f"eval_{name}" for name in sets} if isinstance(sets, dict) else {self._name(sets): "eval"}
+            for i, (text, prefix) in enumerate(prefixes.items()):
+                figures = {
+                    name: {
+                        f"{text}/{kind}" if i else kind: metrics[f"{prefix}_{kind}_{_key(name)}"] for kind in FIGURES
+                    }
+                    for name in measured_sizes(self.model.config)
+                }
+                self.model.config.record(figures, text=text, tokens=metrics[f"{prefix}_tokens"])
+        return metrics
+
+    def _name(self, dataset: Any) -> str | None:
+        """What a dataset that is evaluated on is called; None for one without a name."""
+        if dataset is self.train_dataset or isinstance(dataset, str):
+            return dataset if isinstance(dataset, str) else "the training rows"
+        return self.eval_text if dataset is self.eval_dataset else None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """As the base class does, with losses over tokens; for `evaluate()` at every size that has figures."""
+        sizes = measured_sizes(self.model.config) if description == "Evaluation" else {}
+        same = (name for name, budget in sizes.items() if self.model.resolve_budget(budget) == self.model.subnetwork)
+        current = next(same, "")
+        self._sizes, self._scores = (sizes if current else {"": None, **sizes}), []
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._scores:
+            found = dict(zip(self._sizes, map(quality, torch.cat(self._scores).unbind(dim=1)), strict=True))
+            output.metrics[f"{metric_key_prefix}_loss"] = found[current]["loss"]
+            output.metrics[f"{metric_key_prefix}_tokens"] = found[current]["tokens"]
+            for name in sizes:
+                for figure in FIGURES:
+                    output.metrics[f"{metric_key_prefix}_{figure}_{_key(name)}"] = found[name][figure]
+        elif description == "Evaluation":
+            raise invalid("eval_dataset", dataloader.dataset, "It has no rows.", "Pass some, or do not evaluate.")
+        self._sizes = {}
         return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Score the batch at the sizes of `evaluation_loop`; all logits, of the current size, only if asked for."""
+        if not self._sizes or (self._sizes.keys() == {""} and inputs.get("labels") is None):  # `predict`, without them
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        self._check_batch(inputs)
+        chunk = self.args.loss_chunk_size
+        scores = torch.stack([score(model, inputs, budget, chunk) for budget in self._sizes.values()], dim=1)
+        self._scores.append(self.accelerator.gather_for_metrics(scores).cpu())
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        nats, _, tokens = scores[:, 0].sum(dim=0)
+        return nats / tokens, None, None
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -428,22 +516,43 @@ class FlextronTrainer(Trainer):
             if self.args.should_save:
                 sweep(self.args.output_dir)
         self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
-        result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
-        if result is None:
-            result = self._train(resume_from_checkpoint or None, **kwargs)
+        with in_float32(self.model, self._learning(), self.args.float32_weights) as rounded:
+            result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+            if result is None:
+                result = self._train(resume_from_checkpoint or None, **kwargs)
+        if rounded:
+            self.model.config.dtype = self.model.dtype
+            self._forget()
         if self.routers is not None:
             size = self.args.per_device_eval_batch_size
             self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
         return result
 
     def _train(self, resume_from_checkpoint: str | None, **kwargs) -> TrainOutput:
-        logger.warning_once(str(self.plan()))
+        length = stored_length(self.train_dataset)
+        if length is not None:
+            logger.warning_once(str(self.plan(length)))
+        if self.model.is_activation_checkpointing and not self.args.activation_checkpointing:
+            # Enabled by hand, it may be reentrant, which forgets gradients: see the arguments.
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         frozen = [] if self.routers is None else self.routers.freeze()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+
+    def _learning(self) -> set[str]:
+        """Names of the parameters that are trained: all where most are, so that they have one dtype."""
+        if self.args.stage == "router":
+            return {name for name, _ in self.model.named_parameters() if ".router." in name}
+        whole = not hasattr(self.model, "peft_config")
+        return {name for name, parameter in self.model.named_parameters() if whole or parameter.requires_grad}
+
+    def _forget(self) -> None:
+        """Erase the figures of what is about to change."""
+        if self.args.stage != "router" or self.args.router_method == "token":
+            self.model.config.forget_measurements(only_routed=self.args.stage == "router")
 
     def _finished(self, checkpoint: Path) -> TrainOutput | None:
         """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
@@ -609,12 +718,39 @@ class FlextronTrainer(Trainer):
             rule = "`save_model` writes no whole weights then."
             raise invalid("fsdp_state_dict_type", str(plugin.state_dict_type), rule, "Set it to FULL_STATE_DICT.")
 
+    def hyperparameter_search(self, *args, **kwargs) -> Any:
+        """Refused, as `model_init` is: every trial needs a model of its own.
+
+        Raises:
+            ValueError: always.
+        """
+        raise invalid("hyperparameter_search", kwargs.get("backend"), *REFUSED["model_init"])
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
         if hasattr(self.model, "peft_config"):
             super().create_model_card(*args, **kwargs)  # of the adapter, which is all there is to push
         elif self.is_world_process_zero():
             write_model_card(self.model, self.args.output_dir, self.hub_model_id)
+
+
+def stored_length(dataset: Any) -> int | None:
+    """Tokens in the first row of a dataset that holds its rows; None of one that makes them when they are read."""
+    stored = isinstance(dataset, (list, tuple)) or (
+        isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    )
+    row = dataset[0] if stored and len(dataset) else None
+    return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else None
+
+
+def bytes_of(*tensors: torch.Tensor) -> int:
+    """Memory of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _key(name: str) -> str:
+    """What a size is called in the names of metrics."""
+    return name.replace("auto:", "auto-")
 
 
 def _pushed(job: Future, staged: ExitStack) -> None:
