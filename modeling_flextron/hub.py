@@ -2,10 +2,13 @@
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import (
     CommitInfo,
@@ -14,8 +17,10 @@ from huggingface_hub import (
     create_branch,
     create_commit,
     list_repo_files,
+    run_as_future,
 )
 
+from .checkpoint import staging
 from .errors import invalid
 
 T = TypeVar("T")
@@ -51,6 +56,28 @@ def files_of(folder: str | os.PathLike, prefix: str = "") -> dict[str, Path]:
     """The files in a folder, under their names in a repo: `prefix` and the path in the folder."""
     paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return {prefix + path.relative_to(folder).as_posix(): path for path in paths}
+
+
+def commit_written(
+    write: Callable[[str], str], blocking: bool = True, **kwargs: Any
+) -> CommitInfo | Future[CommitInfo]:
+    """Let `write` fill a folder, and upload that; in the background only when all of it is written.
+
+    Args:
+        write: Called with the folder; returns the repo that it is for.
+        blocking: False returns a `Future` of the commit.
+        kwargs: Of `commit_files`, with its errors.
+    """
+    with ExitStack() as stack:
+        folder = str(stack.enter_context(staging(tempfile.gettempdir(), "flextron-push")))
+        repo_id = write(folder)
+        staged = stack.pop_all()  # or an error removes it here
+
+    def commit() -> CommitInfo:
+        with staged:
+            return commit_files(files_of(folder), repo_id, **kwargs)
+
+    return commit() if blocking else run_as_future(commit)
 
 
 def commit_files(

@@ -13,8 +13,8 @@ Loading at a budget builds the small shape at once and reads only the leading pa
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -58,13 +58,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .adapters import check_layers, fit_adapter, read_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
-from .checkpoint import staging, undisturbed, write_beside
+from .checkpoint import undisturbed, write_beside
 from .configuration_flextron import FlextronConfig
 from .drafting import Drafts, check_generation, generate_drafted
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
-from .hub import commit_files, files_of, retried
+from .hub import commit_written, retried
 from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
 from .model_card import write_model_card
@@ -702,8 +702,9 @@ class FlextronPreTrainedModel(PreTrainedModel):
         token: str | bool | None = None,
         tags: list[str] | None = None,
         max_shard_size: int | str = "5GB",
+        blocking: bool = True,
         **kwargs,
-    ) -> CommitInfo:
+    ) -> CommitInfo | Future[CommitInfo]:
         """Upload code, config, latency tables, weights, card and plot in one commit.
 
         A push that fails changes nothing on the Hub and may be repeated.
@@ -715,20 +716,24 @@ class FlextronPreTrainedModel(PreTrainedModel):
             token: Of a user who may write; by default the one of `hf auth login`.
             tags: More tags for the card.
             max_shard_size: Of a file of weights.
+            blocking: False returns a `Future` as soon as all that is uploaded is written beside the model.
             kwargs: `commit_message`, `commit_description`, `revision` and `create_pr`; see `hub.commit_files`.
 
         Raises:
             ValueError: the model shares its parameters with another (`share`).
             OSError, HTTPError: as `hub.commit_files`.
         """
-        with staging(tempfile.gettempdir(), "flextron-push") as folder:
+
+        def write(folder: str) -> str:
             whole = quantizer(self.config) is not None or self._hf_peft_config_loaded
             (self.save_pretrained if whole else self.export)(folder, max_shard_size=max_shard_size)
-            repo_id = retried(lambda: create_repo(repo_id, private=private, token=token, exist_ok=True)).repo_id
+            repo = retried(lambda: create_repo(repo_id, private=private, token=token, exist_ok=True)).repo_id
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            write_model_card(self, folder, repo_id, tags)
-            return commit_files(files_of(folder), repo_id, token=token, **kwargs)
+            write_model_card(self, folder, repo, tags)
+            return repo
+
+        return commit_written(write, blocking, token=token, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date.

@@ -41,9 +41,9 @@ def test_loads_at_every_budget_and_saves_again(layout, tmp_path):
     whole.save_pretrained(tmp_path / "plain")
     whole.export(tmp_path / "levels")
     for name in BUDGETS:
-        assert wrong(whole, name, flextron_budget=value_of(name)) < 1e-5
+        assert wrong(whole, name, flextron_budget=value_of(name)) < 1e-4
         for folder in (OLD / layout, tmp_path / "plain", tmp_path / "levels"):
-            assert wrong(load(folder, dtype=torch.float32, flextron_budget=value_of(name)), name) < 1e-5, name
+            assert wrong(load(folder, dtype=torch.float32, flextron_budget=value_of(name)), name) < 1e-4, name
     assert [row["loss"] for row in whole.frontier] == [2.0, 2.1, 2.2, 2.6]
 
 
@@ -53,8 +53,8 @@ def test_a_part_whose_layers_differ_loads_and_saves_again(tmp_path):
     for folder in (OLD / "part", tmp_path):
         for name, budget in zip(PART, (None, {"mlp": 12}), strict=True):
             loaded = FlextronForCausalLM.from_pretrained(folder, dtype=torch.float32, flextron_budget=budget)
-            assert wrong(loaded, name) < 1e-5
-            assert wrong(part, name, flextron_budget=budget) < 1e-5
+            assert wrong(loaded, name) < 1e-4
+            assert wrong(part, name, flextron_budget=budget) < 1e-4
 
 
 OWN_CODE = """
@@ -86,4 +86,4 @@ def test_its_own_code_still_runs(tmp_path):
     logits = load_file(tmp_path / "logits.safetensors")
     assert len(logits) == len(cases)
     for layout, name, _ in cases:
-        assert difference(logits[f"{layout} {name}"], EXPECTED[name]) < 1e-5, (layout, name)
+        assert difference(logits[f"{layout} {name}"], EXPECTED[name]) < 1e-4, (layout, name)

@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import VARIANTS, difference, elastic_of, parent_of, run_python
-from training import VARIANT, arguments, losses, rows, trainer
+from safetensors.torch import load_file
+from training import VARIANT, arguments, losses, rows, trainer, with_adapter
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments
@@ -322,6 +324,74 @@ def test_nothing_that_was_saved_is_a_pickle_of_arguments(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert "training_args.json" in names and "training_args.bin" not in names
     assert json.loads((tmp_path / "training_args.json").read_text())["sampler"] == "sandwich"
+
+
+def test_what_is_saved_does_not_say_that_training_had_no_cache(tmp_path, ids):
+    """The base class sets `use_cache` to False in the config of what it trains; nobody else's decoding is meant."""
+    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    seen, forward = [], run.model.model.forward
+
+    def watched(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        seen.append(output.past_key_values is not None)
+        return output
+
+    run.model.model.forward = watched
+    run.train()
+    run.evaluate()
+    run.predict(rows(4))
+    assert len(seen) > 6 and not any(seen)  # nor do training and evaluation build one
+    run.model.save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "saved"):
+        loaded = FlextronForCausalLM.from_pretrained(folder)
+        assert loaded(ids).past_key_values.get_seq_length() == ids.shape[1]
+    assert run.model.extract()(ids).past_key_values.get_seq_length() == ids.shape[1]
+    without = elastic_of(VARIANT)
+    without.config.use_cache = False  # as its owner wants it
+    assert trainer(tmp_path, model=without).model.config.use_cache is False
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["model", "adapter"])
+def test_a_push_in_the_background_is_of_the_weights_at_the_call(adapter, tmp_path, monkeypatch):
+    """What happens to the model, and to the folder of the run, after the call is not pushed."""
+    from modeling_flextron import hub, modeling_flextron
+
+    go, pushed = threading.Event(), {}
+
+    def commit(repo_id, operations, **kwargs):
+        assert go.wait(60) and repo_id == "me/model" and kwargs["commit_message"] == "now"
+        for operation in operations:
+            path = Path(operation.path_or_fileobj)
+            content = load_file(path) if path.suffix == ".safetensors" else path.read_text(errors="replace")
+            pushed[operation.path_in_repo] = content
+        return "committed"
+
+    class Repo:
+        repo_id = "me/model"
+
+    monkeypatch.setattr(hub, "create_commit", commit)
+    monkeypatch.setattr(hub, "list_repo_files", lambda *args, **kwargs: [])
+    monkeypatch.setattr(modeling_flextron, "create_repo", lambda *args, **kwargs: Repo)
+    model = elastic_of(VARIANT)
+    run = trainer(tmp_path, model=with_adapter(model, init_lora_weights=False) if adapter else model, max_steps=1)
+    run.hub_model_id = "me/model"
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    job = run.push_to_hub("now", blocking=False)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()
+    run.save_model()
+    assert not job.done()
+    go.set()
+    assert job.result(60) == "committed" and "README.md" in pushed
+    tensors = {name: t for content in pushed.values() if isinstance(content, dict) for name, t in content.items()}
+    assert tensors and all(t.abs().sum() > 0 for t in tensors.values())
+    if adapter:
+        assert "adapter_config.json" in pushed and "config.json" not in pushed
+    else:
+        assert torch.equal(tensors["model.norm.weight[0:32]"], before["model.norm.weight"][:32])
+    place = Path(hub.tempfile.gettempdir())
+    assert not [path for path in place.glob("flextron-push-*")]  # nothing is left behind
 
 
 class TestResume:

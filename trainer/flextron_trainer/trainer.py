@@ -30,7 +30,7 @@ from modeling_flextron.adapters import claim
 from modeling_flextron.checkpoint import staging, sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
-from modeling_flextron.hub import commit_files, files_of
+from modeling_flextron.hub import commit_files, commit_written, files_of
 from modeling_flextron.model_card import write_model_card
 from modeling_flextron.modeling_flextron import runs_in_parts
 from modeling_flextron.positions import places_in_documents
@@ -140,7 +140,10 @@ class FlextronTrainer(Trainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
+        config: Any = model.config
+        use_cache = config.use_cache
         super().__init__(model=model, args=args, **kwargs)
+        config.use_cache = use_cache  # the base class changes it in what is saved; here every pass says it itself
         if self.model.get_output_embeddings() is None:
             rule = "The losses of elastic training are those of a language model."
             raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
@@ -490,6 +493,7 @@ class FlextronTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Score the batch at the sizes of `evaluation_loop`; all logits, of the current size, only if asked for."""
+        inputs = {**inputs, "use_cache": self.args.use_cache}  # which the base class would write into the config
         if not self._sizes or (self._sizes.keys() == {""} and inputs.get("labels") is None):  # `predict`, without them
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -681,8 +685,8 @@ class FlextronTrainer(Trainer):
 
         Args:
             commit_message, token, revision, private: as in `Trainer.push_to_hub`.
-            blocking: False returns a `Future`.
-            kwargs: `tags`, `create_pr`, `commit_description` and `max_shard_size`.
+            blocking: False returns a `Future`; what is pushed is written by then.
+            kwargs: `create_pr` and `commit_description`; of a whole model `tags` and `max_shard_size` as well.
 
         Raises:
             ValueError: an adapter on a sharded model, or a sharded model that is not saved whole.
@@ -698,16 +702,29 @@ class FlextronTrainer(Trainer):
         self.create_model_card()
         self._finish_current_push()
         kwargs |= {
-            "tokenizer": self.processing_class,
+            "blocking": blocking,
             "commit_message": commit_message,
             "token": token or self.args.hub_token,
             "revision": revision or self.args.hub_revision,
+        }
+        if hasattr(self.model, "peft_config"):
+            return commit_written(self._write_adapter, **kwargs)
+        kwargs |= {
+            "tokenizer": self.processing_class,
             "private": self.args.hub_private_repo if private is None else private,
         }
         # One process cannot gather the weights of all; what they just saved together is whole.
         model = load_elastic(self.args.output_dir) if self._sharded else self.model
-        push = model.push_to_hub
-        return push(self.hub_model_id, **kwargs) if blocking else run_as_future(push, self.hub_model_id, **kwargs)
+        return model.push_to_hub(self.hub_model_id, **kwargs)
+
+    def _write_adapter(self, folder: str) -> str:
+        """Write the adapter, its card and the tokenizer into a folder; return the repo that they are for."""
+        assert self.hub_model_id is not None
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        shutil.copy(Path(self.args.output_dir, "README.md"), folder)
+        return self.hub_model_id
 
     def _check_saves_whole(self) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
