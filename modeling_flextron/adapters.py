@@ -33,12 +33,11 @@ PARTS = {
     "lora_magnitude_vector": "O", "hada_w1_a": "Or", "hada_w1_b": "rI", "hada_w2_a": "Or", "hada_w2_b": "rI",
     "ranknum": "", "ln_tuning_layers": "O", "trainable_tokens_delta": "rI", "modules_to_save": "OI", "base_layer": "OI",
 }  # fmt: skip
-OWN = {"ia3_l", *PARTS} - {"modules_to_save", "base_layer"}
-NO_MODULE = "This model has no such module."
-OTHER_NAMES = "An adapter of a parent with other names is rewritten by `flextron_trainer.adapters.from_parent`."
-WORD = r"(?!weight$|bias$)\w+"
+WHOLE = (None, "base_layer", "modules_to_save")  # parts that are weights of the model
+TUNED = {"ia3_l", *PARTS} - {*WHOLE}
+WORD = r"(?!weight$|bias$)[^.]+"
 PART = re.compile(
-    rf"(?P<module>(?:\w+\.)*(?:{'|'.join(MODULES)}))(?:\.token_adapter)?"
+    rf"(?P<module>(?:[^.]+\.)*(?:{'|'.join(MODULES)}))(?:\.token_adapter)?"
     rf"(?:\.(?P<part>{WORD}))?(?:\.(?P<adapter>{WORD}))?(?:\.(?P<kind>\w+))?"
 )
 NUMBER = re.compile(r"(?<=\blayers\.)\d+")
@@ -276,14 +275,19 @@ def fit_adapter(model: Any, tensors: dict[str, Any], prefix: str = "") -> None:
         if name.startswith(prefix) and (match := PART.fullmatch(name[len(prefix) :].removeprefix("base_model.model.")))
     }
     for name in tensors:
-        if name.startswith(prefix) and name not in parts and OWN & set(name.split(".")):
-            raise invalid("adapter", name, NO_MODULE, OTHER_NAMES)
+        if name.startswith(prefix) and name not in parts and TUNED & set(name.split(".")):
+            raise _no_module(name)
     named = {match["adapter"] for match in parts.values()} & set(configs)  # which a file does not do
     current = next(iter(named), list(configs)[-1])
     for adapter in named or {current}:
         own = {name: match for name, match in parts.items() if (match["adapter"] or current) == adapter}
         if any(match["part"] for match in own.values()):
             _fit(model, adapter, tensors, own, bool(named))
+
+
+def _no_module(name: str) -> ValueError:
+    remedy = "An adapter of a parent with other names is rewritten by `flextron_trainer.adapters.from_parent`."
+    return invalid("adapter", name, "This model has no such module.", remedy)
 
 
 def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.Match[str]], named: bool) -> None:
@@ -298,9 +302,9 @@ def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.
     dims = {name: part_dims(match, tensors[name].shape) for name, match in parts.items()}
     theirs = _needs_order(model, config, parts, dims)
     numbers = _layer_numbers(model, config, {int(at[0]) for name in parts if (at := NUMBER.search(name))}, theirs)
-    sliced = not any(adapter in layer.lora_variant for layer in model.modules() if isinstance(layer, sliceable()))
-    for name, match in parts.items():
-        tensor, counted = tensors.pop(name), dims[name]
+    variant = any(adapter in layer.lora_variant for layer in model.modules() if isinstance(layer, sliceable()))
+    for name, tensor in {name: tensors.pop(name) for name in parts}.items():
+        match, counted = parts[name], dims[name]
         module, part, kind = match.group("module", "part", "kind")
         what = f"{module}.{part or kind}"
         if named and not match["adapter"] and part not in (None, "base_layer"):
@@ -309,18 +313,19 @@ def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.
             if (number := numbers.get(int(at[0]))) is None:
                 continue  # a layer that this model does not have
             module, name = NUMBER.sub(str(number), module), NUMBER.sub(str(number), name)
-        if part in OWN and module not in modules:
-            raise invalid("adapter", what, NO_MODULE, OTHER_NAMES)
-        wanted = shapes.get((module, part if named else part or "modules_to_save", kind))
+        if part in TUNED and module not in modules:
+            raise _no_module(what)
         if theirs:
-            tensors[name] = in_our_order(model.permutation, tensor, counted, module, what)
-        elif part is None and kind != "bias" and named:
-            tensors[name] = tensor  # a weight of ours beside those of the adapter
+            fitted = in_our_order(model.permutation, tensor, counted, module, what)
         else:
-            tensors[name] = _leading(tensor, wanted, counted, what)
-        if tensors[name].shape != tensor.shape and not sliced:
+            # A file has a copy of one of our layers under its name, the state of a model all weights beside them.
+            place = "modules_to_save" if part is None and not named else part
+            other = part is None and named and kind == "weight"
+            fitted = _leading(tensor, None if other else shapes.get((module, place, kind)), counted, what)
+        if fitted.shape != tensor.shape and variant:
             rule = "This variant of LoRA is not the same on a part of its layer."
             raise invalid("adapter", what, rule, "Load it on the whole family, or merge it there.")
+        tensors[name] = fitted
     if theirs:
         claim(model, config)
 
@@ -346,7 +351,7 @@ def _needs_order(model: Any, config: Any, parts: dict[str, re.Match[str]], dims:
         )
         ours = repr(model.name_or_path) if model.name_or_path else "a folder into which this model was saved"
         parent = repr(model.config.parent_name) if model.config.parent_name else "the folder or id of the parent"
-        remedy = f"Write into its adapter_config.json, as `base_model_name_or_path`, {ours} or {parent}."
+        remedy = f"Write which of them into its adapter_config.json, as `base_model_name_or_path`: {ours}, or {parent}."
         raise invalid("adapter", name, rule, remedy)
     return bool(theirs)
 

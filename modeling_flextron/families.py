@@ -277,4 +277,5 @@ def stored_heads(heads: int, kv_heads: int) -> list[int]:
 
 def head_rows(order: Sequence[int] | torch.Tensor, head_dim: int) -> torch.Tensor:
     """Indices of the rows (or columns) of the heads in `order`."""
-    return (torch.as_tensor(order)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    heads = torch.as_tensor(order, device="cpu")
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device="cpu")).flatten()

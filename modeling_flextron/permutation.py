@@ -74,10 +74,10 @@ class Permutation:
         built = config.built
         kv_heads = [config.kv_heads(heads) for heads in built.heads]
         return cls(
-            hidden=torch.arange(built.hidden),
-            mlp=tuple(torch.arange(size) for size in built.mlp),
-            heads=tuple(torch.tensor(stored_heads(h, kv)) for h, kv in zip(built.heads, kv_heads, strict=True)),
-            kv_heads=tuple(torch.arange(size) for size in kv_heads),
+            hidden=counted(built.hidden),
+            mlp=tuple(map(counted, built.mlp)),
+            heads=tuple(torch.tensor(stored_heads(*h), device="cpu") for h in zip(built.heads, kv_heads, strict=True)),
+            kv_heads=tuple(map(counted, kv_heads)),
             layers=built.layers,
             sizes={
                 "hidden": built.hidden,
@@ -157,7 +157,7 @@ class Permutation:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         every = {f"layers.{i}.{part}": o for part in PARTS for i, o in enumerate(getattr(self, part))}
-        return {"hidden": self.hidden, "layers": torch.tensor(self.layers), **every}
+        return {"hidden": self.hidden, "layers": torch.tensor(self.layers, device="cpu"), **every}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as safetensors."""
@@ -201,9 +201,14 @@ class Permutation:
         return sizes == expected and self.conversion == config.permutation
 
 
+def counted(size: int) -> torch.Tensor:
+    """0, 1, 2, ... on the CPU, whatever the default device is."""
+    return torch.arange(size, device="cpu")
+
+
 def in_place(index: torch.Tensor) -> bool:
     """Whether an index takes leading entries in their order."""
-    return torch.equal(index, torch.arange(len(index)))
+    return torch.equal(index, counted(len(index)))
 
 
 def reordered(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:

@@ -129,14 +129,16 @@ def test_loads_at_a_budget(saved, tmp_path, budget):
     model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model, budget)
-    small = peft.PeftModel.from_pretrained(family(saved, budget), tmp_path / "adapter")
+    small = peft.PeftModel.from_pretrained(family(saved, budget), tmp_path / "adapter", adapter_name="my-own")
     assert difference(logits(small), expected) < 1e-5
     automatic = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", flextron_budget=budget)
     assert difference(logits(automatic), expected) < 1e-5
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert difference(logits(family(tmp_path / "merged", budget)), expected) < 1e-5
     # An adapter of the small model is loaded as it is.
-    randomise(small, 7).save_pretrained(tmp_path / "small")
+    small = randomise(small, 7)
+    small.save_pretrained(tmp_path)
+    (tmp_path / "my-own").rename(tmp_path / "small")  # PEFT writes all but its default into a folder of that name
     again = peft.PeftModel.from_pretrained(family(saved, budget), tmp_path / "small")
     assert difference(logits(again), logits(small)) < 1e-5
     if budget == {"mlp": 48, "layers": 2}:  # and never on a larger network in silence
@@ -151,6 +153,10 @@ def test_loads_through_transformers(saved, tmp_path):
     small = family(saved, budget)
     small.load_adapter(tmp_path)
     assert difference(logits(small), logits(model, budget)) < 1e-5
+    other, config = family(saved, budget), peft.PeftConfig.from_pretrained(tmp_path)
+    backwards = dict(reversed(peft.load_peft_weights(tmp_path, device="cpu").items()))
+    other.load_adapter(peft_config=config, adapter_state_dict=backwards)
+    assert difference(logits(other), logits(model, budget)) < 1e-5
     small.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_model.safetensors").exists()
 

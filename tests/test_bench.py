@@ -10,6 +10,7 @@ from planted import plant
 
 from flextron_trainer.bench import Variants, against, logits_difference, tokens_per_second, variants_of, warnings
 from flextron_trainer.loading import Load, fetched_bytes, measure_loads
+from modeling_flextron.hub import files_of
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
 def test_the_verb_takes_a_hub_id(exported, tmp_path):
     """And loads of a budget are downloads of its own bytes."""
     _, root = exported
-    files = {path.name: path.read_bytes() for path in (root / "levels").iterdir() if path.is_file()}
+    files = {name: path.read_bytes() for name, path in files_of(root / "levels").items()}
     with HubServer() as hub:
         hub.repos["me/elastic"] = Repo()
         hub.repos["me/elastic"].add(files, "family", "main", None)

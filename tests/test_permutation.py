@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.families import axes, family_of, from_stock, layer_of, stock_name
-from modeling_flextron.permutation import FILE
+from modeling_flextron.permutation import FILE, Permutation
 
 
 def orders(model):
@@ -85,6 +85,14 @@ def test_narrows_as_the_model_does():
         assert tuple(map(len, part.mlp)) == sub.mlp and tuple(map(len, part.heads)) == sub.heads
         assert {len(order) for order in part.kv_heads} == {2}
         assert part.conversion == elastic.permutation.conversion and part.sizes == elastic.permutation.sizes
+
+
+def test_is_made_on_the_cpu_whatever_the_default_device_is(saved):
+    with torch.device("meta"):
+        elastic = elastic_of("gqa-wide-heads")
+        permutation = Permutation.unsorted(elastic.config)
+        assert permutation.moved == {"heads"} and elastic.permutation.moved == {"hidden", "mlp", "heads"}
+        assert permutation.indices(("heads",), 0)[0].device.type == "cpu"
 
 
 # --------------------------------------------------------------------------------------------- what carries it

@@ -82,7 +82,7 @@ def launched(tmp_path_factory):
         variables = environment() | hub.environment(folder / "home")
         done = subprocess.run([*launch("ddp"), folder], env=variables, capture_output=True, text=True)
         for name, content in (hub.files("me/sharded") if "me/sharded" in hub.repos else {}).items():
-            (folder / "pushed").mkdir(exist_ok=True)
+            (folder / "pushed" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "pushed" / name).write_bytes(content)
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-5000:]
     return folder

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronPreTrainedModel
-from modeling_flextron.adapters import PART, in_our_order, mark, part_dims
+from modeling_flextron.adapters import PART, WHOLE, in_our_order, mark, part_dims
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import axes, family_of, from_stock, layer_of, stock_name
@@ -21,7 +21,6 @@ from modeling_flextron.permutation import read_permutation
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ON_LAYERS = ("LORA", "ADALORA", "IA3", "LOHA", "LN_TUNING", "TRAINABLE_TOKENS")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-WHOLE = (None, "base_layer", "modules_to_save")  # parts of an adapter that are weights of the model
 INSTEAD = "Merge it into the parent and convert that."
 
 

@@ -345,14 +345,15 @@ def _sorted(config: FlextronConfig, start: Permutation, scores: Importance) -> P
     if len(config.choices("mlp")) > 1:
         orders["mlp"] = tuple(map(_descending, scores.mlp))
     if len(config.choices("heads")) > 1:
-        orders["heads"] = tuple(torch.tensor(_ranked_heads(layer, kv_heads)) for layer in scores.heads)
+        ranked = (_ranked_heads(layer, kv_heads) for layer in scores.heads)
+        orders["heads"] = tuple(torch.tensor(heads, device="cpu") for heads in ranked)
         if kv_heads == config.num_attention_heads:
             orders["kv_heads"] = orders["heads"]
     return replace(start, **orders, conversion="")
 
 
 def _descending(scores: torch.Tensor) -> torch.Tensor:
-    return scores.argsort(descending=True, stable=True)
+    return scores.cpu().argsort(descending=True, stable=True)
 
 
 def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
