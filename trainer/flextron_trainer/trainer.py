@@ -140,10 +140,10 @@ class FlextronTrainer(Trainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
-        config: Any = model.config
-        use_cache = config.use_cache
+        own: Any = model.config
+        use_cache = own.use_cache
         super().__init__(model=model, args=args, **kwargs)
-        config.use_cache = use_cache  # the base class changes it in what is saved; here every pass says it itself
+        own.use_cache = use_cache  # the base class changes it in what is saved; here every pass says it itself
         if self.model.get_output_embeddings() is None:
             rule = "The losses of elastic training are those of a language model."
             raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
@@ -493,16 +493,16 @@ class FlextronTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Score the batch at the sizes of `evaluation_loop`; all logits, of the current size, only if asked for."""
-        inputs = {**inputs, "use_cache": self.args.use_cache}  # which the base class would write into the config
+        cached = {**inputs, "use_cache": self.args.use_cache}  # which the base class would write into the config
         if not self._sizes or (self._sizes.keys() == {""} and inputs.get("labels") is None):  # `predict`, without them
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, cached, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         self._check_batch(inputs)
         chunk = self.args.loss_chunk_size
         scores = torch.stack([score(model, inputs, budget, chunk) for budget in self._sizes.values()], dim=1)
         self._scores.append(self.accelerator.gather_for_metrics(scores).cpu())
         if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, cached, prediction_loss_only, ignore_keys)
         nats, _, tokens = scores[:, 0].sum(dim=0)
         return nats / tokens, None, None
 
