@@ -307,6 +307,7 @@ def test_the_parent_and_its_licence_are_remembered(tmp_path):
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     assert origin_of(str(folder)) == ("parent", None)
     assert origin_of("them/unreachable") == ("them/unreachable", None)
+    assert origin_of(str(tmp_path / "gone")) == ("gone", None)
     assert elastic_of("mha").config.parent_name is None
 
 

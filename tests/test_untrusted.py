@@ -16,6 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM
 
 import modeling_flextron
 from flextron_trainer import FlextronTrainer, convert, standalone
+from flextron_trainer.adapters import from_parent
 from flextron_trainer.cli import app
 from flextron_trainer.data import load_tokenizer
 from flextron_trainer.demo import train_tokenizer
@@ -132,6 +133,7 @@ FUNCTIONS = {
     "trainer": lambda: trainer().train(),
     "elastic teacher": lambda: trainer(teacher="elastic").train(),
     "dense": lambda: export_dense("elastic", "dense-again", 0.6),
+    "an adapter of the parent": lambda: from_parent("adapter", "elastic", "adapter-of-ours"),
     "config": lambda: FlextronConfig.from_pretrained("elastic"),
     "models": lambda: [
         getattr(modeling_flextron, name).from_pretrained("elastic", flextron_budget=0.6)

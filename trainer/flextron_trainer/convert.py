@@ -193,13 +193,13 @@ def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | Non
     if not source:
         return None, None
     quiet = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
-    card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **quiet)
     try:
+        card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **quiet)
         metadata = (card and metadata_load(card)) or {}
-    except (ValueError, yaml.YAMLError, RecursionError):
+    except (ValueError, OSError, yaml.YAMLError, RecursionError):  # of a model in memory the folder may be gone
         metadata = {}
     terms = {name: metadata[name] for name in LICENSE_FIELDS if isinstance(metadata.get(name), str)}
-    name = Path(source).resolve().name if Path(source).is_dir() else source
+    name = Path(source).resolve().name if Path(source).is_dir() or os.path.isabs(source) else source
     return name, terms or None
 
 

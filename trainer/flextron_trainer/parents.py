@@ -59,8 +59,9 @@ def adapter_of(source: str | os.PathLike, **hub: Any) -> Any:
         ValueError: an adapter that does not say what it was trained on, or PEFT is not installed.
     """
     source = os.fspath(source)
-    if find_adapter_config_file(source, **hub) is None:
-        return None
+    with reading("parent", source):
+        if find_adapter_config_file(source, **hub) is None:
+            return None
     try:
         from peft import PeftConfig
     except ImportError:
