@@ -73,7 +73,8 @@ def documents(
 def places_in_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Where each token of `[B, S]` is in its document, padding being a document of its own for each token.
 
-    Positions that do not follow each other part documents, as in transformers where there is no mask.
+    Positions that do not follow each other part documents, as in transformers where there is no mask; behind padding,
+    which positions may count or not, a document begins at 0.
 
     Returns:
         None where no row has two documents.
@@ -83,17 +84,17 @@ def places_in_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor
     """
     real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     position_ids, place = position_ids.expand_as(real), torch.arange(real.shape[1], device=real.device)
-    before = nn.functional.pad(torch.where(real, place, 0).cummax(-1).values[:, :-1], (1, 0))  # the real token before
-    step, inner = position_ids - position_ids.gather(-1, before), real & (real.cumsum(-1) > 1)
-    parted = inner & (step != 1) & (step != place - before)  # positions may count padding, or not
-    padded = nn.functional.pad(~real[:, :-1], (1, 0))  # right before
+    behind = nn.functional.pad(~real[:, :-1], (1, 0))  # padding
+    step = nn.functional.pad(position_ids.diff(dim=-1), (1, 0))
+    inner = real & (real.cumsum(-1) > 1)
+    parted = inner & torch.where(behind, position_ids == 0, step != 1)
     if not is_tracing(parted):
         if not parted.any():
             return None
-        if (inner & padded & ~parted).any():
+        if (inner & behind & ~parted).any():
             rule = "A row with several documents is padded between them only."
             raise invalid("attention_mask", "padding amid a document", rule, "Pass that document in a row of its own.")
-    return place - torch.where(parted | padded | ~real, place, 0).cummax(-1).values
+    return place - torch.where(parted | behind | ~real, place, 0).cummax(-1).values
 
 
 def flash_options(places: torch.Tensor, batch: int) -> dict[str, Any]:

@@ -25,7 +25,14 @@ def pytest_configure(config):
     for name in ["accelerate", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_compile"]:
         suffix = "tests" if name == "accelerate" else "test"
         config.addinivalue_line("markers", f"{name}_{suffix}: of transformers")
-    for name in ["is_training_test", "generate", "torch_export_test", "onnx_export_test", "executorch_export_test"]:
+    for name in [
+        "is_training_test",
+        "generate",
+        "torch_export_test",
+        "onnx_export_test",
+        "executorch_export_test",
+        "timeout",
+    ]:
         config.addinivalue_line("markers", f"{name}: of transformers")
 
 

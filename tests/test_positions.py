@@ -88,6 +88,18 @@ def test_one_document_in_a_row_is_left_as_it_is():
         assert difference(found[mask.bool()], expected[mask.bool()]) < 1e-5
 
 
+@torch.no_grad()
+def test_text_behind_padding_is_that_of_stock_models():
+    """Without a cache `generate` gives positions that begin again, though not at 0, to what it writes there."""
+    parent, model = parent_of("gpt2"), elastic_of("gpt2")
+    ids, mask = (
+        torch.randint(1, 95, (3, 7), generator=torch.Generator().manual_seed(1)),
+        torch.ones(3, 7).tril(2).long(),
+    )
+    options = {"attention_mask": mask, "use_cache": False, "max_new_tokens": 4, **GREEDY}
+    assert torch.equal(model.generate(ids, **options), parent.generate(ids, **options))
+
+
 def test_what_documents_cannot_have():
     model, (inputs, _) = elastic_of("gqa-wide-heads"), rows(False)
     with pytest.raises(ValueError, match=r"`past_key_values`='DynamicCache' .*a cache could continue only one"):

@@ -50,7 +50,7 @@ def config_of(variant: str) -> FlextronConfig:
 
 
 class ModelTester:
-    """What the tests ask of the tester of a model: a config, inputs and their sizes, which are those of theirs."""
+    """What the tests ask of the tester of a model: a config, and inputs of the sizes and the padding of their own."""
 
     batch_size, seq_length, num_hidden_layers = 13, 7, 2
     is_training = True
@@ -72,7 +72,7 @@ class ModelTester:
 
     def prepare_config_and_inputs_for_common(self):
         ids = torch.randint(3, self.vocab_size, (self.batch_size, self.seq_length))
-        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril()}
 
     prepare_config_and_inputs = prepare_config_and_inputs_for_common
 
