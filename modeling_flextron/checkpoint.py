@@ -163,8 +163,8 @@ def undisturbed(folder: str | os.PathLike) -> Iterator[None]:
         ValueError: files were replaced, or a save has not come to its end; any error in the block is its cause.
     """
     before = _files_of_checkpoint(folder)
+    _check_untouched(folder, before)
     try:
-        _check_untouched(folder, before)
         yield
     except Exception as error:
         _check_untouched(folder, before, error)
