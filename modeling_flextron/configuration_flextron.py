@@ -49,7 +49,7 @@ from .subnetwork import (
 from .token_routing import RoutedSubNetwork, check_token_routing, narrowed_routing, resolve_auto
 
 logger = logging.get_logger(__name__)
-VERSION = "0.1.0"  # of this code, wherever it runs from; the package has the same
+VERSION = "0.2.0"  # of this code, wherever it runs from; the package has the same
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
     "AutoModel": "modeling_flextron.FlextronModel",

@@ -504,7 +504,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
             rule = "The layers of a model quantized by this method exist only at the size they were built at."
             remedy = "Load it with `flextron_budget=` and the quantization together, or quantize with torchao."
             raise invalid("flextron_budget", budget, rule, remedy)
-        if subnetwork != self.built and runs_in_parts(self):
+        if runs_in_parts(self) and subnetwork != self.built:
             rule = "Under a tensor-parallel plan each process holds a part of a weight, not what is leading of it."
             remedy = "Load it with `flextron_budget=` and the plan together, which then divides weights of that size."
             raise invalid("flextron_budget", budget, rule, remedy)

@@ -141,7 +141,8 @@ class TokenRouting:
             return self._attend_in_groups(
                 module, hidden_states, sizes, which, read, **kwargs | {"attention_mask": mask}
             )
-        size = int(chosen.max())
+        # A kernel that reads the pages of an engine itself writes there, too: of all heads, for later tokens.
+        size = max(sizes) if "k_cache" in kwargs else int(chosen.max())
         gate = torch.arange(size, device=chosen.device) < chosen[..., None]
         gate = gate.repeat_interleave(module.head_dim, dim=-1).to(hidden_states.dtype)
         groups = module.kv_heads_of(size)

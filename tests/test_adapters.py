@@ -610,7 +610,7 @@ def test_elastic_training_of_an_adapter(saved, tmp_path, teacher):
     end = whole.evaluate()
     rows_of = [key for key in end if key.startswith("eval_loss_")]
     assert len(rows_of) == 4 and end["eval_loss"] < start["eval_loss"]
-    assert sum(end[key] for key in rows_of) < sum(start[key] for key in rows_of) - 0.1
+    assert sum(end[key] for key in rows_of) < sum(start[key] for key in rows_of) - 0.05
     assert all(difference(before[name], p) == 0 for name, p in whole.model.named_parameters() if name in before)
     checkpoint = tmp_path / "a" / "checkpoint-4"
     assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()

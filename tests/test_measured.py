@@ -4,7 +4,7 @@ import time
 
 import pytest
 from helpers import elastic_of
-from training import rows, trainer
+from training import rows, train, trainer
 
 from flextron_trainer.evaluation import evaluate_frontier, name_of
 from flextron_trainer.router_stage import add_token_routers
@@ -139,7 +139,7 @@ def test_a_stage_that_changes_weights_erases_all_figures_of_them(tmp_path, stage
     settings = {"stage": stage, "router_method": method, "router_budgets": targets if stage != "elastic" else None}
     run = trainer(tmp_path, model=model, teacher=None, max_steps=1, **settings)
     run.train_dataset = rows(4)
-    run.train()
+    train(run)
     for row in config.frontier:
         if row["name"] in names:
             assert (row["loss"] is not None) == (len(row["metrics"]) == 2) == (len(row["measured"]) == 2) == rows_stay
