@@ -225,12 +225,12 @@ def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dic
     """The tensors of an adapter, as `load_adapter` has them: a dict, or files.
 
     Raises:
-        ValueError: the files are no safetensors.
+        ValueError: there are no safetensors.
     """
     if tensors is not None:
         return dict(tensors)
     for file in files or ():
-        if not str(file).endswith(".safetensors"):
+        if not str(file).endswith(".safetensors") or not Path(file).is_file():
             remedy = "Save the adapter with PEFT as adapter_model.safetensors."
             raise invalid("adapter", str(file), "Only safetensors are read.", remedy)
     return {name: tensor for file in files or () for name, tensor in load_file(file).items()}

@@ -161,6 +161,12 @@ def test_loads_through_transformers(saved, tmp_path):
     assert (tmp_path / "again" / "adapter_model.safetensors").exists()
 
 
+def test_a_pickled_adapter_is_refused(saved, tmp_path):
+    adapted(family(saved), ["up_proj"]).save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="Only safetensors are read"):
+        family(saved).load_adapter(tmp_path)
+
+
 def test_layers_that_cannot_be_told(saved, tmp_path):
     adapted(family(saved), ["up_proj"], layers_to_transform=[0, 1]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be told"):
