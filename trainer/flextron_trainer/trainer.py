@@ -235,20 +235,19 @@ class FlextronTrainer(Trainer):
     # ------------------------------------------------------------------------------------------ training
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As `Trainer._prepare_inputs`; refuses documents that the attention would not keep apart."""
+        """As `Trainer._prepare_inputs`; refuses documents that a teacher would not keep apart."""
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and positions is not None:
             places = places_in_documents(positions, mask)
             if places is not None:  # stock code, which a teacher may be, looks for documents where there is no mask
                 inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
                 inputs["position_ids"] = torch.where(mask.bool(), positions, places)
-        if len(inputs.get("position_ids", ())) > 1:
-            for model in (self.model, self.teacher):
-                kind = model and str(model.config._attn_implementation)
-                if kind and "flash" in kind:
-                    rule = "It keeps the documents of a block apart in batches of one row only."
-                    remedy = "Use batches of 1 and `gradient_accumulation_steps`, or load the model with 'sdpa'."
-                    raise invalid("attn_implementation", kind, rule, remedy)
+        if len(inputs.get("position_ids", ())) > 1 and self.teacher is not None:
+            kind = str(self.teacher.config._attn_implementation)
+            if "flash" in kind and self.teacher.config.model_type in FAMILIES:
+                rule = "A stock teacher keeps the documents of a block apart in batches of one row only with it."
+                remedy = "Use batches of 1 and `gradient_accumulation_steps`, or load the teacher with 'sdpa'."
+                raise invalid("attn_implementation", kind, rule, remedy)
         return super()._prepare_inputs(inputs)
 
     def training_step(
