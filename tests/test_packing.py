@@ -108,7 +108,7 @@ def test_training_on_blocks_is_training_on_documents(tmp_path, teacher):
 
 def test_flash_attention_of_a_stock_teacher_is_refused_for_several_blocks(tmp_path):
     parent = parent_of(VARIANT)
-    run = FlextronTrainer(elastic_of(VARIANT), arguments(tmp_path), parent, train_dataset=packed(documents()))
+    run = FlextronTrainer(elastic_of(VARIANT), arguments(tmp_path), teacher=parent, train_dataset=packed(documents()))
     run.teacher.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"`attn_implementation`='flash_attention_2' cannot be used\. A stock teacher"):
         run.train()
@@ -120,7 +120,7 @@ def test_training_with_flash_attention(tmp_path, flash):  # noqa: F811
         model = elastic_of(VARIANT)
         model.config._attn_implementation = attention
         changes = {"max_steps": 1, "per_device_train_batch_size": len(LENGTHS)}
-        run = FlextronTrainer(model, arguments(tmp_path, **changes), "self", train_dataset=packed(documents()))
+        run = FlextronTrainer(model, arguments(tmp_path, **changes), teacher="self", train_dataset=packed(documents()))
         run.train()
         logs.append([run.state.log_history[0][name] for name in ("loss_1", "loss_0.15", "grad_norm")])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
