@@ -37,4 +37,4 @@ def test_an_entry_has_a_message_and_a_test(row):
     source = (ROOT / "tests" / file).read_text(encoding="utf-8")
     functions = {node.name: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
     assert name in functions, f"{file} has no {name}"
-    assert re.search(r"raises|refuse", source)
+    assert re.search(r"raises|refuse|in message", source)  # some are raised in other processes
