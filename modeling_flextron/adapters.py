@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,34 +46,30 @@ NUMBER = re.compile(r"(?<=\blayers\.)\d+")
 # --------------------------------------------------------------------------------------------------- running
 
 
+class PeftLayers(NamedTuple):
+    """PEFT's kinds of layers, to ask `isinstance`; without PEFT there are none.
+
+    Args:
+        sliceable: Those that run on leading slices.
+        every: What all of them are.
+        copies: The wrapper around copies of our own layers, which it trains as they are.
+    """
+
+    sliceable: tuple[Any, ...] = ()
+    every: tuple[Any, ...] = ()
+    copies: tuple[Any, ...] = ()
+
+
 @functools.cache
-def sliceable() -> tuple[Any, ...]:
-    """PEFT's layers that run on leading slices."""
+def peft_layers() -> PeftLayers:
+    """The layers of the PEFT that is installed, which is imported when an adapter is there to ask for it."""
     try:
         from peft.tuners.lora import Embedding, Linear
-    except ImportError:
-        return ()
-    return Linear, Embedding
-
-
-@functools.cache
-def tuner_layers() -> tuple[Any, ...]:
-    """What every layer of PEFT is."""
-    try:
         from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return ()
-    return (BaseTunerLayer,)
-
-
-@functools.cache
-def saved_copies() -> tuple[Any, ...]:
-    """PEFT's wrapper around copies of our own layers, which it trains as they are."""
-    try:
         from peft.utils import ModulesToSaveWrapper
     except ImportError:
-        return ()
-    return (ModulesToSaveWrapper,)
+        return PeftLayers()
+    return PeftLayers((Linear, Embedding), (BaseTunerLayer,), (ModulesToSaveWrapper,))
 
 
 def kind_of(layer: Any) -> str:
@@ -125,7 +121,7 @@ def check_sliceable(layer: Any) -> None:
     Raises:
         ValueError: another kind of adapter, a variant such as DoRA, or adapters chosen for each row of a batch.
     """
-    if not isinstance(layer, sliceable()):
+    if not isinstance(layer, peft_layers().sliceable):
         raise invalid("adapter", kind_of(layer), "This kind runs at the built size alone.", REMEDY)
     variants = [layer.lora_variant[name] for name in layer.active_adapters if name in layer.lora_variant]
     if variants and not (layer.disable_adapters or layer.merged):
@@ -142,7 +138,7 @@ def check_layers(layers: Iterable[Any]) -> None:
         ValueError: it has.
     """
     for layer in layers:
-        if isinstance(layer, tuner_layers()):
+        if isinstance(layer, peft_layers().every):
             raise invalid("adapter", kind_of(layer), "This kind runs with all channels alone.", REMEDY)
 
 
@@ -302,7 +298,8 @@ def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.
     dims = {name: part_dims(match, tensors[name].shape) for name, match in parts.items()}
     theirs = _needs_order(model, config, parts, dims)
     numbers = _layer_numbers(model, config, {int(at[0]) for name in parts if (at := NUMBER.search(name))}, theirs)
-    variant = any(adapter in layer.lora_variant for layer in model.modules() if isinstance(layer, sliceable()))
+    lora = (layer for layer in model.modules() if isinstance(layer, peft_layers().sliceable))
+    variant = any(adapter in layer.lora_variant for layer in lora)
     for name, tensor in {name: tensors.pop(name) for name in parts}.items():
         match, counted = parts[name], dims[name]
         module, part, kind = match.group("module", "part", "kind")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapters import add_adapters, check_sliceable, is_narrowed, saved_copies
+from .adapters import add_adapters, check_sliceable, is_narrowed, peft_layers
 from .errors import invalid
 
 
@@ -141,7 +141,7 @@ def project(layer: Any, input: torch.Tensor, size: int | None) -> torch.Tensor:
     """
     if isinstance(layer, (ElasticLinear, ElasticEmbedding)) or not is_narrowed(layer, input, size):
         return layer(input) if size is None else layer(input, size)
-    if isinstance(layer, saved_copies()):
+    if isinstance(layer, peft_layers().copies):
         return layer(input, size) if size is not None else layer(input)
     check_sliceable(layer)
     output = layer.base_layer(input) if size is None else layer.base_layer(input, size)

@@ -172,9 +172,8 @@ class FlextronAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.kv_heads_at = config.kv_heads
-        self.most_kv_heads = config.__dict__[
-            "num_key_value_heads"
-        ]  # of all layers; where they differ an attribute asks
+        # Of all layers; where they differ the config refuses the attribute.
+        self.most_kv_heads = config.__dict__["num_key_value_heads"]
         self.head_dim = config.head_dim
         self.num_key_value_groups = heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
@@ -496,8 +495,8 @@ class FlextronPreTrainedModel(PreTrainedModel):
         """
         if budget is None:
             return self.subnetwork
-        if budget is self.built:
-            return budget
+        if budget is self.built or budget is self.base_model._subnetwork:
+            return budget  # as it was found before: every token of a text asks
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
         subnetwork = budget if held else resolve(self.config, budget)
         if not self.switchable and subnetwork != self.built:

@@ -164,8 +164,8 @@ class Permutation:
         dtype = torch.int16 if max(self.sizes.values()) < 2**15 else torch.int32
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self._tensors().items()}
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        metadata = {"format": "pt", "conversion": self.conversion, "sizes": json.dumps(self.sizes)}
-        save_file(tensors, path, metadata=metadata)
+        about = json.dumps({"conversion": self.conversion, "sizes": self.sizes})  # several names would have no order
+        save_file(tensors, path, metadata={"permutation": about})
 
     @classmethod
     def load(cls, path: str | os.PathLike, head_dim: int) -> "Permutation":
@@ -176,13 +176,13 @@ class Permutation:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                names, metadata = file.keys(), file.metadata() or {}
+                names, about = file.keys(), json.loads((file.metadata() or {})["permutation"])
                 found = {name: file.get_tensor(name).long() for name in names}
             layers = found["layers"].tolist()
             orders = {part: tuple(found[f"layers.{i}.{part}"] for i in range(len(layers))) for part in PARTS}
             if any(order.min() < 0 or len(order.unique()) != len(order) for order in found.values()):
                 raise ValueError("a number is there twice")
-            sizes, conversion = json.loads(metadata["sizes"]), metadata["conversion"]
+            sizes, conversion = about["sizes"], about["conversion"]
             if any(order.max() >= sizes[name.split(".")[-1]] for name, order in found.items()):
                 raise ValueError("the parent has no such unit")
         except Exception as error:  # safetensors raises a bare exception class of its own

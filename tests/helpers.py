@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from flextron_trainer import convert
 from flextron_trainer.cli import app
+from flextron_trainer.router_stage import add_token_routers
 from modeling_flextron.subnetwork import random_subnetwork
 
 LLAMAS = ("mha", "mha-tied-biased", "gqa-wide-heads", "gqa-tied-llama3")
@@ -130,6 +131,17 @@ def elastic_of(variant: str, parent=None, **changes):
 @functools.cache
 def _converted(variant: str, changes: str):
     return elastic_of(variant, parent_of(variant), **json.loads(changes))
+
+
+def let_tokens_choose(model):
+    """Give an elastic model routers with which its tokens want many different sizes, and return it."""
+    add_token_routers(model, [0.6, 0.35])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("router.weight"):
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
 
 
 def random_subnetworks(model, count: int, seed: int = 0) -> list:

@@ -13,10 +13,8 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import difference, elastic_of, parent_of
+from helpers import difference, elastic_of, let_tokens_choose, parent_of
 from transformers import GenerationConfig, StaticCache
-
-from flextron_trainer.router_stage import add_token_routers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 FAMILIES = ("mha", "gqa-wide-heads", "qwen2", "gpt2", "neox")
@@ -34,14 +32,9 @@ def model(request):
     parent = parent_of(family, **(SLIDING if family == "qwen2" else {"num_hidden_layers": 2}))
     layers = parent.config.num_hidden_layers
     model = elastic_of(family, parent, depth=[layers, layers - 1])
-    add_token_routers(model, [0.6, 0.35])
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("router.weight"):
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    let_tokens_choose(model)
     model.set_attn_implementation(attention)
-    return model.eval()
+    return model
 
 
 def at(model, budget, call: Callable) -> torch.Tensor:

@@ -158,6 +158,14 @@ def table_of(config) -> LatencyTable:
     return LatencyTable(device_name("cpu"), conditions, shape_of(config), {"decode": costs, "prefill": costs})
 
 
+def test_a_stream_that_can_be_read_once_calibrates_no_token_routers(tmp_path):
+    run = router_run(tmp_path, "token", max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"gave none when it was read again\. Pass one that can be read more than once"
+    ):
+        run.routers.calibrate([])
+
+
 def test_a_router_for_latency(tmp_path):
     model = copy.deepcopy(trained())
     table = table_of(model.config)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import difference, elastic_of, run_python
+from helpers import difference, elastic_of, let_tokens_choose, run_python
 
 from flextron_trainer.relaxed import RelaxedTokens
 from flextron_trainer.router_stage import add_token_routers, spaced
@@ -17,14 +17,7 @@ AUTO = "auto:0.6"
 
 def routed(variant: str) -> FlextronForCausalLM:
     """An elastic model whose tokens want many different sizes."""
-    model = elastic_of(variant)
-    add_token_routers(model, [0.6, 0.35])
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("router.weight"):
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return let_tokens_choose(elastic_of(variant))
 
 
 @pytest.fixture(scope="module")

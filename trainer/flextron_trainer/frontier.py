@@ -42,8 +42,7 @@ def named_budgets(config: FlextronConfig, budgets: Sequence[Any] | Mapping[str, 
     if isinstance(budgets, (str, bytes)) or not isinstance(budgets, (Sequence, Mapping)) or not budgets:
         rule = "They are a list of budgets, or names mapped to budgets."
         raise invalid("budgets", budgets, rule, "Pass for instance budgets=[1, 0.5].")
-    unnamed = not isinstance(budgets, Mapping)
-    if not isinstance(budgets, Mapping):
+    if unnamed := not isinstance(budgets, Mapping):
         budgets = {f"{budget:g}" if isinstance(budget, float) else str(budget): budget for budget in budgets}
     else:
         for name in budgets:

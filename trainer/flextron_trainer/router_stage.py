@@ -217,6 +217,9 @@ class RouterStage:
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
         """Give every target of the token routers the offset at which hard choices cost at most that on average."""
         config, batches = self.model.config, list(batches)
+        if not batches:
+            rule = "Token routers are calibrated on its first rows, and it gave none when it was read again."
+            raise invalid("train_dataset", "a stream", rule, "Pass one that can be read more than once.")
         training = self.model.training
         self.model.eval()
         entries: Any = config.token_routing

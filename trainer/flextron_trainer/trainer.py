@@ -140,10 +140,9 @@ class FlextronTrainer(Trainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
-        own: Any = model.config
-        use_cache = own.use_cache
+        use_cache = config.use_cache
         super().__init__(model=model, args=args, **kwargs)
-        own.use_cache = use_cache  # the base class changes it in what is saved; here every pass says it itself
+        config.use_cache = use_cache  # the base class changes it in what is saved; here every pass says it itself
         if self.model.get_output_embeddings() is None:
             rule = "The losses of elastic training are those of a language model."
             raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
