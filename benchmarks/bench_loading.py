@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def family() -> FlextronForCausalLM:
         },
     )  # fmt: skip
     config.frontier += [config.row(name, config.resolve(sizes)) for name, sizes in SIZES.items()]
-    config.frontier[0]["name"] = "full"
+    config.frontier[0] = replace(config.frontier[0], name="full")
     return FlextronForCausalLM(config)
 
 

@@ -249,7 +249,7 @@ class Study:
 
     def searched(self) -> dict[str, Any]:
         model = self.trained(search=True)
-        return self.family_losses(model) | {"rows": model.config.frontier}
+        return self.family_losses(model) | {"rows": [row.to_dict() for row in model.config.frontier]}
 
     def mlp_only(self) -> dict[str, Any]:
         # A budget that widths alone cannot reach gets a row of another name, and no cell in the table.

@@ -19,6 +19,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -31,9 +32,10 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .errors import invalid, require_int
 from .families import family_of
+from .frontier import COSTS, FrontierRow, held, plain_rows, read_rows
 from .latency import LatencyTable, check_summary, copy_tables, table_of
 from .levels import check_levels, index_name, level_of
-from .measured import Measured, check_measured, forget, record, unmeasured
+from .measured import Figures, Measured, forget, record
 from .routing import StaticRouter, check_static_router, narrowed_router
 from .subnetwork import (
     AXES,
@@ -42,11 +44,17 @@ from .subnetwork import (
     SubNetwork,
     budget_of_name,
     count_parameters,
-    kv_values_per_token,
     parse_budget,
     resolve,
 )
-from .token_routing import RoutedSubNetwork, check_token_routing, narrowed_routing, resolve_auto
+from .token_routing import (
+    RoutedSubNetwork,
+    check_token_routing,
+    figures_of_targets,
+    narrowed_routing,
+    resolve_auto,
+    with_figures,
+)
 
 logger = logging.get_logger(__name__)
 VERSION = "0.2.0"  # of this code, wherever it runs from; the package has the same
@@ -57,16 +65,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_flextron.FlextronForSequenceClassification",
 }
 ELASTIC_FIELDS = (*AXES, "layer_ranking")
-COSTS = ("parameters", "non_embedding_parameters", "kv_values_per_token")  # of a row; the first alone has embeddings
-ROW_FIELDS = ("name", "subnetwork", *COSTS, *unmeasured())
 MADE_FOR_CHOICES = ("frontier", "static_router", "token_routing")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 NORMS = ("rms", "layer")
 KINDS = ("full_attention", "sliding_attention")
-
-
-def _size(row: dict[str, Any]) -> int:
-    return row["non_embedding_parameters"]
 
 
 def _is_text(value: Any) -> bool:
@@ -222,7 +224,6 @@ class FlextronConfig(PreTrainedConfig):
                 raise invalid(key, kwargs[key], f"The elastic fields are {known}.", "Remove or rename it.")
         self._read_from = None  # a digest of the `config.json` that this is, until it is saved itself
         stored = self._belong_together()
-        self.frontier = copy.deepcopy(self.frontier)  # whose costs may be changed below
         if stored:
             self._fit_layers()
             if differing := kwargs.get("per_layer_config"):
@@ -370,6 +371,7 @@ class FlextronConfig(PreTrainedConfig):
         """As `PreTrainedConfig.to_dict`; what is written beside our code does not name that of another repo."""
         written = super().to_dict()
         written.pop("_read_from", None)
+        written["frontier"] = plain_rows(self.frontier)
         names = {kind: written["auto_map"].get(kind, ours) for kind, ours in AUTO_MAP.items()}
         return written | {"auto_map": {k: AUTO_MAP[k] if "--" in str(name) else name for k, name in names.items()}}
 
@@ -386,16 +388,9 @@ class FlextronConfig(PreTrainedConfig):
 
     # ------------------------------------------------------------------------------------------- changing
 
-    def row(self, name: str, subnetwork: SubNetwork) -> dict[str, Any]:
+    def row(self, name: str, subnetwork: SubNetwork) -> FrontierRow:
         """A row of the frontier with the exact costs of `subnetwork`."""
-        return {
-            "name": name,
-            "subnetwork": {**subnetwork.to_dict(), "layers": len(subnetwork.layers)},
-            "parameters": count_parameters(self, subnetwork),
-            "non_embedding_parameters": count_parameters(self, subnetwork, embeddings=False),
-            "kv_values_per_token": kv_values_per_token(self, subnetwork),
-            **unmeasured(),
-        }
+        return FrontierRow.of(self, name, subnetwork)
 
     def record(
         self,
@@ -421,13 +416,16 @@ class FlextronConfig(PreTrainedConfig):
         Raises:
             ValueError: these weights do not hold such a row.
         """
-        rows = self._measurable()
-        held = [name for name, row in rows.items() if row.get("subnetwork", row) is not None]
+        targets = figures_of_targets(self.token_routing)
+        measurable = [*held(self.frontier), *targets]
         for name in figures:
-            if name not in held:
-                rule = f"What can be measured are {', '.join(held)}."
+            if name not in measurable:
+                rule = f"What can be measured are {', '.join(measurable)}."
                 raise invalid("figures", name, rule, "Write figures of the rows that these weights hold.")
-        record(rows, figures, Measured(text, split, tokens, time.strftime("%Y-%m-%d"), version))
+        on = Measured(text, split, tokens, time.strftime("%Y-%m-%d"), version)
+        self.frontier = [record(row, row.name, figures, on) for row in self.frontier]
+        targets = {name: record(target, name, figures, on) for name, target in targets.items()}
+        self.token_routing = with_figures(self.token_routing, targets)
 
     def forget_measurements(self, only_routed: bool = False) -> None:
         """Erase every measured figure, as the weights are about to change.
@@ -435,14 +433,10 @@ class FlextronConfig(PreTrainedConfig):
         Args:
             only_routed: Those of token routing alone: no other size runs its routers.
         """
-        rows = self._measurable().values()
-        forget(row for row in rows if not only_routed or "target" in row)
-
-    def _measurable(self) -> dict[str, dict[str, Any]]:
-        """What has measured figures: the rows, and the targets of token routing as `"auto:0.5"`."""
-        targets = (self.token_routing or {"targets": []})["targets"]
-        rows = {row["name"]: row for row in self.frontier}
-        return rows | {f"auto:{entry['target']:g}": entry for entry in targets}
+        if not only_routed:
+            self.frontier = [forget(row) for row in self.frontier]
+        targets = dict.fromkeys(figures_of_targets(self.token_routing), Figures())
+        self.token_routing = with_figures(self.token_routing, targets)
 
     def narrowed(self, subnetwork: SubNetwork) -> "FlextronConfig":
         """The config of a model that holds only `subnetwork`: its shape, its choices, its rows of the frontier."""
@@ -469,10 +463,8 @@ class FlextronConfig(PreTrainedConfig):
         if new.static_router is not None:
             counts = {axis: len(new.elastic[axis]) for axis in AXES}
             new.static_router = narrowed_router(new.static_router, subnetwork.layers, counts)
-        for row in new.frontier:
-            inner = row["subnetwork"] and resolve(self, row["subnetwork"])
-            if not inner or not subnetwork.contains(inner):
-                row["subnetwork"] = None
+        inner = {name: s.within(subnetwork) for name, s in held(self.frontier).items() if subnetwork.contains(s)}
+        new.frontier = [replace(row, subnetwork=inner.get(row.name)) for row in self.frontier]
         if not subnetwork.uniform:
             new.per_layer_config = {
                 i: {"intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": kv}
@@ -480,9 +472,10 @@ class FlextronConfig(PreTrainedConfig):
             }
         if self.token_routing is not None:
             new.token_routing = narrowed_routing(self, new, subnetwork.layers)
-        if not any(row["subnetwork"] and resolve(new, row["subnetwork"]) == new.built for row in new.frontier):
-            others = [row for row in new.frontier if row["name"] != "built"]
-            new.frontier = sorted([new.row("built", new.built), *others], key=_size, reverse=True)
+        if new.built not in inner.values():
+            others = [row for row in new.frontier if row.name != "built"]
+            rows = [new.row("built", new.built), *others]
+            new.frontier = sorted(rows, key=lambda row: row.non_embedding_parameters, reverse=True)
         new._check()
         return new
 
@@ -516,8 +509,7 @@ class FlextronConfig(PreTrainedConfig):
             check_token_routing(self, self.token_routing)
         if self.parent_non_embedding_parameters is not None:
             require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
-        self.frontier = self._full_frontier()
-        self._check_frontier()
+        self.frontier = [self.row("1", self.built)] if self.frontier is None else read_rows(self, self.frontier)
         changed = self._update_costs()
         if changed:
             self.forget_measurements()  # of another shape
@@ -525,10 +517,11 @@ class FlextronConfig(PreTrainedConfig):
             if not changed:
                 rule = "A row is reached by its name, and this one means something else."
                 remedy = "Begin it with a letter, such as 'small'."
-                raise invalid(f"frontier[{self.frontier.index(row)}]['name']", row["name"], rule, remedy)
-            before, row["name"] = row["name"], f"row-{row['name']}"
+                raise invalid(f"frontier[{self.frontier.index(row)}]['name']", row.name, rule, remedy)
+            other = replace(row, name=f"row-{row.name}")
+            self.frontier[self.frontier.index(row)] = other
             logger.warning(
-                f"Row {before!r} costs more of this shape than its name says, and is called {row['name']!r}."
+                f"Row {row.name!r} costs more of this shape than its name says, and is called {other.name!r}."
             )
         if self.levels is not None:
             check_levels(self, self.levels)
@@ -688,44 +681,17 @@ class FlextronConfig(PreTrainedConfig):
             )
             raise invalid("elastic['layer_ranking']", ranking, rule, "Rank as many layers as `depth` drops.")
 
-    def _full_frontier(self) -> list[dict[str, Any]]:
-        if self.frontier is None:
-            return [self.row("1", self.built)]
-        if not isinstance(self.frontier, list) or not self.frontier:
-            raise invalid("frontier", self.frontier, "It is a list of rows.", "Pass None for the full size alone.")
-        return self.frontier
-
-    def _check_frontier(self) -> None:
-        names = set[str]()
-        for i, row in enumerate(self.frontier):
-            at = f"frontier[{i}]"
-            if not isinstance(row, dict) or {*row, "measured"} != set(ROW_FIELDS):  # which older ones do not have
-                raise invalid(at, row, f"A row has the fields {', '.join(ROW_FIELDS)}.", "Build it with `config.row`.")
-            name = row["name"]
-            if not isinstance(name, str) or not name or name in names:
-                rule = "Every row has a name of its own."
-                raise invalid(f"{at}['name']", name, rule, "Pass a non-empty string that no other row has.")
-            names.add(name)
-            check_measured(at, row)
-            for key in ("parameters", "non_embedding_parameters", "kv_values_per_token"):
-                require_int(f"{at}[{key!r}]", row[key])
-            if row["subnetwork"] is None:
-                continue
-            if not isinstance(row["subnetwork"], dict):
-                raise invalid(f"{at}['subnetwork']", row["subnetwork"], "It holds sizes.", "Pass a dict.")
-            resolve(self, row["subnetwork"])
-
-    def _unreached(self) -> list[dict[str, Any]]:
+    def _unreached(self) -> list[FrontierRow]:
         """Rows that their names do not reach, because these are budgets which mean something else."""
         # Embeddings, context and dtype do not count: they change later.
         wholes, meanings, wrong = {"fraction": self.parent_size(), "parameters": 1}, set[Budget](), []
         for row in self.frontier:
-            meaning = budget_of_name(row["name"])
+            meaning = budget_of_name(row.name)
             if meaning is None or meaning in meanings:
                 wrong.append(row)
                 continue
             meanings.add(meaning)
-            if meaning.kind in wholes and row["non_embedding_parameters"] > (
+            if meaning.kind in wholes and row.non_embedding_parameters > (
                 TOLERANCE * meaning.value * wholes[meaning.kind]
             ):
                 wrong.append(row)
@@ -736,10 +702,10 @@ class FlextronConfig(PreTrainedConfig):
     def _belong_together(self) -> bool:
         """Whether the rows of `frontier` name sizes of `elastic`: then both were stored, for one shape."""
         try:
-            held = [row["subnetwork"] for row in self.frontier if row["subnetwork"] is not None]
-            sizes = [{**row, "depth": len(row["layers"]) if _is_list(row["layers"]) else row["layers"]} for row in held]
+            rows = [row["subnetwork"] for row in plain_rows(self.frontier) if row["subnetwork"] is not None]
+            sizes = [{**row, "depth": len(row["layers"]) if _is_list(row["layers"]) else row["layers"]} for row in rows]
             named = {axis: {size for row in sizes for size in _listed(row[axis])} for axis in AXES}
-            return bool(held) and all(named[axis] <= set(self.elastic[axis]) for axis in AXES)
+            return bool(rows) and all(named[axis] <= set(self.elastic[axis]) for axis in AXES)
         except (TypeError, KeyError):  # none given, or nothing like them
             return False
 
@@ -789,26 +755,33 @@ class FlextronConfig(PreTrainedConfig):
         Returns:
             Whether any was of another shape.
         """
+        rows: list[FrontierRow] = []
         scales: set[Fraction | None] = set()  # of the embeddings; None where more has changed
         for row in self.frontier:
-            if row["subnetwork"] is not None:
-                exact = self.row(row["name"], resolve(self, row["subnetwork"]))
-                before, after = (costs["parameters"] - costs["non_embedding_parameters"] for costs in (row, exact))
-                same = before > 0 and all(row[key] == exact[key] for key in COSTS[1:])
+            if row.subnetwork is not None:
+                exact = self.row(row.name, row.subnetwork)
+                before, after = (costs.parameters - costs.non_embedding_parameters for costs in (row, exact))
+                same = before > 0 and all(getattr(row, key) == getattr(exact, key) for key in COSTS[1:])
                 scales.add(Fraction(after, before) if same else None)
-                row.update({key: exact[key] for key in COSTS})
+                row = replace(row, **{key: getattr(exact, key) for key in COSTS})
+            rows.append(row)
         changed = bool(scales - {Fraction(1)})
-        others = [row for row in self.frontier if row["subnetwork"] is None]
+        self.frontier = rows
+        others = [row for row in rows if row.subnetwork is None]
         if not others or not changed:
             return changed
         scale, *more = scales
         if scale is not None and not more:
-            for row in others:
-                embeddings = row["parameters"] - row["non_embedding_parameters"]
-                row["parameters"] = row["non_embedding_parameters"] + int(embeddings * scale)
+            self.frontier = [row if row.subnetwork else with_embeddings(row, scale) for row in rows]
             return changed
-        names = ", ".join(repr(row["name"]) for row in others)
+        names = ", ".join(repr(row.name) for row in others)
         logger.warning(f"What the rows {names} cost is not known for this shape, and they are dropped.")
-        self.frontier = [row for row in self.frontier if row["subnetwork"] is not None]
+        self.frontier = [row for row in rows if row.subnetwork is not None]
         self.levels = _nothing_made(self.levels)["levels"]
         return changed
+
+
+def with_embeddings(row: FrontierRow, scale: Fraction) -> FrontierRow:
+    """A row whose embeddings cost so many times as much."""
+    embeddings = row.parameters - row.non_embedding_parameters
+    return replace(row, parameters=row.non_embedding_parameters + int(embeddings * scale))

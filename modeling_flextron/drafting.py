@@ -119,7 +119,7 @@ class Drafts:
             return None
         self.seen = {pair: (MEMORY * kept, MEMORY * tried) for pair, (kept, tried) in self.seen.items()}
         loop = table.drafting["loop"]
-        losses = {model.resolve_budget(row["subnetwork"]): row["loss"] for row in model.frontier}
+        losses = {model.resolve_budget(row.subnetwork): row.loss for row in model.frontier}
         drafts = {}
         for draft, loss in losses.items():
             kept, tried = self.seen.get((verifier, draft), (0.0, 0.0))

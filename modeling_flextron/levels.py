@@ -31,7 +31,8 @@ from transformers.utils.logging import tqdm
 
 from .errors import invalid
 from .families import ELASTIC, axes, layer_of
-from .subnetwork import SubNetwork, resolve
+from .frontier import held
+from .subnetwork import SubNetwork
 
 Box = tuple[tuple[int, int], ...]  # of every dimension where it begins and where it ends
 
@@ -52,9 +53,9 @@ def index_name(level: int | None) -> str:
 
 def level_of(config: Any, wanted: SubNetwork) -> int | None:
     """The first level whose row contains a sub-network; None when only all levels together do."""
-    rows = {row["name"]: row["subnetwork"] for row in config.frontier}
+    rows = held(config.frontier)
     for level, name in enumerate(config.levels["rows"]):
-        if resolve(config, rows[name]).contains(wanted):
+        if rows[name].contains(wanted):
             return level
     return None
 
@@ -70,7 +71,7 @@ def check_levels(config: Any, levels: Any) -> None:
         raise invalid("levels", levels, "It has the fields checkpoint, rows.", remedy)
     if not isinstance(levels["checkpoint"], str):
         raise invalid("levels['checkpoint']", levels["checkpoint"], "It is the text that its files share.", remedy)
-    known = {row["name"] for row in config.frontier}
+    known = {row.name for row in config.frontier}
     rows = levels["rows"]
     if not isinstance(rows, list) or not all(isinstance(name, str) and name in known for name in rows):
         raise invalid("levels['rows']", rows, "They are names of rows of the frontier, smallest first.", remedy)
@@ -330,7 +331,7 @@ class Piece:
 
 def level_rows(model: Any) -> list[tuple[str, SubNetwork]]:
     """The rows of the frontier that are less than everything, smallest first, with their sub-networks."""
-    rows = [(row["name"], model.resolve_budget(row["subnetwork"])) for row in reversed(model.frontier)]
+    rows = held(reversed(model.frontier)).items()
     return [(name, subnetwork) for name, subnetwork in rows if subnetwork != model.built]
 
 
@@ -484,9 +485,9 @@ def row_bytes(folder: Path, config: Any) -> dict[str, int]:
 
     if config.levels is None:
         everything = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        return {row["name"]: everything for row in config.frontier}
+        return {row.name: everything for row in config.frontier}
     levels = {name: level for level, name in enumerate(config.levels["rows"])}
-    return {row["name"]: size(levels.get(row["name"])) for row in config.frontier}
+    return {row.name: size(levels.get(row.name)) for row in config.frontier}
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -1,21 +1,22 @@
 """Measured figures, and what they were measured on.
 
-A row of the frontier, and a target of token routing, has its `loss` and named `metrics`, and in `measured` what stands
-behind them: text, split, tokens, date and version of the code, with the names of the figures that come from there. A
-figure of no entry was written by an older version, and its text is unknown. Under one name all rows have figures of
-one text: writing those of another text erases the rest.
+A row of the frontier, and a target of token routing, has its `loss` and named `metrics`, and of every figure the text,
+split, tokens, date and version of the code behind it. A figure without these was written by an older version, and its
+text is unknown. Under one name all rows have figures of one text: writing those of another text erases the rest.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from transformers.utils import logging
 
 from .errors import invalid, require_int
 
 logger = logging.get_logger(__name__)
+FIGURE_FIELDS = ("loss", "metrics", "measured")
+Scored = TypeVar("Scored", bound="Figures")
 
 
 @dataclass(frozen=True)
@@ -42,86 +43,104 @@ class Measured:
         return (self.text or "an unknown text") + (f" ({self.split})" if self.split else "")
 
 
-def unmeasured() -> dict[str, Any]:
-    """The fields of a row that has no figures."""
-    return {"loss": None, "metrics": {}, "measured": []}
-
-
-def figures_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a row by their names, `loss` first."""
-    return ({} if row["loss"] is None else {"loss": row["loss"]}) | row["metrics"]
-
-
-def measured_on(row: Mapping[str, Any], figure: str) -> Measured:
-    """What a figure of a row was measured on."""
-    return next((_on(entry) for entry in row["measured"] if figure in entry["figures"]), Measured())
-
-
-def record(rows: Mapping[str, dict[str, Any]], figures: Mapping[str, Mapping[str, float]], on: Measured) -> None:
-    """Write figures of one text into rows; those of the same names and another text go, in all rows.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What was measured of one sub-network.
 
     Args:
-        rows: Name -> row.
-        figures: Name of a row -> name of a figure -> value. What is no finite number is left out, with a warning.
-        on: What they were measured on.
+        loss: In nats per token; None where it was not measured.
+        metrics: Other figures by their names.
+        measured: Name of a figure -> what it was measured on, where that is known.
     """
-    names = {figure for values in figures.values() for figure in values}
-    for row in rows.values():
-        _erase(row, {figure for figure in names if measured_on(row, figure) != on})
-    for name, values in figures.items():
-        finite = {figure: float(value) for figure, value in values.items() if math.isfinite(value)}
-        if left_out := sorted(set(values) - set(finite)):
-            logger.warning(f"What was measured of {name!r} is no finite number, and is left out: {left_out}.")
-        _erase(rows[name], set(values))
-        if finite:
-            same = next((entry for entry in rows[name]["measured"] if _on(entry) == on), None)
-            if same is None:
-                rows[name]["measured"].append(same := {**asdict(on), "figures": []})
-            same["figures"] = sorted({*same["figures"], *finite})
-            rows[name]["loss"] = finite.pop("loss", rows[name]["loss"])
-            rows[name]["metrics"] |= finite
+
+    loss: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    measured: Mapping[str, Measured] = field(default_factory=dict, hash=False)
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        """All figures by their names, `loss` first."""
+        return ({} if self.loss is None else {"loss": self.loss}) | dict(self.metrics)
+
+    def measured_on(self, figure: str) -> Measured:
+        """What a figure was measured on."""
+        return self.measured.get(figure, Measured())
+
+    def figures(self) -> dict[str, Any]:
+        """JSON form: `loss`, `metrics`, and in `measured` an entry for each text, which lists its figures."""
+        entries: dict[Measured, list[str]] = {}
+        for name, on in self.measured.items():
+            entries.setdefault(on, []).append(name)
+        measured = [{**asdict(on), "figures": sorted(names)} for on, names in entries.items()]
+        return {"loss": self.loss, "metrics": dict(self.metrics), "measured": measured}
 
 
-def forget(rows: Iterable[dict[str, Any]]) -> None:
-    """Erase all figures of rows."""
-    for row in rows:
-        row |= unmeasured()
-
-
-def check_measured(at: str, row: dict[str, Any]) -> None:
-    """Refuse figures, and what stands behind them, that are not of the right kinds; rows of older versions get theirs.
+def read_figures(at: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `Figures` from their JSON form; older versions wrote no `measured`.
 
     Raises:
-        ValueError: what is wrong, with the field `at` which it is.
+        ValueError: what is not of the right kind, with the field `at` which it is.
     """
-    loss, metrics, measured = row["loss"], row["metrics"], row.setdefault("measured", [])
+    loss, metrics, entries = values["loss"], values["metrics"], values.get("measured", [])
     if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
         raise invalid(f"{at}['loss']", loss, "It is in nats per token.", "Pass a finite number or None.")
-    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
+    if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise invalid(f"{at}['metrics']", metrics, "It maps names to values.", "Pass a dict.")
-    known = {field.name for field in fields(Measured)} | {"figures"}
-    if not isinstance(measured, list) or any(not isinstance(e, dict) or set(e) != known for e in measured):
+    known = {each.name for each in fields(Measured)} | {"figures"}
+    if not isinstance(entries, list) or any(not isinstance(e, dict) or set(e) != known for e in entries):
         rule = f"It is a list of entries with {', '.join(sorted(known))}."
-        raise invalid(f"{at}['measured']", measured, rule, "Write figures with `config.record`.")
-    for entry in measured:
-        for field in known - {"tokens", "figures"}:
-            if not isinstance(entry[field], str | None):
-                raise invalid(f"{at}['measured'][{field!r}]", entry[field], "It is a text.", "Pass a text, or None.")
+        raise invalid(f"{at}['measured']", entries, rule, "Write figures with `config.record`.")
+    measured: dict[str, Measured] = {}
+    for entry in entries:
+        for key in known - {"tokens", "figures"}:
+            if not isinstance(entry[key], str | None):
+                raise invalid(f"{at}['measured'][{key!r}]", entry[key], "It is a text.", "Pass a text, or None.")
         if entry["tokens"] is not None:
             require_int(f"{at}['measured']['tokens']", entry["tokens"])
         if not isinstance(entry["figures"], list) or not all(isinstance(name, str) for name in entry["figures"]):
             rule = "It lists names of figures of the row."
             raise invalid(f"{at}['measured']['figures']", entry["figures"], rule, "Pass a list of names.")
-    _erase(row, {name for entry in measured for name in entry["figures"]} - set(figures_of(row)))
+        on = Measured(**{key: value for key, value in entry.items() if key != "figures"})
+        measured = {name: on for name in entry["figures"]} | measured
+    held = Figures(loss=loss, metrics=metrics).by_name
+    measured = {name: on for name, on in measured.items() if name in held}
+    return {"loss": loss, "metrics": dict(metrics), "measured": measured}
 
 
-def _on(entry: Mapping[str, Any]) -> Measured:
-    return Measured(**{name: value for name, value in entry.items() if name != "figures"})
+def record(row: Scored, name: str, figures: Mapping[str, Mapping[str, float]], on: Measured) -> Scored:
+    """Write figures of one text into a row; those of the same names and another text go.
+
+    Args:
+        row: Where they belong.
+        name: What it is called.
+        figures: Name of every row that was measured -> name of a figure -> value. What is no finite number is left
+            out, with a warning.
+        on: What they were measured on.
+
+    Returns:
+        The row with its figures.
+    """
+    own = figures.get(name, {})
+    others = {figure for values in figures.values() for figure in values if row.measured_on(figure) != on}
+    row = _without(row, {*own, *others})
+    finite = {figure: float(value) for figure, value in own.items() if math.isfinite(value)}
+    if left_out := sorted(set(own) - set(finite)):
+        logger.warning(f"What was measured of {name!r} is no finite number, and is left out: {left_out}.")
+    measured = {**row.measured, **dict.fromkeys(finite, on)}
+    loss = finite.pop("loss", row.loss)
+    return replace(row, loss=loss, metrics={**row.metrics, **finite}, measured=measured)
 
 
-def _erase(row: dict[str, Any], figures: set[str]) -> None:
-    """Take figures out of a row, and what stands behind them where nothing else does."""
-    row["loss"] = None if "loss" in figures else row["loss"]
-    row["metrics"] = {name: value for name, value in row["metrics"].items() if name not in figures}
-    kept = ({**entry, "figures": [n for n in entry["figures"] if n not in figures]} for entry in row["measured"])
-    row["measured"] = [entry for entry in kept if entry["figures"]]
+def forget(row: Scored) -> Scored:
+    """The row without any figures."""
+    return replace(row, loss=None, metrics={}, measured={})
+
+
+def _without(row: Scored, figures: Collection[str]) -> Scored:
+    """The row without some figures, and without what stands behind them."""
+    return replace(
+        row,
+        loss=None if "loss" in figures else row.loss,
+        metrics={name: value for name, value in row.metrics.items() if name not in figures},
+        measured={name: on for name, on in row.measured.items() if name not in figures},
+    )

@@ -20,11 +20,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from .checkpoint import write_file_beside
 from .configuration_flextron import VERSION, FlextronConfig
 from .extraction import stock_sizes
+from .frontier import FrontierRow
 from .latency import LatencyTable
 from .levels import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
-from .measured import Measured, figures_of, measured_on
+from .measured import Figures, Measured
 from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
+from .token_routing import figures_of_targets
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -106,9 +108,9 @@ def write_model_card(
     title = (repo or folder.resolve().name).rpartition("/")[2]
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in model.frontier:
-        if row["loss"] is not None:
-            label = f"{title}, on {measured_on(row, 'loss').label}"
-            curves.setdefault(label, []).append((row["parameters"], row["loss"]))
+        if row.loss is not None:
+            label = f"{title}, on {row.measured_on('loss').label}"
+            curves.setdefault(label, []).append((row.parameters, row.loss))
     saved, plotted = FlextronConfig.from_pretrained(folder), False
     if curves:
         with write_file_beside(folder / PLOT) as path:
@@ -147,9 +149,9 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
     lines = []
     for i, (row, subnetwork) in enumerate(_rows(model)):
         cells = [
-            code(row["name"]),
+            code(row.name),
             f"{count_parameters(model.config, subnetwork):,}",
-            _size(downloads[row["name"]]),
+            _size(downloads[row.name]),
             _size(weight_bytes(model.config, subnetwork, model.dtype)),
             _size(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
             *(column[i] for _, column in figures),
@@ -159,11 +161,11 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
     return table_of_cells(heads, lines)
 
 
-def _figure_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def _figure_columns(rows: Sequence[Figures]) -> list[tuple[str, list[str]]]:
     """Head, and a cell for each row: what was measured, one text in a column, the losses first."""
     result = []
     for name, on in sorted(_measured(rows), key=lambda pair: pair[0] != "loss"):
-        figures = [figures_of(row) if measured_on(row, name) == on else {} for row in rows]
+        figures = [row.by_name if row.measured_on(name) == on else {} for row in rows]
         where = "" if name.startswith(f"{on.text}/") else f" on {on.label}"
         cells = [_score(each.get(name), each.get(f"{name}_stderr")) or "not measured" for each in figures]
         result.append((plain(name + where), cells))
@@ -173,13 +175,13 @@ def _figure_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[s
     return result or [("loss", ["not measured"] * len(rows))]
 
 
-def _measured(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, Measured]]:
+def _measured(rows: Iterable[Figures]) -> list[tuple[str, Measured]]:
     """The numbers that rows have, and on what each was measured; standard errors stand behind theirs."""
     found = dict[tuple[str, Measured], None]()
     for row in rows:
-        for name, value in figures_of(row).items():
+        for name, value in row.by_name.items():
             if _is_number(value) and not name.endswith("_stderr"):
-                found[name, measured_on(row, name)] = None
+                found[name, row.measured_on(name)] = None
     return list(found)
 
 
@@ -231,8 +233,8 @@ def plot_frontier(
     return True
 
 
-def _rows(model) -> list[tuple[dict[str, Any], SubNetwork]]:
-    return [(row, model.config.resolve(row["subnetwork"])) for row in model.frontier]
+def _rows(model) -> list[tuple[FrontierRow, SubNetwork]]:
+    return [(row, row.subnetwork) for row in model.frontier if row.subnetwork is not None]
 
 
 def _is_number(value: object) -> bool:
@@ -266,9 +268,9 @@ def _range(sizes: tuple[int, ...]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"
 
 
-def _shape(row: dict[str, Any], subnetwork: SubNetwork) -> str:
+def _shape(row: FrontierRow, subnetwork: SubNetwork) -> str:
     sizes = (len(subnetwork.layers), subnetwork.hidden, _range(subnetwork.mlp), _range(subnetwork.heads))
-    return line_of_cells([code(row["name"]), *map(str, sizes)])
+    return line_of_cells([code(row.name), *map(str, sizes)])
 
 
 def parent_of(config) -> str:
@@ -296,14 +298,14 @@ def _notes(model, plotted: bool) -> str:
     notes = [f"Bytes are for {str(model.dtype).removeprefix('torch.')}; losses are in nats per token."]
     if model.config.latency_tables:
         notes.append("Tokens per second are those of decoding, from the measured latency tables in `latency/`.")
-    targets = (model.config.token_routing or {"targets": []})["targets"]
-    for entry in targets:
+    routed = figures_of_targets(model.config.token_routing)
+    for name, figures in routed.items():
         loss = "not measured"
-        if entry["loss"] is not None:
-            loss = f"{entry['loss']:.4f} on {plain(measured_on(entry, 'loss').label)}"
-        notes.append(f"`auto:{entry['target']:g}`, where every token chooses its sizes, has loss {loss}.")
+        if figures.loss is not None:
+            loss = f"{figures.loss:.4f} on {plain(figures.measured_on('loss').label)}"
+        notes.append(f"`{name}`, where every token chooses its sizes, has loss {loss}.")
     sources: dict[Measured, list[str]] = {}
-    for name, on in _measured([*model.frontier, *targets]):
+    for name, on in _measured([*model.frontier, *routed.values()]):
         sources.setdefault(on, []).append(plain(name))
     lines = [f"- {', '.join(dict.fromkeys(names))}: {_source(on)}" for on, names in sources.items()]
     measured = "\n\nWhat was measured on what:\n\n" + "\n".join(lines) if lines else ""
@@ -350,7 +352,7 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
             if on.text is None:
                 continue  # a claim that nobody could check
             data, _, metric = name.rpartition("/")
-            value = figures_of(row)[name]
+            value = row.by_name[name]
             if metric == "loss":
                 metric, value = "perplexity", _perplexity(value)
             results.append(
@@ -361,7 +363,7 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
                     dataset_split=on.split,
                     dataset_args={key: getattr(on, key) for key in ("tokens", "date", "version")},
                     metric_type=metric,
-                    metric_name=f"{metric} at flextron_budget={row['name']}",
+                    metric_name=f"{metric} at flextron_budget={row.name}",
                     metric_value=round(value, 4),
                 )
             )
@@ -378,7 +380,7 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
 
 def _uses(model, repo: str, tokenizer: bool) -> dict[str, str]:
     """The snippets of the card, by their places in the template."""
-    names = [literal(row["name"]) for row, _ in _rows(model)]
+    names = [literal(row.name) for row, _ in _rows(model)]
     small, auto, where = names[-1], model._auto_class, f"{literal(repo)}, trust_remote_code=True"
     causal = auto == "AutoModelForCausalLM"
     run = "generate(**inputs, max_new_tokens=20" if causal else "model(**inputs"
@@ -409,13 +411,13 @@ model.set_budget(None)  # everything again"""
 def _export(model, repo: str) -> str:
     """The smallest row that the stock class holds; the smallest one of all, filled up with zeros, where none fits."""
     rows = _rows(model)
-    name, pad = rows[-1][0]["name"], ", pad=True"
+    name, pad = rows[-1][0].name, ", pad=True"
     for row, subnetwork in reversed(rows):
         try:
             stock_sizes(model.config, subnetwork, False)
         except ValueError:
             continue
-        name, pad = row["name"], ""
+        name, pad = row.name, ""
         break
     folder = re.sub(r"[^\w.-]+", "-", f"{repo.rpartition('/')[2]}-{name}")
     return f"model.extract({literal(name)}{pad}).save_pretrained({literal(folder)})"

@@ -64,6 +64,7 @@ from .drafting import Drafts, check_generation, generate_drafted
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
+from .frontier import FrontierRow
 from .hub import commit_written, retried
 from .latency import LatencyTable
 from .levels import read_index, stored_tensors, write_levels
@@ -477,9 +478,9 @@ class FlextronPreTrainedModel(PreTrainedModel):
         self.base_model._permutation = permutation
 
     @property
-    def frontier(self) -> list[dict[str, Any]]:
+    def frontier(self) -> list[FrontierRow]:
         """Recommended sub-networks that these weights hold, largest first, with exact costs and measured loss."""
-        return [dict(row) for row in self.config.frontier if row["subnetwork"] is not None]
+        return [row for row in self.config.frontier if row.subnetwork is not None]
 
     @property
     def latency_table(self) -> LatencyTable | None:

@@ -338,17 +338,17 @@ def resolve(config, budget: Any) -> SubNetwork:
     if parsed.kind == "full":
         return config.built
     if parsed.kind == "exact":
-        return _exact(config, parsed.value) if isinstance(parsed.value, dict) else _fitting(config, parsed.value)
+        return subnetwork_of(config, parsed.value) if isinstance(parsed.value, dict) else _fitting(config, parsed.value)
     if parsed.kind == "auto":
         return config.routed(budget, parsed.value)
     if parsed.kind == "name":
-        rows = [row for row in config.frontier if row["name"] == parsed.value]
+        rows = [row for row in config.frontier if row.name == parsed.value]
         if not rows:
-            names = ", ".join(repr(row["name"]) for row in config.frontier)
+            names = ", ".join(repr(row.name) for row in config.frontier)
             raise invalid("flextron_budget", budget, f"The rows of the frontier are {names}.", _FORMS)
-        return _held(config, budget, rows[0])
+        return _held(budget, rows[0])
     if parsed.kind == "loss":
-        return _held(config, budget, _cheapest_of_quality(config, budget, parsed.value))
+        return _held(budget, _cheapest_of_quality(config, budget, parsed.value))
     return _within(config, budget, parsed)
 
 
@@ -371,18 +371,18 @@ def cost_of(config, kind: str, asked: Any, argument: str = "flextron_budget") ->
     return table.cost()
 
 
-def row_cost(config, row: dict, kind: str) -> int:
+def row_cost(config, row, kind: str) -> int:
     """What a row of the frontier costs in the unit of a budget kind: parameters, or bytes for `memory`."""
     if kind == "fraction":
-        return row["non_embedding_parameters"]
+        return row.non_embedding_parameters
     if kind == "parameters":
-        return row["parameters"]
-    if row["subnetwork"] is not None:
-        return memory_of(config)(_exact(config, row["subnetwork"]))
+        return row.parameters
+    if row.subnetwork is not None:
+        return memory_of(config)(row.subnetwork)
     # Its layers are not known here: each keeps as many tokens as those of what is built do on average.
     cache = kv_cache_bytes(config, config.built, memory_context(config))
-    cache = cache * row["kv_values_per_token"] // kv_values_per_token(config, config.built)
-    return row["parameters"] * bytes_per_value(config.dtype) + cache
+    cache = cache * row.kv_values_per_token // kv_values_per_token(config, config.built)
+    return row.parameters * bytes_per_value(config.dtype) + cache
 
 
 def memory_context(config) -> int:
@@ -395,25 +395,25 @@ def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
     cost = cost_of(config, parsed.kind, budget)
     limit = parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
 
-    def row_of(row: dict) -> float:
+    def row_of(row) -> float:
         if parsed.kind == "latency":
-            return cost(_exact(config, row["subnetwork"]))
+            return cost(row.subnetwork)
         return row_cost(config, row, parsed.kind)
 
     # Of rows that are not held those count that are larger than what is: they say how to reload.
     built = cost(config.built)
-    others = [row for row in config.frontier if parsed.kind != "latency" and not row["subnetwork"]]
-    rows = [row for row in config.frontier if row["subnetwork"]] + [row for row in others if row_of(row) > built]
-    own = [row for row in rows if budget_of_name(row["name"]) == parsed and row_of(row) <= TOLERANCE * limit]
-    fitting = {row["name"]: row for row in rows if row_of(row) <= limit} | {row["name"]: row for row in own}
+    others = [row for row in config.frontier if parsed.kind != "latency" and row.subnetwork is None]
+    rows = [row for row in config.frontier if row.subnetwork] + [row for row in others if row_of(row) > built]
+    own = [row for row in rows if budget_of_name(row.name) == parsed and row_of(row) <= TOLERANCE * limit]
+    fitting = {row.name: row for row in rows if row_of(row) <= limit} | {row.name: row for row in own}
     chosen = None
     if fitting:
-        most = max(row["non_embedding_parameters"] for row in fitting.values())
-        alike = [row for row in fitting.values() if row in own or row["non_embedding_parameters"] >= CLOSE * most]
-        best = max(own or alike, key=lambda row: row["non_embedding_parameters"])
-        if all(row["loss"] is not None for row in alike):
-            best = min(alike, key=lambda row: row["loss"])
-        chosen = _held(config, budget, best)
+        most = max(row.non_embedding_parameters for row in fitting.values())
+        alike = [row for row in fitting.values() if row in own or row.non_embedding_parameters >= CLOSE * most]
+        best = max(own or alike, key=lambda row: row.non_embedding_parameters)
+        if all(row.loss is not None for row in alike):
+            best = min(alike, key=lambda row: row.loss)
+        chosen = _held(budget, best)
         if config.static_router is None or cost(chosen) >= CLOSE * min(limit, built):
             return chosen
     if config.static_router is not None and limit >= cost(smallest_subnetwork(config)):
@@ -421,7 +421,7 @@ def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
         return routed if chosen is None or cost(routed) > cost(chosen) else chosen
     if chosen is not None:
         return chosen
-    name, least = min(((row["name"], row_of(row)) for row in rows), key=lambda entry: entry[1])
+    name, least = min(((row.name, row_of(row)) for row in rows), key=lambda entry: entry[1])
     if parsed.kind == "latency":
         device = config.latency_table().device
         rule = f"The fastest sub-network, {name!r}, takes {1e3 * least:.3g} ms for a token on {device}."
@@ -438,30 +438,30 @@ def _within(config, budget: Any, parsed: Budget) -> SubNetwork:
     )  # fmt: skip
 
 
-def _cheapest_of_quality(config, budget: Any, limit: float) -> dict:
-    measured = [row for row in config.frontier if row["loss"] is not None]
+def _cheapest_of_quality(config, budget: Any, limit: float):
+    measured = [row for row in config.frontier if row.loss is not None]
     if not measured:
         raise invalid(
             "flextron_budget", budget, "No row of the frontier has a measured loss.",
             "Measure them with `flextron evaluate --write`, or pass a fraction such as 0.5.",
         )  # fmt: skip
-    good = [row for row in measured if row["loss"] <= limit]
+    good = [row for row in measured if row.loss <= limit]
     if not good:
-        best = min(row["loss"] for row in measured)
+        best = min(row.loss for row in measured)
         raise invalid(
             "flextron_budget", budget, f"The best measured loss is {best:.4f} (perplexity {math.exp(best):.2f}).",
             "Ask for a quality that this model reaches.",
         )  # fmt: skip
-    return min(good, key=lambda row: row["non_embedding_parameters"])
+    return min(good, key=lambda row: row.non_embedding_parameters)
 
 
-def _held(config, budget: Any, row: dict) -> SubNetwork:
-    if row["subnetwork"] is None:
+def _held(budget: Any, row) -> SubNetwork:
+    if row.subnetwork is None:
         raise invalid(
-            "flextron_budget", budget, f"It means row {row['name']!r}, which is not among the weights in memory.",
-            f"Reload it from the full checkpoint with `from_pretrained(..., flextron_budget={row['name']!r})`.",
+            "flextron_budget", budget, f"It means row {row.name!r}, which is not among the weights in memory.",
+            f"Reload it from the full checkpoint with `from_pretrained(..., flextron_budget={row.name!r})`.",
         )  # fmt: skip
-    return _exact(config, row["subnetwork"])
+    return row.subnetwork
 
 
 def _fitting(config, value: Any) -> SubNetwork:
@@ -475,7 +475,7 @@ def _fitting(config, value: Any) -> SubNetwork:
     return subnetwork
 
 
-def _exact(config, sizes: dict[str, Any]) -> SubNetwork:
+def subnetwork_of(config, sizes: dict[str, Any]) -> SubNetwork:
     """The sub-network that a dict of sizes names; an absent field means the largest size."""
     names = [field.name for field in fields(SubNetwork)]
     for key in sizes:

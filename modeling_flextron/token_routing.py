@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from .errors import invalid
-from .measured import check_measured, unmeasured
+from .measured import FIGURE_FIELDS, Figures, read_figures
 from .subnetwork import SubNetwork, parameters_of
 
 FEW = 16  # tokens for which sorting costs more than it saves
-TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", *unmeasured())
+TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", *FIGURE_FIELDS)
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def check_token_routing(config: Any, stored: Any) -> None:
         if not isinstance(sizes, list) or not sizes or sorted(set(sizes), reverse=True) != sizes:
             raise invalid(f"token_routing[{axis!r}]", sizes, "The sizes descend strictly.", remedy)
     entries = stored["targets"]
-    older = unmeasured()  # had a loss alone
+    older = Figures().figures()  # had a loss alone
     if (
         not isinstance(entries, list)
         or not entries
@@ -307,11 +307,24 @@ def check_token_routing(config: Any, stored: Any) -> None:
     if sorted(set(targets)) != targets or not targets[0] > 0 or not targets[-1] <= 1:
         raise invalid("token_routing['targets']", targets, "The targets ascend between 0 and 1.", remedy)
     for i, entry in enumerate(entries):
-        entry |= older | entry
-        check_measured(f"token_routing['targets'][{i}]", entry)
+        entry |= Figures(**read_figures(f"token_routing['targets'][{i}]", older | entry)).figures()
         if not config.built.contains(bounds_of(config, entry, entry["target"]).bounds):
             rule = f"The bounds of target {entry['target']} are not within the model."
             raise invalid("token_routing['targets']", entry, rule, remedy)
+
+
+def figures_of_targets(stored: dict[str, Any] | None) -> dict[str, Figures]:
+    """`"auto:0.5"` -> what was measured of this target, for every target of a config's token routing."""
+    entries = stored["targets"] if stored else []
+    return {f"auto:{entry['target']:g}": Figures(**read_figures("target", entry)) for entry in entries}
+
+
+def with_figures(stored: dict[str, Any] | None, figures: dict[str, Figures]) -> dict[str, Any] | None:
+    """A config's token routing, with these figures of its targets."""
+    if not stored:
+        return stored
+    targets = [entry | figures[f"auto:{entry['target']:g}"].figures() for entry in stored["targets"]]
+    return {**stored, "targets": targets}
 
 
 def narrowed_routing(config: Any, narrow: Any, layers: tuple[int, ...]) -> dict[str, Any] | None:

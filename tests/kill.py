@@ -112,7 +112,7 @@ def train(folder: Path, settings: dict, told, resume: bool) -> None:
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in run.model.parameters()))
     result = {
         "logs": [log for log in logs if "loss" in log or "eval_loss" in log],
-        "frontier": run.model.config.frontier,
+        "frontier": [row.to_dict() for row in run.model.config.frontier],
         "static router": run.model.config.static_router,
         "token routing": run.model.config.token_routing,
         "weights": digest.hexdigest(),

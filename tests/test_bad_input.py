@@ -40,7 +40,7 @@ def elastic(**changes):
 
 def frontier(**changes):
     row = FlextronConfig(**SMALL).frontier[0]
-    return lambda: FlextronConfig(**SMALL, frontier=[{**row, **changes}])
+    return lambda: FlextronConfig(**SMALL, frontier=[row.to_dict() | changes])
 
 
 CONFIG = {

@@ -1,6 +1,7 @@
 """Drafts by a smaller sub-network: the text stays, the fastest draft is chosen, and none where plain decoding wins."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,8 +176,9 @@ def test_auto_drafts_only_where_that_pays(model, prompt, plain, with_table, monk
 def test_rows_count_by_their_sizes_and_not_by_their_names(with_table, monkeypatch):
     named = elastic_of("gqa-wide-heads")
     full, first, second = named.config.frontier[:3]
-    first["name"], second["name"] = second["name"], first["name"]
-    full["loss"], first["loss"], second["loss"] = 3.0, 3.08, 9.0
+    full, first = replace(full, loss=3.0), replace(first, name=second.name, loss=3.08)
+    second = replace(second, name=named.config.frontier[1].name, loss=9.0)
+    named.config.frontier[:3] = full, first, second
     found = {}
     monkeypatch.setattr("modeling_flextron.drafting.best_draft", lambda token, drafts, cycles: found.update(drafts))
     with_table(more=0.0)

@@ -1,15 +1,21 @@
 """Rows use their budgets: chosen together, over real shapes, by size or by loss."""
 
+import copy
+import dataclasses
+import json
 import warnings
 from itertools import pairwise
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from helpers import elastic_of
+from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from flextron_trainer.convert import elastic_config
 from flextron_trainer.frontier import USED, choose_rows, named_budgets
 from flextron_trainer.presets import load_preset, names
+from modeling_flextron import FlextronConfig
 from modeling_flextron.extraction import misfit
+from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.subnetwork import smallest_subnetwork
 
 # Query heads, KV heads, channels in a head, neurons: real ones, and some that nothing divides.
@@ -99,3 +105,48 @@ def test_losses_decide_over_all_rows_together():
 
 def test_gpt_rows_fit_the_stock_class():
     check(elastic_config(GPT2Config(n_embd=768, n_head=12, n_layer=4, vocab_size=512)))
+
+
+class TestRows:
+    """A row is a value of its own class; `config.json` holds it as before."""
+
+    @pytest.fixture
+    def config(self):
+        return elastic_of("mha").config
+
+    def test_rows_are_read_and_written_as_they_were(self, config, tmp_path):
+        config.record({"1": {"loss": 2.0, "accuracy": 0.5}}, text="wiki", tokens=9)
+        config.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())["frontier"]
+        again = AutoConfig.from_pretrained(tmp_path)
+        assert again.frontier == config.frontier == copy.deepcopy(config).frontier
+        assert written == config.to_dict()["frontier"] == again.to_diff_dict()["frontier"]
+        assert set(written[1]["subnetwork"]) == {"hidden", "layers", "mlp", "heads"}
+        assert written[0]["measured"][0]["figures"] == ["accuracy", "loss"] and written[1]["measured"] == []
+        for row, values in zip(config.frontier, written, strict=True):
+            assert row.to_dict() == values == {field: row[field] for field in values}
+            assert FrontierRow.from_dict(config, values) == row and config.resolve(row.name) == row.subnetwork
+
+    def test_dicts_become_rows_where_they_are_checked(self, config):
+        rows = config.frontier
+        config.frontier = [row.to_dict() for row in rows]
+        assert config.to_dict()["frontier"] == [row.to_dict() for row in rows]
+        config.validate()
+        assert config.frontier == rows and FlextronConfig(**config.to_dict()).frontier == rows
+
+    def test_rows_do_not_change(self, config):
+        full, before = config.frontier[0], copy.deepcopy(config.frontier)
+        config.record({"1": {"loss": 2.0}}, text="wiki")
+        assert full.loss is None and config.frontier[0].loss == 2.0 and config.frontier[1:] == before[1:]
+        measured = config.frontier[0]
+        config.forget_measurements()
+        assert config.frontier == before and measured.loss == 2.0
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            full.loss = 1.0
+
+    def test_what_sizes_mean_follows_the_config(self, config):
+        """Another order of the layers: the rows have as many of them as before."""
+        config.elastic["layer_ranking"] = config.elastic["layer_ranking"][::-1]
+        config.validate()
+        for row in config.frontier:
+            assert row.subnetwork.layers == config.kept_layers(len(row.subnetwork.layers))

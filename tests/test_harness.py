@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.harness import evaluate_tasks, flat_scores, task_manager
 from modeling_flextron.configuration_flextron import VERSION
-from modeling_flextron.measured import measured_on
 from modeling_flextron.model_card import metric_columns, write_model_card
 
 FOUND = {
@@ -71,7 +70,7 @@ def test_scores_carry_their_task_its_split_and_what_ran_it(monkeypatch):
     assert runs[1:] == [model.resolve_budget(row["name"]) for row in model.frontier]
     for row in model.frontier:
         assert row["metrics"] == SCORES
-        on = {name: measured_on(row, name) for name in SCORES}
+        on = {name: row.measured_on(name) for name in SCORES}
         assert [(each.text, each.split) for each in on.values()] == [
             ("mc", "val"), ("mc", "val"), ("math", "t"), ("group", None)
         ]  # fmt: skip

@@ -10,7 +10,7 @@ from flextron_trainer.evaluation import evaluate_frontier, name_of
 from flextron_trainer.router_stage import add_token_routers
 from modeling_flextron import FlextronConfig
 from modeling_flextron.configuration_flextron import VERSION
-from modeling_flextron.measured import Measured, measured_on
+from modeling_flextron.measured import Measured
 
 TODAY = time.strftime("%Y-%m-%d")
 
@@ -31,8 +31,8 @@ def test_a_figure_carries_what_it_was_measured_on(config, tmp_path):
     row = FlextronConfig.from_pretrained(tmp_path).frontier[0]
     assert row["loss"] == 2.0 and row["metrics"] == {"accuracy": 0.5, "arc/acc": 0.25}
     for name in ("loss", "accuracy"):
-        assert measured_on(row, name) == Measured("wiki", "test", 100, TODAY, VERSION)
-    assert measured_on(row, "arc/acc") == Measured("arc", date=TODAY, version="9")
+        assert row.measured_on(name) == Measured("wiki", "test", 100, TODAY, VERSION)
+    assert row.measured_on("arc/acc") == Measured("arc", date=TODAY, version="9")
 
 
 def test_a_column_is_of_one_text(config):
@@ -40,8 +40,8 @@ def test_a_column_is_of_one_text(config):
     config.record({"1": {"loss": 1.0}}, text="code")
     assert losses(config) == [1.0, None, None, None]  # that of the other text is not left beside it
     assert [row["metrics"] for row in config.frontier[:2]] == [{"accuracy": 0.5}, {"accuracy": 0.4}]
-    assert measured_on(config.frontier[0], "loss").text == "code"
-    assert measured_on(config.frontier[0], "accuracy").text == "wiki"
+    assert config.frontier[0].measured_on("loss").text == "code"
+    assert config.frontier[0].measured_on("accuracy").text == "wiki"
     config.record({"0.6": {"loss": 1.5}}, text="code")  # the same text in parts
     assert losses(config) == [1.0, 1.5, None, None]
     config.record({"0.6": {"loss": float("nan")}}, text="code")
@@ -61,7 +61,7 @@ def test_rows_of_older_checkpoints_are_of_an_unknown_text(config, tmp_path):
         row["loss"], row["metrics"] = 2.0, {"accuracy": 0.5}
         del row["measured"]
     old = FlextronConfig.from_dict(values)
-    assert losses(old) == [2.0] * 4 and measured_on(old.frontier[0], "accuracy") == Measured()
+    assert losses(old) == [2.0] * 4 and old.frontier[0].measured_on("accuracy") == Measured()
     old.record({"1": {"loss": 1.0}}, text="wiki")
     assert losses(old) == [1.0, None, None, None]
 
@@ -99,7 +99,7 @@ def test_evaluation_names_its_text(tmp_path):
     results = evaluate_frontier(model, rows(4), text="wiki", split="test")
     assert results["1"]["tokens"] > 0
     for row in model.frontier:
-        assert measured_on(row, "loss") == Measured("wiki", "test", results["1"]["tokens"], TODAY, VERSION)
+        assert row.measured_on("loss") == Measured("wiki", "test", results["1"]["tokens"], TODAY, VERSION)
     (tmp_path / "secret").mkdir()
     assert name_of(str(tmp_path / "secret")) == "secret" and name_of("them/text") == "them/text"
 
@@ -108,11 +108,11 @@ def test_the_trainer_says_which_rows_it_measured(tmp_path):
     run = trainer(tmp_path)
     run.eval_text = "mine"
     run.evaluate()
-    assert measured_on(run.model.frontier[0], "loss").text == "mine"
+    assert run.model.frontier[0].measured_on("loss").text == "mine"
     run.evaluate(rows(2))
-    assert measured_on(run.model.frontier[0], "loss").text is None
+    assert run.model.frontier[0].measured_on("loss").text is None
     run.evaluate(run.train_dataset)
-    assert measured_on(run.model.frontier[0], "loss").text == "the training rows"
+    assert run.model.frontier[0].measured_on("loss").text == "the training rows"
     before = losses(run.model.config)
     run.evaluate(rows(2), metric_key_prefix="other")
     assert losses(run.model.config) == before

@@ -65,8 +65,8 @@ def card_with(names: list[str], saved) -> ModelCard:
     model, folder, table = saved
     name, before = dict(enumerate(names)), model.config
     model.config = config = copy.deepcopy(before)
-    for i, row in enumerate(config.frontier):
-        row["name"] = f"n{name[i]}n"  # one that a row can have
+    # names that a row can have
+    config.frontier = [replace(row, name=f"n{name[i]}n") for i, row in enumerate(config.frontier)]
     figures = {"loss": 2.0, name[4]: 0.5, f"{name[5]}/acc": 0.25, f"{name[5]}/acc_stderr": 0.125}
     rows = {row["name"]: figures for row in config.frontier}
     config.record(rows, text=name[5], split=name[6], tokens=5, version=name[7])
@@ -115,7 +115,7 @@ def test_every_figure_stands_under_its_text(tmp_path):
     model.config.record({"1": {"accuracy": 0.75}}, text="the training rows")
     model.config.record({"0.6": {"code/loss": 3.0}}, text="code")
     old = model.config.frontier[2]
-    old["metrics"]["arc/acc"] = 0.25  # as older versions wrote it
+    old.metrics["arc/acc"] = 0.25  # as older versions wrote it
     model.save_pretrained(tmp_path)
     write_model_card(model, tmp_path)
     text = (tmp_path / "README.md").read_text()

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from modeling_flextron import count_parameters
 from modeling_flextron.errors import require_int
 from modeling_flextron.extraction import misfit
+from modeling_flextron.frontier import held
 from modeling_flextron.latency import context_length, device_name
 from modeling_flextron.token_routing import is_routed
 
@@ -225,7 +226,7 @@ def bench(
         require_int(name, value)
     model = load_elastic(folder, dtype=dtype)
     context = context_length(model.config, context, made=STEPS)
-    names = {row["name"]: row["subnetwork"] for row in model.frontier}
+    names: dict[str, Any] = dict(held(model.frontier))
     if budgets is not None:
         names = {str(budget): budget for budget in budgets}
     sizes = {name: model.resolve_budget(budget) for name, budget in names.items()}

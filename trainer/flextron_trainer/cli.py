@@ -227,7 +227,7 @@ def convert(
     elastic.save_pretrained(output)
     copy_tokenizer(place, output, trust_remote_code)
     write_model_card(elastic, output)
-    finish(output=str(output), frontier=elastic.frontier)
+    finish(output=str(output), frontier=[row.to_dict() for row in elastic.frontier])
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -392,6 +392,7 @@ def evaluate(
     from modeling_flextron import count_parameters
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
+    from modeling_flextron.frontier import held
     from modeling_flextron.markdown import table_of_cells
     from modeling_flextron.model_card import metric_columns, plot_frontier, write_model_card
 
@@ -449,7 +450,7 @@ def evaluate(
         write_model_card(loaded, model)
     if plot is not None:
         static = {name: result for name, result in results.items() if not name.startswith("auto")}
-        meant = asked or {row["name"]: row["subnetwork"] for row in loaded.frontier}
+        meant = asked or held(loaded.frontier)
         sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(meant[name])) for name in static}
         plot_frontier({model: [(sizes[name], result["loss"]) for name, result in static.items()]}, plot)
     finish(model=model, dataset=dataset, results=results)
@@ -479,6 +480,7 @@ def measure(
 
     from modeling_flextron import FlextronConfig
     from modeling_flextron.checkpoint import write_config
+    from modeling_flextron.frontier import held
     from modeling_flextron.latency import FOLDER, LatencyTable
 
     from .models import load_elastic
@@ -493,12 +495,12 @@ def measure(
     config = FlextronConfig.from_pretrained(folder)
     config.latency_tables[table.file_name] = table.summary
     write_config(model, folder, config)
-    rows = {row["name"]: model.resolve_budget(row["subnetwork"]) for row in model.frontier}
+    times = {name: table.predict(subnetwork) for name, subnetwork in held(model.frontier).items()}
     finish(
         table=str(folder / table.file_name),
         device=table.device,
         error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},
-        decode_ms={name: round(1e3 * table.predict(subnetwork), 3) for name, subnetwork in rows.items()},
+        decode_ms={name: round(1e3 * seconds, 3) for name, seconds in times.items()},
     )
 
 

@@ -179,17 +179,17 @@ def run(
     _plot(elastic, parent_loss, before, after, output / "frontier.png")
 
     console.rule("6/6 loading without this package")
-    runs = use_without_package(repo, "def main():\n", [row["name"] for row in elastic.frontier])
+    runs = use_without_package(repo, "def main():\n", [row.name for row in elastic.frontier])
     results = []
     for row, used in zip(elastic.frontier, runs, strict=True):
         results.append(
             {
-                "budget": row["name"],
+                "budget": row.name,
                 "parameters": used["parameters"],
                 "bytes": used["bytes"],
                 "parent_loss": parent_loss,
-                "sliced_loss": before[row["name"]]["loss"],
-                "trained_loss": after[row["name"]]["loss"],
+                "sliced_loss": before[row.name]["loss"],
+                "trained_loss": after[row.name]["loss"],
                 "tokens_per_second": round(used["tokens_per_second"], 1),
             }
         )
@@ -214,7 +214,7 @@ def use_without_package(repo: str | os.PathLike, prompt: str, budgets: list[str]
 
 
 def _plot(elastic: FlextronForCausalLM, parent_loss: float, before: dict, after: dict, path: Path) -> None:
-    sizes = {row["name"]: row["parameters"] for row in elastic.frontier}
+    sizes = {row.name: row.parameters for row in elastic.frontier}
     curves = {
         "untrained slices": [(sizes[name], result["loss"]) for name, result in before.items()],
         "trained sub-networks": [(sizes[name], result["loss"]) for name, result in after.items()],

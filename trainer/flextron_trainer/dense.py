@@ -10,7 +10,6 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.extraction import changes, stock_sizes
 from modeling_flextron.markdown import code, plain
-from modeling_flextron.measured import measured_on
 from modeling_flextron.model_card import parent_of, versions
 from modeling_flextron.subnetwork import SubNetwork
 
@@ -99,11 +98,10 @@ def dense_card(
     config: FlextronConfig, title: str, budget: Any, subnetwork: SubNetwork, stock: Any, tokenizer: str
 ) -> str:
     """The README of an exported model: what it is, of what, how good it was measured to be, how it was made."""
-    rows = [row for row in config.frontier if row["subnetwork"] and config.resolve(row["subnetwork"]) == subnetwork]
     losses = [
-        f"{row['loss']:.4f} nats per token on {plain(measured_on(row, 'loss').label)}, measured before the export"
-        for row in rows
-        if row["loss"] is not None
+        f"{row.loss:.4f} nats per token on {plain(row.measured_on('loss').label)}, measured before the export"
+        for row in config.frontier
+        if row.loss is not None and row.subnetwork == subnetwork
     ]
     card = (files(__package__) / "templates" / "dense_card.md").read_text(encoding="utf-8")
     return card.format(
@@ -112,7 +110,7 @@ def dense_card(
         parent=parent_of(config),
         budget=code("full" if budget is None else budget),
         parameters=f"{stock.num_parameters():,}",
-        share=f"{config.row('', subnetwork)['non_embedding_parameters'] / config.parent_size():.3g}",
+        share=f"{config.row('', subnetwork).non_embedding_parameters / config.parent_size():.3g}",
         sizes=json.dumps(subnetwork.to_dict()),
         loss=losses[0] if losses else "not measured",
         tokenizer=tokenizer,

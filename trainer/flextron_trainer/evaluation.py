@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.errors import invalid
+from modeling_flextron.frontier import held
+from modeling_flextron.token_routing import figures_of_targets
 
 from .data import collator
 from .losses import RowScores
@@ -145,9 +147,7 @@ def evaluate_frontier(
 
 def measured_sizes(config: FlextronConfig) -> dict[str, Any]:
     """Name -> budget of everything that has figures of its own: rows of the frontier, and `"auto:0.5"`."""
-    rows = {row["name"]: row["subnetwork"] for row in config.frontier if row["subnetwork"] is not None}
-    targets = (config.token_routing or {"targets": []})["targets"]
-    return rows | {name: name for name in (f"auto:{entry['target']:g}" for entry in targets)}
+    return {**held(config.frontier), **{name: name for name in figures_of_targets(config.token_routing)}}
 
 
 def _evaluate(model, rows: Sequence[dict[str, Any]], batch_size: int, sizes: dict[str, Any]) -> dict[str, Any]:

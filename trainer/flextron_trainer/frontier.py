@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
+from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.subnetwork import (
     AXES,
     TOLERANCE,
@@ -70,7 +71,7 @@ def choose_rows(
     evaluations: int = 0,
     seed: int = 0,
     nested: bool = True,
-) -> list[dict]:
+) -> list[FrontierRow]:
     """The full network, called "1" where no budget means it, and one uniform sub-network for each budget.
 
     The rows are chosen together. Those go first that a stock class can hold as they are. Of these each uses at least
@@ -96,7 +97,7 @@ def choose_rows(
         fitting = [s for s in uniform if cost(s) <= limit] or [min(uniform, key=cost)]
         uses.append({s: cost(s) / limit for s in fitting})
     chosen = _together(uses, cache(lambda s: misfit(config, s) is not None), loss, nested)
-    rows: list[dict] = []
+    rows: list[FrontierRow] = []
     for name, best, use in zip(names, chosen, uses, strict=True):
         cost, limit = limits[name]
         if use[best] > TOLERANCE:
@@ -109,15 +110,13 @@ def choose_rows(
                 description=f"Searching {name}",
             )  # fmt: skip
             best = found if value < loss(best) else best
-        row = config.row(name, best)
-        if any(row["subnetwork"] == other["subnetwork"] for other in rows):
+        if any(best == row.subnetwork for row in rows):
             warnings.warn(
                 f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=3
             )
             continue
-        rows.append(row)
-    full = config.row("1", config.built)
-    return rows if rows[0]["subnetwork"] == full["subnetwork"] else [full, *rows]
+        rows.append(config.row(name, best))
+    return rows if rows[0].subnetwork == config.built else [config.row("1", config.built), *rows]
 
 
 def _together(

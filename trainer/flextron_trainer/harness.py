@@ -10,6 +10,7 @@ from typing import Any
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.errors import invalid
+from modeling_flextron.frontier import held
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
@@ -67,8 +68,7 @@ def evaluate_tasks(
     harness, results = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), {}
     measured: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     settings: dict[str, dict[str, Any]] = {}
-    rows = {row["name"]: row for row in model.config.frontier if row["subnetwork"] is not None}
-    for name, budget in (budgets or {name: row["subnetwork"] for name, row in rows.items()}).items():
+    for name, budget in (budgets or held(model.config.frontier)).items():
         with model.at_budget(budget):
             found: Any = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
         results[name] = flat_scores(found)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from modeling_flextron import FlextronConfig, SubNetwork
+from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import bytes_per_value, count_parameters, smallest_subnetwork
 
 from .arguments import FlextronTrainingArguments
@@ -149,7 +150,7 @@ def _evaluation(
 
 def _second(config: FlextronConfig, args: FlextronTrainingArguments) -> SubNetwork:
     """The largest network that may run while there are gradients, without accumulation."""
-    rows = [config.resolve(row["subnetwork"]) for row in config.frontier if row["subnetwork"]]
+    rows = list(held(config.frontier).values())
     if args.stage == "elastic" and args.sampler == "sandwich" and len(rows) > 1:
         if args.subnetworks_per_step == 2:
             return rows[-1]

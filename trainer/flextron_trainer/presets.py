@@ -132,11 +132,11 @@ def sizes_table() -> str:
     for name in names():
         config = load_preset(name).elastic_config()
         for row in config.frontier:
-            s = config.resolve(row["subnetwork"])
+            s = config.resolve(row.subnetwork)
             sizes = (s.hidden, len(s.layers), s.mlp[0], s.heads[0])
-            costs = (row["non_embedding_parameters"], row["parameters"], row["kv_values_per_token"])
+            costs = (row.non_embedding_parameters, row.parameters, row.kv_values_per_token)
             label = f"`{name}`" if row is config.frontier[0] else ""
-            lines.append(f"| {label} | {row['name']} | " + " | ".join(f"{number:,}" for number in sizes + costs) + " |")
+            lines.append(f"| {label} | {row.name} | " + " | ".join(f"{number:,}" for number in sizes + costs) + " |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.errors import invalid
-from modeling_flextron.measured import unmeasured
+from modeling_flextron.measured import Figures
 from modeling_flextron.positions import real_tokens
 from modeling_flextron.subnetwork import cost_of, parse_budget
 from modeling_flextron.token_routing import TokenRouter, bounds_of
@@ -81,7 +81,7 @@ class RouterStage:
         smallest = smallest_budget(config, self.cost)
         budgets = self.args.router_budgets
         if budgets is None:
-            named = [parse_budget(row["name"]) for row in config.frontier]
+            named = [parse_budget(row.name) for row in config.frontier]
             budgets = [b.value for b in named if b.kind == "fraction" and smallest <= b.value < 1]
             if not budgets:
                 rule = (
@@ -172,15 +172,15 @@ class RouterStage:
             return
         config = self.model.config
         config.static_router = self.learner.scores.stored()
-        router, rows = config.router(), {row["name"]: row for row in config.frontier}
+        router, rows = config.router(), {row.name: row for row in config.frontier}
         prefix = "uniform" if self.args.router_uniform else "routed"
         prefix += "-latency" if self.args.router_cost == "latency" else ""
         for budget in self.budgets:
             row = config.row(f"{prefix}-{budget:g}", router.choose(self.cost, budget * self.whole))
-            known = rows.get(row["name"])
-            if known is None or known["subnetwork"] != row["subnetwork"]:
-                rows[row["name"]] = row
-        config.frontier = sorted(rows.values(), key=lambda row: row["non_embedding_parameters"], reverse=True)
+            known = rows.get(row.name)
+            if known is None or known.subnetwork != row.subnetwork:
+                rows[row.name] = row
+        config.frontier = sorted(rows.values(), key=lambda row: row.non_embedding_parameters, reverse=True)
 
     @property
     def _learned(self) -> bool:
@@ -299,7 +299,7 @@ def add_token_routers(model: FlextronForCausalLM, budgets: list[float]) -> None:
     sizes = {"mlp": spaced(config.choices("mlp"), TOKEN_SIZES), "heads": list(config.choices("heads"))}
     for target in reversed(targets):
         static[target] = subnetwork = config.resolve(target)
-        entry = {"target": target, **bounds_for(config, subnetwork, outer), **unmeasured()}
+        entry = {"target": target, **bounds_for(config, subnetwork, outer), **Figures().figures()}
         outer = bounds_of(config, entry, target)
         entries.insert(0, entry)
     config.token_routing = {**sizes, "targets": entries}

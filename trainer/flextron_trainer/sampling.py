@@ -13,6 +13,7 @@ import torch
 
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.errors import invalid
+from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import random_subnetwork
 from modeling_flextron.token_routing import Routing
 
@@ -50,7 +51,7 @@ def draw(
         weights: For `"weighted"`: one for every row of the frontier, largest row first.
     """
     generator = random.Random(f"{seed}/{step}")  # hashed the same way everywhere
-    rows = [Draw(row["name"], config.resolve(row["subnetwork"])) for row in config.frontier if row["subnetwork"]]
+    rows = [Draw(name, subnetwork) for name, subnetwork in held(config.frontier).items()]
 
     def sizes(number: int) -> list[Draw]:
         return [Draw("random", random_subnetwork(config, generator)) for _ in range(number)]
@@ -89,7 +90,7 @@ def check_weights(config: FlextronConfig, weights: list[float] | None) -> None:
     Raises:
         ValueError: not one non-negative weight for every row, or all zero.
     """
-    rows = sum(row["subnetwork"] is not None for row in config.frontier)
+    rows = len(held(config.frontier))
     if weights is None or len(weights) != rows or min(weights) < 0 or sum(weights) <= 0:
         rule = f"The sampler 'weighted' needs one weight of at least 0 for each of the {rows} rows of the frontier."
         raise invalid("sampling_weights", weights, rule, "Pass them largest row first.")

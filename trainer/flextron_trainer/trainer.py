@@ -30,6 +30,7 @@ from modeling_flextron.adapters import claim
 from modeling_flextron.checkpoint import staging, sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
+from modeling_flextron.frontier import held
 from modeling_flextron.hub import commit_files, commit_written, files_of
 from modeling_flextron.model_card import write_model_card
 from modeling_flextron.modeling_flextron import runs_in_parts
@@ -186,7 +187,7 @@ class FlextronTrainer(Trainer):
         return math.ceil(each * self.args.num_train_epochs)
 
     def _warn_about_untrained_sizes(self) -> None:
-        rows = sum(row["subnetwork"] is not None for row in self.model.config.frontier)
+        rows = len(held(self.model.config.frontier))
         weights = self.args.sampling_weights or [1.0]
         if weights[0] == 0 or self.args.sampler == "random":
             logger.warning(
@@ -364,9 +365,8 @@ class FlextronTrainer(Trainer):
         return drawn
 
     def _name_of_full(self) -> str:
-        rows = {row["name"]: row["subnetwork"] for row in self.model.config.frontier if row["subnetwork"]}
-        full = [name for name, sizes in rows.items() if self.model.config.resolve(sizes) == self.model.config.built]
-        return full[0] if full else "full"
+        rows = held(self.model.config.frontier).items()
+        return next((name for name, subnetwork in rows if subnetwork == self.model.config.built), "full")
 
     @torch.no_grad()
     def _teach(self, inputs: dict[str, Any]) -> Teacher | None:

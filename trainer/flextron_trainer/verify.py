@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
+from modeling_flextron.frontier import held
 from modeling_flextron.levels import AGAIN, index_name, read_index, stored_tensors
 
 from .models import kind_of
@@ -33,7 +34,7 @@ def verify(folder: Path) -> dict[str, Any]:
         raise invalid("folder", str(folder), rule, "Write what is to be kept or sent with `flextron export`.")
     kind = kind_of(config)
     shards: dict[str, dict[str, Any]] = {}
-    sizes = {row["name"]: row["subnetwork"] for row in config.frontier}
+    sizes = held(config.frontier)
     rows = [(level, sizes[name]) for level, name in enumerate(config.levels["rows"])]
     for level, row in [*rows, (None, None)]:
         index = read_index(folder / index_name(level))
