@@ -33,10 +33,11 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
 from flextron_trainer.evaluation import evaluate_frontier
+from flextron_trainer.measuring.latency import measure_latency
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.checkpoint import write_config
-from modeling_flextron.drafting import LENGTHS, Watch, constant, expected_acceptance, share_draft, tokens_per_cycle
-from modeling_flextron.latency import LatencyTable
+from modeling_flextron.drafting import Watch, constant, expected_acceptance, share_draft, tokens_per_cycle
+from modeling_flextron.latency import LENGTHS
 from modeling_flextron.subnetwork import weight_bytes
 
 LENGTH = 128
@@ -114,7 +115,7 @@ def reading(model: FlextronForCausalLM, ids: torch.Tensor) -> dict[int, Callable
 
 def measured_table(model: FlextronForCausalLM, folder: Path, context: int) -> None:
     """Measure the latency table that `"auto"` reads, into the folder of the model."""
-    table = LatencyTable.measure(model, context=context, rounds=8, checks=3)
+    table = measure_latency(model, context=context, rounds=8, checks=3)
     table.save(folder / table.file_name)
     model.config.latency_tables = {table.file_name: table.summary}
     write_config(model, folder)

@@ -25,7 +25,6 @@ from .errors import invalid
 from .subnetwork import SubNetwork, parameters_of
 
 logger = logging.get_logger(__name__)
-LENGTHS = (1, 2, 4, 8)
 GAIN = 1.05  # what a prediction must promise: it has an error, and plain decoding has none
 UNKNOWN = 0.7  # acceptance of a draft of which nothing was measured
 WEIGHT = 32  # tokens for which an estimate counts beside those that are observed

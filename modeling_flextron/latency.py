@@ -1,5 +1,7 @@
 """How long a sub-network takes on a device: measured for each choice once, predicted for every sub-network.
 
+How it is measured: `flextron_trainer/measuring/latency.py`.
+
 The lookup table of Flextron (arXiv 2406.10260, figure 3): the time of a network is the sum of what its parts take,
 
     T = rest(h) + sum over kept layers of [ mlp(h, m) + heads(h, a) - layer(h) ]
@@ -16,31 +18,26 @@ import hashlib
 import json
 import os
 import platform
-import random
 import re
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.utils import cached_file, logging
 
 from .checkpoint import write_file_beside
-from .drafting import LENGTHS, Watch, constant, share_draft
-from .errors import invalid, require_int
-from .subnetwork import Cost, SubNetwork, random_subnetwork, smallest_subnetwork
+from .errors import invalid
+from .subnetwork import Cost, SubNetwork
 
 logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
+LENGTHS = (1, 2, 4, 8)  # of drafts, in tokens
 FOLDER = "latency"
 REMEDY = "Measure again with `flextron measure`."
-_PIECES = 5  # of what `generate` writes with drafts, for one measurement
 
 
 def _is_name(value: Any) -> bool:
@@ -51,7 +48,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**63
 
 
-def _is_time(value: Any) -> bool:
+def is_seconds(value: Any) -> bool:
     return type(value) in (int, float) and -1e6 < value < 1e6  # seconds; what is below zero is noise
 
 
@@ -71,20 +68,6 @@ def device_name(kind: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine() or kind
-
-
-def context_length(config: Any, context: int | None, made: int) -> int:
-    """How many tokens to read before `made` more: `context`, or when that is None 512, or as many as there is room for.
-
-    Raises:
-        ValueError: it is not positive, or the model has too few positions.
-    """
-    context = min(512, config.max_position_embeddings - made) if context is None else context
-    require_int("context", context)
-    if context + made > config.max_position_embeddings:
-        rule = f"The model has {config.max_position_embeddings} positions, and tokens it makes need {made}."
-        raise invalid("context", context, rule, "Pass fewer tokens.")
-    return context
 
 
 @dataclass(frozen=True)
@@ -171,83 +154,6 @@ class LatencyTable:
                     raise invalid(f"{path}['shape'][{key!r}]", stored, rule, REMEDY)
         return table
 
-    # ------------------------------------------------------------------------------------------- measuring
-
-    @classmethod
-    def measure(
-        cls,
-        model: Any,
-        *,
-        batch: int = 1,
-        context: int | None = None,
-        rounds: int = 15,
-        checks: int = 10,
-        seed: int = 0,
-        progress: str | os.PathLike | None = None,
-    ) -> "LatencyTable":
-        """Time every choice of a model where it is.
-
-        Args:
-            model: A `FlextronForCausalLM` with all its sizes in memory, on its device and in its dtype.
-            batch: Sequences at the same time.
-            context: Tokens that are read in `"prefill"`, and that are in the cache in `"decode"`; None for 512, or as
-                many as the model has room for.
-            rounds: How often each network is timed; every round times all of them in a random order.
-            checks: Random sub-networks whose time is predicted and measured.
-            seed: Of the order, the tokens and the random sub-networks.
-            progress: File in which the rounds are kept while they are measured; a later call with the same model and
-                conditions goes on there.
-
-        Raises:
-            ValueError: a number is not positive, or the context is longer than the model allows.
-        """
-        for name, value in (("batch", batch), ("rounds", rounds), ("checks", checks)):
-            require_int(name, value)
-        config, kind = model.config, model.device.type
-        context = context_length(config, context, made=1)
-        conditions: dict[str, Any] = {
-            "kind": kind, "threads": torch.get_num_threads() if kind == "cpu" else None,
-            "dtype": str(model.dtype).removeprefix("torch."), "attention": config._attn_implementation,
-            "batch": batch, "context": context,
-        }  # fmt: skip
-        generator = random.Random(seed)
-        random_ones = [random_subnetwork(config, generator) for _ in range(checks)]
-        networks = list(dict.fromkeys([*_probes(config).values(), *random_ones]))
-        device = device_name(kind)
-        rows = _Rounds(
-            progress, {"device": device, **conditions, "shape": shape_of(config), "seed": seed}, len(networks)
-        )
-        run = _Runner(model, batch, context, seed)
-        todo = range(len(rows.done), rounds)
-        was_training = model.training
-        model.eval()
-        try:
-            for _ in logging.tqdm(todo, desc=f"Timing {len(networks)} networks", unit="round"):
-                rows.add(run.round(networks, generator) | {"drafting": run.drafting()})
-        finally:
-            model.train(was_training)
-
-        times = {mode: {n: [r[mode][i] for r in rows.done] for i, n in enumerate(networks)} for mode in MODES}
-        median = {mode: {n: statistics.median(t) for n, t in times[mode].items()} for mode in MODES}
-        table = cls(
-            device,
-            conditions | {"rounds": len(rows.done), "date": time.strftime("%Y-%m-%d"), "versions": _versions()},
-            shape_of(config) | {"layers": len(config.built.layers)},
-            {mode: _costs(config, median[mode]) for mode in MODES},
-            {mode: statistics.median(map(_spread, times[mode].values())) for mode in MODES},
-            drafting=_drafting([r.get("drafting", {}) for r in rows.done], median["decode"][config.built]),
-        )
-        for mode in MODES:
-            pairs = [(table.predict(network, mode), median[mode][network]) for network in random_ones]
-            errors = [abs(predicted / measured - 1) for predicted, measured in pairs]
-            points = [
-                {"subnetwork": network.to_dict(), "predicted": predicted, "measured": measured}
-                for network, (predicted, measured) in zip(random_ones, pairs, strict=True)
-            ]
-            table.errors[mode] = {"median": statistics.median(errors), "worst": max(errors), "points": points}
-        rows.forget()
-        return table
-
 
 def check_table(file: str, content: Any, layers: int | None = None) -> None:
     """Refuse what is no latency table.
@@ -285,7 +191,7 @@ def check_table(file: str, content: Any, layers: int | None = None) -> None:
         keys = [("rest",), ("layer",), *((axis, str(size)) for axis in ("mlp", "heads") for size in shape[axis])]
         times = {key: _at(content, "costs", mode, hidden, *key) for key in keys}
         for key, seconds in times.items():
-            require(_is_time(seconds), ("costs", mode, hidden, *key), seconds, "It is a number of seconds.")
+            require(is_seconds(seconds), ("costs", mode, hidden, *key), seconds, "It is a number of seconds.")
         rest, layer = times.pop(("rest",)), times["layer",]
         mlp, heads = (times[axis, str(max(shape[axis]))] for axis in ("mlp", "heads"))
         # Such networks were timed as they are, so that noise explains none of these.
@@ -298,7 +204,7 @@ def check_table(file: str, content: Any, layers: int | None = None) -> None:
         right = set(drafting) == {"loop", "more"} and isinstance(more, dict) and set(more) == lengths
         require(right, ("drafting",), drafting, f"It has `loop`, and `more` for {LENGTHS} tokens.")
         for key, seconds in {"loop": drafting["loop"], **more}.items():
-            require(_is_time(seconds) and seconds >= 0, ("drafting", key), seconds, "It is a number of seconds.")
+            require(is_seconds(seconds) and seconds >= 0, ("drafting", key), seconds, "It is a number of seconds.")
 
 
 def check_summary(file: Any, entry: Any) -> None:
@@ -377,184 +283,3 @@ def _beside(config: Any, file: str) -> str:
     path = cached_file(config.name_or_path, file, revision=commit, _commit_hash=commit)
     assert path is not None  # it raises instead
     return path
-
-
-def _probes(config: Any) -> dict[tuple, SubNetwork]:
-    """The networks that tell the cost of every choice, by (hidden size, axis, choice)."""
-    built, probes = config.built, {}
-    few = tuple(sorted(config.anchors()))
-    for hidden in config.choices("hidden"):
-
-        def network(layers: tuple[int, ...], mlp=None, heads=None, hidden=hidden) -> SubNetwork:
-            return SubNetwork(
-                hidden,
-                layers,
-                tuple(min(mlp or size, size) for size in (built.mlp[layer] for layer in layers)),
-                tuple(min(heads or size, size) for size in (built.heads[layer] for layer in layers)),
-            )
-
-        probes[hidden, "full", None] = network(built.layers)
-        probes[hidden, "few", None] = network(few)
-        for mlp in config.choices("mlp"):
-            probes[hidden, "mlp", mlp] = network(built.layers, mlp=mlp)
-        for heads in config.choices("heads"):
-            probes[hidden, "heads", heads] = network(built.layers, heads=heads)
-    return probes
-
-
-def _costs(config: Any, median: dict[SubNetwork, float]) -> dict[str, dict[str, Any]]:
-    """The entries of a table from the times of the probes."""
-    probes, result = _probes(config), {}
-    layers, few = len(config.built.layers), len(config.anchors())
-    for hidden in config.choices("hidden"):
-        full = median[probes[hidden, "full", None]]
-        layer = (full - median[probes[hidden, "few", None]]) / (layers - few) if layers > few else full / layers
-        result[str(hidden)] = {
-            "rest": full - layers * layer,
-            "layer": layer,
-            **{
-                axis: {
-                    str(size): layer + (median[probes[hidden, axis, size]] - full) / layers
-                    for size in config.choices(axis)
-                }
-                for axis in ("mlp", "heads")
-            },
-        }
-    return result
-
-
-def _drafting(rounds: list[dict[str, float]], decode: float) -> dict[str, Any]:
-    """What a table has of drafting, from the measured rounds and the seconds of a decoding step."""
-    if not all(rounds):
-        return {}
-
-    def median(seconds: Iterable[float]) -> float:
-        return max(0.0, statistics.median(seconds))  # what is below is noise
-
-    more = {str(n): median(r[str(n)] - n * r["draft"] - r["token"] for r in rounds) for n in LENGTHS}
-    return {"loop": median(r["token"] - decode for r in rounds), "more": more}
-
-
-class _Runner:
-    """Times decoding steps and prefills of the sub-networks of a model."""
-
-    def __init__(self, model: Any, batch: int, context: int, seed: int):
-        self.model = model
-        ids = torch.Generator().manual_seed(seed)
-        self.ids = torch.randint(model.config.vocab_size, (batch, context), generator=ids).to(model.device)
-
-    @torch.inference_mode()
-    def round(self, networks: list[SubNetwork], generator: random.Random) -> dict[str, list[float]]:
-        """Seconds of every network in both modes, measured in a random order."""
-        times = {mode: [0.0] * len(networks) for mode in MODES}
-        order = list(range(len(networks)))
-        generator.shuffle(order)
-        for i in order:
-            cache = DynamicCache(config=self.model.config)
-
-            def prefill(network=networks[i], cache=cache):
-                self.model(self.ids, past_key_values=cache, logits_to_keep=1, flextron_budget=network)
-
-            def decode(network=networks[i], cache=cache):
-                self.model(self.ids[:, :1], past_key_values=cache, flextron_budget=network)
-
-            times["prefill"][i] = self._seconds(prefill)
-            decode()  # warms up
-            times["decode"][i] = statistics.median(self._seconds(decode) for _ in range(3))
-        return times
-
-    def drafting(self) -> dict[str, float]:
-        """Seconds between two pieces of what `generate` writes, by what writes them.
-
-        `token` is the full network and `draft` the smallest one, each alone; then both together, by the length of the
-        drafts. What of them is kept does not matter. Nothing for several sequences, or without room for the tokens.
-        """
-        room = self.model.config.max_position_embeddings - _PIECES * (LENGTHS[-1] + 1)
-        if len(self.ids) > 1 or room < 1:
-            return {}
-        ids, smallest = self.ids[:, :room], smallest_subnetwork(self.model.config)
-        result = {"token": self._piece(ids), "draft": self._piece(ids, flextron_budget=smallest)}
-        for length in LENGTHS:
-            draft = share_draft(self.model, smallest, **constant(length))
-            result[str(length)] = self._piece(ids, assistant_model=draft)
-        return result
-
-    def _piece(self, ids: torch.Tensor, **kwargs: Any) -> float:
-        """Seconds between pieces, the median."""
-        watch = Watch()
-        self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=_PIECES * (LENGTHS[-1] + 1),
-            eos_token_id=self.model.config.vocab_size,  # which is never written
-            pad_token_id=0,
-            streamer=watch,
-            stopping_criteria=[lambda ids, scores: torch.full((1,), len(watch.sizes) > _PIECES, device=ids.device)],
-            **kwargs,
-        )
-        times = watch.times[1:]  # the prompt is read before the first piece
-        return statistics.median(after - before for before, after in pairwise(times))
-
-    def _seconds(self, call: Callable[[], object]) -> float:
-        self._wait()
-        start = time.perf_counter()
-        call()
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-
-
-class _Rounds:
-    """Measured rounds, kept in a file while more are made."""
-
-    def __init__(self, path: str | os.PathLike | None, conditions: dict[str, Any], networks: int):
-        self.path, self.conditions, self.done = path and Path(path), conditions, list[dict[str, Any]]()
-        if self.path and self.path.is_file():
-            try:
-                kept = json.loads(self.path.read_text(encoding="utf-8"))
-                if kept["conditions"] == json.loads(json.dumps(conditions)):
-                    self.done = [_round(each, networks) for each in kept["rounds"]]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                logger.warning(f"The rounds in {self.path} cannot be read, and are measured again: {error!r}")
-
-    def add(self, times: dict[str, Any]) -> None:
-        self.done.append(times)
-        if self.path:
-            with write_file_beside(self.path) as beside:
-                kept = {"conditions": self.conditions, "rounds": self.done}
-                beside.write_text(json.dumps(kept), encoding="utf-8")
-
-    def forget(self) -> None:
-        if self.path:
-            self.path.unlink(missing_ok=True)
-
-
-def _round(kept: dict[str, Any], networks: int) -> dict[str, Any]:
-    """A round that was kept.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
-    for times in (kept[mode] for mode in MODES):
-        if len(times) != networks or not all(map(_is_time, times)):
-            raise ValueError(f"{len(times)} times of {networks} networks")
-    if not isinstance(kept["drafting"], dict) or not all(map(_is_time, kept["drafting"].values())):
-        raise ValueError("times of drafting")
-    return kept
-
-
-def _spread(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    lower, middle, upper = statistics.quantiles(times, n=4)
-    return (upper - lower) / middle
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}

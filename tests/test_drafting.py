@@ -9,7 +9,6 @@ from helpers import elastic_of
 
 from modeling_flextron import FlextronConfig
 from modeling_flextron.drafting import (
-    LENGTHS,
     UNKNOWN,
     Watch,
     best_draft,
@@ -18,7 +17,7 @@ from modeling_flextron.drafting import (
     share_draft,
     tokens_per_cycle,
 )
-from modeling_flextron.latency import LatencyTable, shape_of
+from modeling_flextron.latency import LENGTHS, LatencyTable, shape_of
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
 

@@ -13,12 +13,12 @@ from training import arguments, rows, trainer, with_adapter
 from flextron_trainer.data import collator
 from flextron_trainer.evaluation import NextToken, evaluate_frontier, evaluate_model
 from flextron_trainer.frontier import mean_loss
+from flextron_trainer.measuring.latency import measure_latency
 from modeling_flextron import (
     FlextronConfig,
     FlextronForCausalLM,
     FlextronForSequenceClassification,
     FlextronModel,
-    LatencyTable,
 )
 from modeling_flextron.levels import row_bytes
 from modeling_flextron.model_card import TASKS, frontier_table, plot_frontier, write_model_card
@@ -186,7 +186,7 @@ def test_snippets_run_for_every_head_without_a_tokenizer(tmp_path, monkeypatch, 
 def test_speed_in_the_card(tmp_path):
     elastic = elastic_of("mha")
     elastic.save_pretrained(tmp_path)
-    table = LatencyTable.measure(elastic, context=4, rounds=1, checks=1)
+    table = measure_latency(elastic, context=4, rounds=1, checks=1)
     table.save(tmp_path / table.file_name)
     elastic.config.latency_tables = {table.file_name: table.summary}
     write_model_card(elastic, tmp_path)

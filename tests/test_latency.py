@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import all_sizes, elastic_of, flextron, run_python
 
+from flextron_trainer.measuring import latency as module
+from flextron_trainer.measuring.latency import measure_latency
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron import latency as module
-from modeling_flextron.drafting import LENGTHS
-from modeling_flextron.latency import MODES, LatencyTable, device_name, nearest
+from modeling_flextron.latency import LENGTHS, MODES, LatencyTable, device_name, nearest
 
 
 def additive(network) -> float:
@@ -44,7 +44,7 @@ def clock(monkeypatch):
 
 def saved_with_table(model, folder, **changes):
     model.save_pretrained(folder)
-    table = LatencyTable.measure(model, rounds=1, context=8)
+    table = measure_latency(model, rounds=1, context=8)
     for key, value in changes.items():
         object.__setattr__(table, key, value)
     table.save(folder / table.file_name)
@@ -55,7 +55,7 @@ def saved_with_table(model, folder, **changes):
 
 
 def test_additive_times_are_predicted_exactly(elastic, clock):
-    table = LatencyTable.measure(elastic, rounds=2, context=8)
+    table = measure_latency(elastic, rounds=2, context=8)
     for network in all_sizes(elastic, 20):
         assert table.predict(network) == pytest.approx(additive(network))
         assert table.predict(network, "prefill") == pytest.approx(10 * additive(network))
@@ -69,13 +69,13 @@ def test_additive_times_are_predicted_exactly(elastic, clock):
 
 def test_noise_shows_in_spread_and_error(clock):
     clock.noise = 0.2
-    table = LatencyTable.measure(elastic_of("mha"), rounds=20, context=8)
+    table = measure_latency(elastic_of("mha"), rounds=20, context=8)
     assert 0.1 < table.spread["decode"] < 0.3 and 0 < table.errors["decode"]["worst"] < 0.2
 
 
 def test_a_real_measurement(tmp_path):
     model = elastic_of("mha")
-    table = LatencyTable.measure(model.train(), rounds=2, context=16, batch=2, checks=3)
+    table = measure_latency(model.train(), rounds=2, context=16, batch=2, checks=3)
     assert model.training
     for mode in MODES:
         assert all(table.predict(network, mode) > 0 for network in [model.built])
@@ -94,21 +94,21 @@ def test_what_drafting_adds_is_told_apart():
 
 
 def test_the_context_is_what_the_model_has_room_for(clock):
-    assert LatencyTable.measure(elastic_of("mha"), rounds=1).conditions["context"] == 127
+    assert measure_latency(elastic_of("mha"), rounds=1).conditions["context"] == 127
 
 
 def test_an_interrupted_measurement_goes_on(clock, tmp_path):
     model, clock.fail_in = elastic_of("mha"), 4
     options = {"rounds": 6, "context": 8, "progress": tmp_path / "rounds.json"}
     with pytest.raises(KeyboardInterrupt):
-        LatencyTable.measure(model, **options)
+        measure_latency(model, **options)
     assert clock.rounds == 4 and (tmp_path / "rounds.json").is_file()
     clock.fail_in = None
-    table = LatencyTable.measure(model, **options)
+    table = measure_latency(model, **options)
     assert clock.rounds == 4 + 3 and table.conditions["rounds"] == 6
     assert not (tmp_path / "rounds.json").exists()
     (tmp_path / "rounds.json").write_text(json.dumps({"conditions": {"other": 1}, "rounds": [{}] * 6}))
-    LatencyTable.measure(model, **options)
+    measure_latency(model, **options)
     assert clock.rounds == 7 + 6  # rounds of other conditions are not used
 
 
@@ -187,7 +187,7 @@ def test_bad_tables_are_refused(clock, tmp_path):
             FlextronConfig(latency_tables=entry)
     for name, value in (("batch", 0), ("rounds", 0), ("context", 128)):
         with pytest.raises(ValueError, match=f"`{name}`={value}"):
-            LatencyTable.measure(model, **{"rounds": 1, "context": 8, name: value})
+            measure_latency(model, **{"rounds": 1, "context": 8, name: value})
 
 
 def places(value, path=()):
@@ -284,12 +284,12 @@ def test_damaged_rounds_are_measured_again(clock, tmp_path, caplog):
     model, path = elastic_of("mha"), tmp_path / "rounds.json"
     clock.fail_in = 3
     with pytest.raises(KeyboardInterrupt):
-        LatencyTable.measure(model, rounds=3, context=8, progress=path)
+        measure_latency(model, rounds=3, context=8, progress=path)
     kept, clock.fail_in = json.loads(path.read_text()), None
     for damage in ("", "{", "[]", "{}", json.dumps(kept | {"rounds": [{}]}), json.dumps(kept | {"rounds": 3})):
         path.write_text(damage)
         clock.rounds = 0
-        table = LatencyTable.measure(model, rounds=2, context=8, progress=path)
+        table = measure_latency(model, rounds=2, context=8, progress=path)
         assert clock.rounds == 2 and table.conditions["rounds"] == 2
 
 

@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from flextron_trainer.dense import export_dense
+from flextron_trainer.measuring.latency import measure_latency
 from flextron_trainer.plots import plot_routing
 from flextron_trainer.router_stage import add_token_routers
 from modeling_flextron.configuration_flextron import VERSION
-from modeling_flextron.latency import LatencyTable
 from modeling_flextron.markdown import literal
 from modeling_flextron.model_card import plot_frontier, write_model_card
 
@@ -56,7 +56,7 @@ def saved(tmp_path_factory):
     add_token_routers(model, [0.35])
     model.save_pretrained(folder)
     (folder / "latency").mkdir()
-    table = LatencyTable.measure(model, context=4, rounds=1, checks=1)
+    table = measure_latency(model, context=4, rounds=1, checks=1)
     return model, folder, table
 
 

@@ -27,10 +27,11 @@ from modeling_flextron import count_parameters
 from modeling_flextron.errors import require_int
 from modeling_flextron.extraction import misfit
 from modeling_flextron.frontier import held
-from modeling_flextron.latency import context_length, device_name
+from modeling_flextron.latency import device_name
 from modeling_flextron.token_routing import is_routed
 
 from .loading import Load, fetched_bytes, measure_loads
+from .measuring.latency import context_length
 from .models import load_elastic
 
 STEPS = 16  # tokens that are decoded in a round

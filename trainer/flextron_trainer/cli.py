@@ -481,8 +481,9 @@ def measure(
     from modeling_flextron import FlextronConfig
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.frontier import held
-    from modeling_flextron.latency import FOLDER, LatencyTable
+    from modeling_flextron.latency import FOLDER
 
+    from .measuring.latency import measure_latency
     from .models import load_elastic
 
     must_be_a_model(folder)
@@ -490,7 +491,7 @@ def measure(
         torch.set_num_threads(threads)
     model = load_elastic(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
     progress = folder / FOLDER / ".rounds.json"
-    table = LatencyTable.measure(model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress)
+    table = measure_latency(model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress)
     table.save(folder / table.file_name)
     config = FlextronConfig.from_pretrained(folder)
     config.latency_tables[table.file_name] = table.summary
