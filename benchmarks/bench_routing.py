@@ -43,7 +43,7 @@ from flextron_trainer.evaluation import evaluate_model
 from flextron_trainer.frontier import mean_loss
 from flextron_trainer.search import fill, search
 from modeling_flextron import FlextronForCausalLM, SubNetwork
-from modeling_flextron.routing import Choices
+from modeling_flextron.static_router import Choices, StaticRouter
 from modeling_flextron.subnetwork import parameters_of, random_subnetwork, uniform_subnetworks
 
 LENGTH = 128
@@ -148,7 +148,7 @@ class Seed:
 
     def surrogate(self) -> dict[str, Any]:
         trainer = self.trained("surrogate", self.options.router_steps, subnetworks_per_step=4)
-        learner, router = trainer.routers.learner, self.config.router()
+        learner, router = trainer.routers.learner, StaticRouter(self.config, self.config.static_router)
         result = self.each_budget(lambda limit: router.choose(self.cost, limit))
         result["between"] = {
             str(b): self.entry(router.choose(self.cost, b * self.config.parent_size())) for b in (0.62, 0.4)
@@ -174,7 +174,7 @@ class Seed:
 
     def gumbel(self) -> dict[str, Any]:
         self.trained("gumbel", self.options.router_steps // 2, subnetworks_per_step=4)
-        router = self.config.router()
+        router = StaticRouter(self.config, self.config.static_router)
         return self.each_budget(lambda limit: router.choose(self.cost, limit))
 
     def token(self) -> dict[str, Any]:

@@ -30,29 +30,20 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import CONFIG_NAME, logging
 
+from .budgets import TOLERANCE, Budget, budget_of_name, parse_budget, resolve
 from .errors import invalid, require_int
 from .families import family_of
 from .frontier import COSTS, FrontierRow, held, plain_rows, read_rows
-from .latency import LatencyTable, check_summary, copy_tables, table_of
+from .latency import check_summary, copy_tables
 from .levels import check_levels, index_name, level_of
 from .measured import Figures, Measured, forget, record
-from .routing import StaticRouter, check_static_router, narrowed_router
-from .subnetwork import (
-    AXES,
-    TOLERANCE,
-    Budget,
-    SubNetwork,
-    budget_of_name,
-    count_parameters,
-    parse_budget,
-    resolve,
-)
+from .static_router import check_static_router, narrowed_router
+from .subnetwork import AXES, SubNetwork, count_parameters, is_subnetwork
 from .token_routing import (
-    RoutedSubNetwork,
     check_token_routing,
     figures_of_targets,
+    is_routed,
     narrowed_routing,
-    resolve_auto,
     with_figures,
 )
 
@@ -104,9 +95,9 @@ def _parts(version: str) -> list[int]:
 
 def _plain(budget: Any) -> Any:
     """A budget as JSON has it: a `SubNetwork` becomes the dict of its sizes."""
-    if hasattr(budget, "target"):
+    if is_routed(budget):
         return f"auto:{budget.target}"
-    return budget.to_dict() if hasattr(budget, "layers") else budget
+    return budget.to_dict() if is_subnetwork(budget) else budget
 
 
 class FlextronConfig(PreTrainedConfig):
@@ -137,9 +128,9 @@ class FlextronConfig(PreTrainedConfig):
             `kv_values_per_token`, the evaluation `loss` in nats per token when it was measured, free `metrics`, and
             in `measured` what these were measured on (`record` writes them, `forget_measurements` erases them).
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
-        flextron_budget: Which sub-network to build: a value of the budget grammar, see `subnetwork.py`.
+        flextron_budget: Which sub-network to build: a value of the budget grammar, see `budgets.py`.
         flextron_context: Tokens of KV cache that memory budgets reserve; never more than `max_position_embeddings`.
-        static_router: Scores from which a sub-network follows for any budget; see `routing.StaticRouter`.
+        static_router: Scores from which a sub-network follows for any budget; see `static_router.StaticRouter`.
         token_routing: Sizes, targets and their bounds, of a model whose tokens choose; see `token_routing.py`.
         latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
         levels: Of a checkpoint that is stored in levels (`levels.py`): `checkpoint`, which its files share, and
@@ -336,21 +327,8 @@ class FlextronConfig(PreTrainedConfig):
         return self.parent_non_embedding_parameters or count_parameters(self, self.built, embeddings=False)
 
     def resolve(self, budget: Any) -> SubNetwork:
-        """The sub-network that a budget means; see `subnetwork.resolve`."""
+        """The sub-network that a budget means; see `budgets.resolve`."""
         return resolve(self, budget)
-
-    def router(self) -> StaticRouter:
-        """The static router, where there is one."""
-        assert self.static_router is not None
-        return StaticRouter(self, self.static_router)
-
-    def routed(self, budget: Any, target: float | None) -> RoutedSubNetwork:
-        """What `"auto"` means; see `token_routing.resolve_auto`."""
-        return resolve_auto(self, budget, target)
-
-    def latency_table(self) -> LatencyTable | None:
-        """The measured table that latency budgets refer to here; see `latency.table_of`."""
-        return table_of(self)
 
     @property
     def transformers_weights(self) -> str | None:

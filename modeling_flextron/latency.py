@@ -24,14 +24,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils import cached_file, logging
 
 from .checkpoint import write_file_beside
 from .errors import invalid
-from .subnetwork import Cost, SubNetwork
+from .subnetwork import Cost, Shape, SubNetwork
 
 logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
@@ -68,6 +68,14 @@ def device_name(kind: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine() or kind
+
+
+class HasTables(Shape, Protocol):
+    """A config that lists latency tables, and the folder or repo in which they are."""
+
+    base_model_type: str
+    latency_tables: dict[str, dict[str, Any]]
+    name_or_path: Any
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class LatencyTable:
             beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: Any = None) -> "LatencyTable":
+    def load(cls, path: str | os.PathLike, config: HasTables | None = None) -> "LatencyTable":
         """Read a table, and check that it is one of `config`'s model.
 
         Raises:
@@ -229,7 +237,7 @@ def _at(value: Any, *keys: str) -> Any:
     return value
 
 
-def shape_of(config: Any) -> dict[str, Any]:
+def shape_of(config: HasTables) -> dict[str, Any]:
     """What a table must have in common with a model."""
     axes = {axis: list(config.choices(axis)) for axis in ("hidden", "mlp", "heads")}
     return axes | {"vocab_size": config.vocab_size, "head_dim": config.head_dim, "family": config.base_model_type}
@@ -245,7 +253,7 @@ def nearest(tables: dict[str, dict[str, Any]], kind: str, device: str, dtype: st
     return min(tables, key=distance)
 
 
-def table_of(config: Any) -> LatencyTable | None:
+def table_of(config: HasTables) -> LatencyTable | None:
     """The table whose device is nearest to that of this machine, among those that a config lists.
 
     Raises:
@@ -263,7 +271,7 @@ def table_of(config: Any) -> LatencyTable | None:
     return table
 
 
-def copy_tables(config: Any, folder: str | os.PathLike) -> None:
+def copy_tables(config: HasTables, folder: str | os.PathLike) -> None:
     """Put the tables that a config lists into another folder; what is not to be found is no longer listed."""
     for file in list(config.latency_tables):
         target = Path(folder) / file
@@ -277,7 +285,7 @@ def copy_tables(config: Any, folder: str | os.PathLike) -> None:
                 del config.latency_tables[file]
 
 
-def _beside(config: Any, file: str) -> str:
+def _beside(config: HasTables, file: str) -> str:
     """Path of a file that lies beside the `config.json` that a config was read from."""
     commit = getattr(config, "_commit_hash", None)
     path = cached_file(config.name_or_path, file, revision=commit, _commit_hash=commit)

@@ -57,6 +57,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .adapters import check_layers, fit_adapter, read_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
+from .budgets import Resolver, resolve
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
 from .checkpoint import undisturbed, write_beside
 from .configuration_flextron import FlextronConfig
@@ -66,13 +67,13 @@ from .errors import invalid
 from .extraction import extract
 from .frontier import FrontierRow
 from .hub import commit_written, retried
-from .latency import LatencyTable
+from .latency import LatencyTable, table_of
 from .levels import read_index, stored_tensors, write_levels
 from .model_card import write_model_card
 from .permutation import FILE as PERMUTATION
 from .permutation import Permutation, read_permutation
 from .positions import MASKS, check_positions, documents, flash_options, real_tokens
-from .subnetwork import SubNetwork, resolve
+from .subnetwork import SubNetwork
 from .switching import run_at, size_around
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
@@ -425,7 +426,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
         self.stored_depth = config.num_hidden_layers
-        self.built = resolve(self.config, None)
+        self.built, self._resolver = resolve(self.config, None), Resolver()
         # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
         self.switchable = quantizer(self.config) in (None, "torchao")
         self._subnetwork = self.built
@@ -485,7 +486,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
     @property
     def latency_table(self) -> LatencyTable | None:
         """The measured table that budgets such as `"25ms"` refer to here; None when there is none."""
-        return self.config.latency_table()
+        return table_of(self.config)
 
     def resolve_budget(self, budget: Any = None) -> SubNetwork:
         """The sub-network that a budget means here; None means the current default.
@@ -499,7 +500,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         if budget is self.built or budget is self.base_model._subnetwork:
             return budget  # as it was found before: every token of a text asks
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
-        subnetwork = budget if held else resolve(self.config, budget)
+        subnetwork = budget if held else self._resolver(self.config, budget)
         if not self.switchable and subnetwork != self.built:
             rule = "The layers of a model quantized by this method exist only at the size they were built at."
             remedy = "Load it with `flextron_budget=` and the quantization together, or quantize with torchao."

@@ -22,7 +22,7 @@ from torch import nn
 
 from .errors import invalid
 from .measured import FIGURE_FIELDS, Figures, read_figures
-from .subnetwork import SubNetwork, parameters_of
+from .subnetwork import Shape, SubNetwork, parameters_of
 
 FEW = 16  # tokens for which sorting costs more than it saves
 TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", *FIGURE_FIELDS)
@@ -56,6 +56,12 @@ class Routing(Protocol):
 
     def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
         """What the MLP of a layer adds."""
+
+
+class HasRouting(Shape, Protocol):
+    """A config with token routing, where there is some."""
+
+    token_routing: dict[str, Any] | None
 
 
 class TokenRouter(nn.Module):

@@ -10,8 +10,8 @@ from helpers import elastic_of
 from flextron_trainer.routers import ExpectedCost, Places, ScoreTable, Surrogate, SurrogateLearner, smallest_budget
 from flextron_trainer.search import fill, random_choices, search
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.routing import Choices
-from modeling_flextron.subnetwork import CLOSE, memory_of, parameters_of
+from modeling_flextron.static_router import CLOSE, Choices, StaticRouter
+from modeling_flextron.subnetwork import memory_of, parameters_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -156,7 +156,7 @@ def test_a_uniform_router_on_layers_that_differ(tmp_path):
     size, built = parameters_of(config, embeddings=False), config.built
     smallest, whole, seen = smallest_budget(config, size), size(built), set()
     for budget in (smallest + (1 - smallest) * i / 40 for i in range(41)):
-        chosen = config.router().choose(size, budget * whole + 0.5)
+        chosen = StaticRouter(config, config.static_router).choose(size, budget * whole + 0.5)
         assert built.contains(chosen) and chosen.uniform and size(chosen) <= budget * whole + 0.5
         part.set_budget(chosen)
         seen.add(chosen)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from flextron_trainer.search import fill, random_choices, search
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
-from modeling_flextron.routing import Choices
+from modeling_flextron.static_router import Choices
 from modeling_flextron.subnetwork import Cost, parameters_of
 
 

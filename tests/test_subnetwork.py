@@ -1,21 +1,28 @@
 """Budgets and costs."""
 
+import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import all_sizes, elastic_of
 from transformers import DynamicCache, StaticCache
 
+from flextron_trainer.router_stage import add_token_routers
 from modeling_flextron import (
     FlextronConfig,
+    LatencyTable,
     SubNetwork,
     count_parameters,
     flops_per_token,
     kv_cache_bytes,
     weight_bytes,
 )
-from modeling_flextron.subnetwork import memory_of, parse_budget, row_cost
+from modeling_flextron.budgets import parse_budget, resolve, row_cost
+from modeling_flextron.latency import shape_of
+from modeling_flextron.subnetwork import Cost, memory_of
 
 
 @pytest.mark.parametrize(
@@ -192,3 +199,97 @@ def test_contains_and_within():
     assert not outer.contains(SubNetwork(6, (0, 1), (1, 1), (1, 1)))
     assert not outer.contains(SubNetwork(6, (0, 2), (10, 9), (1, 1)))
     assert inner.within(outer).layers == (0, 2)
+
+
+class TestRemembered:
+    """`resolve_budget` remembers what budgets mean; whatever that depends on may change, also in place."""
+
+    ASKED = (0.7, "0.4", "60K", "450KB", "loss<=2.3", "small", "auto:0.4")
+
+    @pytest.fixture
+    def model(self):
+        model = elastic_of("gqa-wide-heads", budgets={"large": 1, "medium": 0.6, "small": 0.25})
+        losses = zip(("large", "medium", "small"), (2.0, 2.2, 2.6), strict=True)
+        model.config.record({name: {"loss": loss} for name, loss in losses}, text="wiki")
+        add_token_routers(model, [0.35, 0.6])
+        return model
+
+    def means(self, model) -> dict:
+        """What every budget means; `resolve`, which remembers nothing, says the same."""
+        result = {}
+        for budget in self.ASKED:
+            try:
+                expected = resolve(model.config, budget)
+            except ValueError as error:
+                with pytest.raises(ValueError, match=re.escape(str(error))):
+                    model.resolve_budget(budget)
+                continue
+            result[budget] = model.resolve_budget(budget)
+            assert result[budget] == expected
+        return result
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda config: config.frontier.pop(1),
+            lambda config: config.frontier.append(
+                config.row("more", config.resolve({"mlp": 48, "heads": 4, "layers": 3, "hidden": 48}))
+            ),
+            lambda config: config.frontier.__setitem__(1, replace(config.frontier[1], loss=2.4)),
+            lambda config: config.frontier.__setitem__(2, replace(config.frontier[1], name="small")),
+            lambda config: config.forget_measurements(),
+            lambda config: setattr(config, "frontier", config.frontier[:1]),
+            lambda config: setattr(config, "parent_non_embedding_parameters", 2 * config.parent_size()),
+            lambda config: setattr(config, "dtype", torch.bfloat16),
+            lambda config: setattr(config, "flextron_context", 0),
+            lambda config: setattr(config, "max_position_embeddings", 16),
+            lambda config: setattr(config, "static_router", routing(config)),
+            lambda config: config.token_routing["targets"][1].update(target=0.5, layers=3, heads=[4] * 3),
+            lambda config: setattr(config, "token_routing", None),
+        ],
+    )
+    def test_no_answer_is_stale(self, model, change):
+        before = self.means(model)
+        change(model.config)
+        assert self.means(model) != before
+
+    def test_routers_choices_and_the_shape_changed_in_place(self, model):
+        config = model.config
+        config.static_router = routing(config)
+        before = self.means(model)
+        for layers in config.static_router["mlp"]:
+            for scores in layers:
+                scores.reverse()
+        assert self.means(model) != before
+        config.static_router = None
+        before = self.means(model)
+        config.elastic["layer_ranking"].reverse()
+        config.validate()
+        assert self.means(model) != before
+        config.gated_mlp = False
+        config.validate()
+        self.means(model)
+
+    def test_latency_is_looked_up_every_time(self, model, monkeypatch):
+        table = LatencyTable("here", {}, shape_of(model.config), {})
+        for rest in (1.0, 3.0):
+            monkeypatch.setattr(LatencyTable, "cost", lambda self, rest=rest: Cost(lambda hidden: rest))
+            monkeypatch.setattr("modeling_flextron.budgets.table_of", lambda config: table)
+            if rest == 1.0:
+                assert model.resolve_budget("2s") == model.built
+        with pytest.raises(ValueError, match="takes 3e"):
+            model.resolve_budget("2s")
+
+    def test_numbers_that_python_holds_for_equal(self, model):
+        assert model.resolve_budget(1) == model.resolve_budget(1.0) == model.built
+        with pytest.raises(ValueError, match="A bool is not a budget"):
+            model.resolve_budget(True)
+
+
+def routing(config) -> dict:
+    """A static router whose layers prefer different sizes."""
+    layers = config.num_hidden_layers
+    scores = {axis: [float(i) for i, _ in enumerate(config.choices(axis))] for axis in ("mlp", "heads")}
+    by_layer = {axis: [[row if i % 2 else row[::-1] for i in range(layers)]] * 2 for axis, row in scores.items()}
+    whole = {axis: [[0.0] * len(config.choices(axis))] * 2 for axis in ("hidden", "depth")}
+    return json.loads(json.dumps({"budgets": [0.2, 1.0], **whole, **by_layer}))  # nothing in it is there twice

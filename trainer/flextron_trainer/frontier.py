@@ -11,16 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork, count_parameters
+from modeling_flextron.budgets import TOLERANCE, budget_of_name, cost_of, parse_budget
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit
 from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.subnetwork import (
     AXES,
-    TOLERANCE,
     Cost,
-    budget_of_name,
-    cost_of,
-    parse_budget,
     smallest_subnetwork,
     uniform_subnetworks,
 )

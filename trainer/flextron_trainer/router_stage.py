@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.budgets import cost_of, parse_budget
 from modeling_flextron.errors import invalid
 from modeling_flextron.measured import Figures
 from modeling_flextron.positions import real_tokens
-from modeling_flextron.subnetwork import cost_of, parse_budget
-from modeling_flextron.token_routing import TokenRouter, bounds_of
+from modeling_flextron.static_router import StaticRouter
+from modeling_flextron.token_routing import TokenRouter, bounds_of, resolve_auto
 
 from .arguments import FlextronTrainingArguments
 from .relaxed import RelaxedSizes, RelaxedTokens, bounds_for
@@ -155,7 +156,7 @@ class RouterStage:
 
     def _token_draw(self, target: float, left: float, seed: str, inputs: dict[str, Any]) -> Draw:
         config = self.model.config
-        bounds = config.routed(f"auto:{target}", target)
+        bounds = resolve_auto(config, f"auto:{target}", target)
         first, last = TEMPERATURE
         ids = inputs["input_ids"]
         tokens = real_tokens(inputs.get("attention_mask"), 0, ids.shape[1])
@@ -172,7 +173,7 @@ class RouterStage:
             return
         config = self.model.config
         config.static_router = self.learner.scores.stored()
-        router, rows = config.router(), {row.name: row for row in config.frontier}
+        router, rows = StaticRouter(config, config.static_router), {row.name: row for row in config.frontier}
         prefix = "uniform" if self.args.router_uniform else "routed"
         prefix += "-latency" if self.args.router_cost == "latency" else ""
         for budget in self.budgets:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_flextron import FlextronConfig
-from modeling_flextron.routing import Choices, StaticRouter
+from modeling_flextron.static_router import Choices, StaticRouter
 from modeling_flextron.subnetwork import Cost, smallest_subnetwork
 
 from .search import fill, random_choices

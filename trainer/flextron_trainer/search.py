@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.errors import require_int
-from modeling_flextron.routing import Choices, repaired
+from modeling_flextron.static_router import Choices, repaired
 from modeling_flextron.subnetwork import Cost, parameters_of, uniform_subnetworks
 
 Loss = Callable[[SubNetwork], float]

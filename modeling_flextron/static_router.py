@@ -14,8 +14,9 @@ from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from .errors import invalid
-from .subnetwork import AXES, CLOSE, Cost, SubNetwork
+from .subnetwork import AXES, Cost, Shape, SubNetwork
 
+CLOSE = 0.98  # a sub-network that uses so much of a budget uses it
 FIELDS = ("budgets", "hidden", "depth", "mlp", "heads")
 
 
@@ -28,13 +29,13 @@ class Choices:
     mlp: tuple[int, ...]
     heads: tuple[int, ...]
 
-    def subnetwork(self, config) -> SubNetwork:
+    def subnetwork(self, config: Shape) -> SubNetwork:
         """The sub-network that these choices make."""
         layers = config.kept_layers(self.depth)
         return SubNetwork(self.hidden, layers, tuple(self.mlp[i] for i in layers), tuple(self.heads[i] for i in layers))
 
     @classmethod
-    def of(cls, config, subnetwork: SubNetwork) -> "Choices":
+    def of(cls, config: Shape, subnetwork: SubNetwork) -> "Choices":
         """The choices that make a sub-network, within what each layer holds; dropped layers get a median."""
         at = {layer: i for i, layer in enumerate(subnetwork.layers)}
         built = config.built
@@ -46,7 +47,7 @@ class Choices:
         mlp, heads = spread(subnetwork.mlp, built.mlp), spread(subnetwork.heads, built.heads)
         return cls(subnetwork.hidden, len(subnetwork.layers), mlp, heads)
 
-    def steps(self, config, up: bool, uniform: bool = False) -> Iterator["Step"]:
+    def steps(self, config: Shape, up: bool, uniform: bool = False) -> Iterator["Step"]:
         """Every step up, or down, to the next choice in one place that counts, that the weights hold.
 
         With `uniform` all layers take a step together.
@@ -92,7 +93,7 @@ def _next(choices: Sequence[int], size: int, up: bool) -> int | None:
 
 
 def repaired(
-    config, choices: Choices, cost: Cost, limit: float, pick: Pick, uniform: bool = False,
+    config: Shape, choices: Choices, cost: Cost, limit: float, pick: Pick, uniform: bool = False,
     axes: Sequence[str] = AXES,
 ) -> Choices:  # fmt: skip
     """Choices nearby that cost at most `limit`, with nothing more that fits in: steps down while needed, then up.
@@ -144,7 +145,7 @@ class StaticRouter:
             `[budgets][layers][sizes]`. Layers without differences in all scores are a uniform router.
     """
 
-    def __init__(self, config, stored: dict[str, Any]):
+    def __init__(self, config: Shape, stored: dict[str, Any]):
         self.config, self.stored = config, stored
         self.uniform = all(
             all(layer == layers[0] for layer in layers) for axis in ("mlp", "heads") for layers in stored[axis]
@@ -247,7 +248,7 @@ def _mix(low: list, high: list, weight: float) -> list:
     return (1 - weight) * low + weight * high
 
 
-def check_static_router(config, stored: Any) -> None:
+def check_static_router(config: Shape, stored: Any) -> None:
     """Refuse a stored router that does not fit the choices of a config.
 
     Raises:
