@@ -116,6 +116,39 @@ def budget_of_name(name: str) -> Budget | None:
     return parsed if reached else None
 
 
+def unreached(rows: list[FrontierRow], parent_size: int) -> list[FrontierRow]:
+    """Rows that their names do not reach, because these are budgets which mean something else."""
+    # Embeddings, context and dtype do not count: they change later.
+    wholes, meanings, wrong = {"fraction": parent_size, "parameters": 1}, set[Budget](), []
+    for row in rows:
+        meaning = budget_of_name(row.name)
+        if meaning is None or meaning in meanings:
+            wrong.append(row)
+            continue
+        meanings.add(meaning)
+        whole = wholes.get(meaning.kind)
+        if whole is not None and row.non_embedding_parameters > TOLERANCE * meaning.value * whole:
+            wrong.append(row)
+    return wrong
+
+
+def check_names(rows: list[FrontierRow], parent_size: int) -> None:
+    """Refuse rows that are not reached by their names."""
+    for row in unreached(rows, parent_size):
+        rule, remedy = (
+            "A row is reached by its name, and this one means something else.",
+            "Begin it with a letter, such as 'small'.",
+        )
+        raise invalid(f"frontier[{rows.index(row)}]['name']", row.name, rule, remedy)
+
+
+def plain_budget(budget: Any) -> Any:
+    """A budget as JSON has it: a `SubNetwork` becomes the dict of its sizes."""
+    if is_routed(budget):
+        return f"auto:{budget.target}"
+    return budget.to_dict() if is_subnetwork(budget) else budget
+
+
 def _positive(text: str, number: float) -> float:
     if number <= 0:
         raise invalid("flextron_budget", text, "A budget must be positive.", _FORMS)

@@ -215,6 +215,14 @@ def check_table(file: str, content: Any, layers: int | None = None) -> None:
             require(is_seconds(seconds) and seconds >= 0, ("drafting", key), seconds, "It is a number of seconds.")
 
 
+def check_tables(tables: Any) -> None:
+    """Refuse what a config cannot list as its tables; see `check_summary`."""
+    if not isinstance(tables, dict):
+        raise invalid("latency_tables", tables, "It maps files to devices.", "Pass None for no tables.")
+    for file, table in tables.items():
+        check_summary(file, table)
+
+
 def check_summary(file: Any, entry: Any) -> None:
     """Refuse what cannot be the entry of a table in a config.
 

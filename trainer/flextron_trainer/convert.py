@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.configuration_flextron import LICENSE_FIELDS
+from modeling_flextron.config_checks import LICENSE_FIELDS
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.families import (
     axes,
