@@ -17,6 +17,7 @@ from .errors import invalid
 from .families import axes, by_stock_name, family_of, layer_of, stock_name, to_stock
 from .permutation import Permutation
 from .subnetwork import SubNetwork, count_parameters, uniform_subnetworks
+from .token_routing import is_routed
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +134,7 @@ def extract(model, subnetwork: SubNetwork, pad: bool = False, snap: bool = False
     Returns:
         The stock model in the dtype and on the device of `model`, in evaluation mode.
     """
-    if hasattr(subnetwork, "target"):
+    if is_routed(subnetwork):
         rule = "Stock classes have one size for all tokens."
         raise invalid("budget", f"auto:{subnetwork.target}", rule, "Name a static budget, such as 0.5.")
     target = stock_sizes(model.config, subnetwork, pad, snap)

@@ -6,7 +6,7 @@ from typing import Any
 
 from .errors import invalid, require_int
 from .measured import FIGURE_FIELDS, Figures, read_figures
-from .subnetwork import SubNetwork, count_parameters, kv_values_per_token, subnetwork_of
+from .subnetwork import Shape, SubNetwork, count_parameters, kv_values_per_token, subnetwork_of
 
 COSTS = ("parameters", "non_embedding_parameters", "kv_values_per_token")  # the first alone has embeddings
 ROW_FIELDS = ("name", "subnetwork", *COSTS, *FIGURE_FIELDS)
@@ -43,7 +43,7 @@ class FrontierRow(Figures):
         return {"name": self.name, "subnetwork": sizes, **costs, **self.figures()}
 
     @classmethod
-    def of(cls, config, name: str, subnetwork: SubNetwork) -> "FrontierRow":
+    def of(cls, config: Shape, name: str, subnetwork: SubNetwork) -> "FrontierRow":
         """The row of a sub-network, with its exact costs and nothing measured."""
         return cls(
             name=name,
@@ -54,7 +54,7 @@ class FrontierRow(Figures):
         )
 
     @classmethod
-    def from_dict(cls, config, values: Any, at: str = "row") -> "FrontierRow":
+    def from_dict(cls, config: Shape, values: Any, at: str = "row") -> "FrontierRow":
         """Read the JSON form.
 
         Args:
@@ -92,7 +92,7 @@ def plain_rows(frontier: Any) -> Any:
     return [row.to_dict() if hasattr(row, "to_dict") else row for row in frontier]
 
 
-def read_rows(config, frontier: Any) -> list[FrontierRow]:
+def read_rows(config: Shape, frontier: Any) -> list[FrontierRow]:
     """The rows of a frontier from their JSON form, or anew from rows, as what their sizes mean follows the config.
 
     Raises:

@@ -21,7 +21,7 @@ FIELDS = ("budgets", "hidden", "depth", "mlp", "heads")
 
 
 @dataclass(frozen=True)
-class Choices:
+class Candidate:
     """A size in every place: for all layers of the model, of which the kept ones count."""
 
     hidden: int
@@ -30,13 +30,13 @@ class Choices:
     heads: tuple[int, ...]
 
     def subnetwork(self, config: Shape) -> SubNetwork:
-        """The sub-network that these choices make."""
+        """The sub-network that these sizes make."""
         layers = config.kept_layers(self.depth)
         return SubNetwork(self.hidden, layers, tuple(self.mlp[i] for i in layers), tuple(self.heads[i] for i in layers))
 
     @classmethod
-    def of(cls, config: Shape, subnetwork: SubNetwork) -> "Choices":
-        """The choices that make a sub-network, within what each layer holds; dropped layers get a median."""
+    def of(cls, config: Shape, subnetwork: SubNetwork) -> "Candidate":
+        """The candidate that makes a sub-network, within what each layer holds; dropped layers get a median."""
         at = {layer: i for i, layer in enumerate(subnetwork.layers)}
         built = config.built
 
@@ -66,8 +66,8 @@ class Choices:
                 if built.contains(self.after(step).subnetwork(config)):
                     yield step
 
-    def after(self, step: "Step") -> "Choices":
-        """These choices with one step made."""
+    def after(self, step: "Step") -> "Candidate":
+        """The candidate with one step made."""
         value: Any = step.size
         if step.axis in ("mlp", "heads"):
             sizes, i = getattr(self, step.axis), step.layer
@@ -83,7 +83,7 @@ class Step(NamedTuple):
     size: int
 
 
-Pick = Callable[[Choices, list[tuple[Step, float]]], Step]
+Pick = Callable[[Candidate, list[tuple[Step, float]]], Step]
 
 
 def _next(choices: Sequence[int], size: int, up: bool) -> int | None:
@@ -93,36 +93,36 @@ def _next(choices: Sequence[int], size: int, up: bool) -> int | None:
 
 
 def repaired(
-    config: Shape, choices: Choices, cost: Cost, limit: float, pick: Pick, uniform: bool = False,
+    config: Shape, candidate: Candidate, cost: Cost, limit: float, pick: Pick, uniform: bool = False,
     axes: Sequence[str] = AXES,
-) -> Choices:  # fmt: skip
-    """Choices nearby that cost at most `limit`, with nothing more that fits in: steps down while needed, then up.
+) -> Candidate:  # fmt: skip
+    """A candidate nearby that costs at most `limit`, with nothing more that fits in: steps down while needed, then up.
 
     Args:
         config: The `FlextronConfig` of the model.
-        choices: Where to begin.
+        candidate: Where to begin.
         cost: What is limited.
         limit: In its unit.
-        pick: Called with the choices and the possible steps, each with the change of the cost; returns one.
+        pick: Called with the candidate and the possible steps, each with the change of the cost; returns one.
         uniform: Keep all layers equal.
         axes: Where steps may be made.
 
     Raises:
         ValueError: the smallest choices cost more than the limit.
     """
-    now = cost(choices.subnetwork(config))
+    now = cost(candidate.subnetwork(config))
 
     def change(step: Step) -> float:
         if step.layer is None:
-            return cost(choices.after(step).subnetwork(config)) - now
-        sizes = {"mlp": choices.mlp[step.layer], "heads": choices.heads[step.layer]}
+            return cost(candidate.after(step).subnetwork(config)) - now
+        sizes = {"mlp": candidate.mlp[step.layer], "heads": candidate.heads[step.layer]}
         after = {**sizes, step.axis: step.size}
-        more = cost.at(step.layer, choices.hidden, after["mlp"], after["heads"])
-        return more - cost.at(step.layer, choices.hidden, sizes["mlp"], sizes["heads"])
+        more = cost.at(step.layer, candidate.hidden, after["mlp"], after["heads"])
+        return more - cost.at(step.layer, candidate.hidden, sizes["mlp"], sizes["heads"])
 
     for up in (False, True):
         while up or now > limit:
-            steps = [(step, change(step)) for step in choices.steps(config, up, uniform) if step.axis in axes]
+            steps = [(step, change(step)) for step in candidate.steps(config, up, uniform) if step.axis in axes]
             if up:
                 steps = [(step, more) for step, more in steps if now + more <= limit]
             if not steps and up:
@@ -130,9 +130,9 @@ def repaired(
             if not steps:
                 rule = f"The smallest sub-network costs {now:.4g}."
                 raise invalid("flextron_budget", limit, rule, "Ask for at least that much, or allow smaller sizes.")
-            choices = choices.after(pick(choices, steps))
-            now = cost(choices.subnetwork(config))  # not added up: it must be exact
-    return choices
+            candidate = candidate.after(pick(candidate, steps))
+            now = cost(candidate.subnetwork(config))  # not added up: it must be exact
+    return candidate
 
 
 class StaticRouter:
@@ -159,8 +159,8 @@ class StaticRouter:
         weight = min(max((budget - low) / (high - low), 0.0), 1.0)
         return {axis: _mix(self.stored[axis][upper - 1], self.stored[axis][upper], weight) for axis in FIELDS[1:]}
 
-    def preferred(self, scores: dict[str, Any], **given: int) -> Choices:
-        """The choices with the highest scores that the weights hold.
+    def preferred(self, scores: dict[str, Any], **given: int) -> Candidate:
+        """The candidate with the highest scores that the weights hold.
 
         Args:
             scores: As `scores()` returns them.
@@ -183,7 +183,7 @@ class StaticRouter:
                 limits = (min(limits[layer] for layer in kept),) * len(limits)
             return tuple(best(axis, layer, limit) for layer, limit in zip(scores[axis], limits, strict=True))
 
-        return Choices(hidden, depth, each("mlp", built.mlp), each("heads", built.heads))
+        return Candidate(hidden, depth, each("mlp", built.mlp), each("heads", built.heads))
 
     def choose(self, cost: Cost, limit: float) -> SubNetwork:
         """The sub-network for a cost of at most `limit`: never above it, and nothing more fits into its layers.
@@ -203,26 +203,26 @@ class StaticRouter:
         def score(axis: str, layer: int, size: int) -> float:
             return scores[axis][layer][order[axis][size]]
 
-        def best(choices: Choices, steps: list[tuple[Step, float]]) -> Step:
+        def best(candidate: Candidate, steps: list[tuple[Step, float]]) -> Step:
             """Down where it matters least for what it saves, up where it matters most for what it costs."""
 
             def worth(entry: tuple[Step, float]) -> float:
                 (axis, layer, size), change = entry
                 at = layer or 0  # of a uniform router all layers have the same scores
-                return (score(axis, at, size) - score(axis, at, getattr(choices, axis)[at])) / max(abs(change), 1e-12)
+                return (score(axis, at, size) - score(axis, at, getattr(candidate, axis)[at])) / max(abs(change), 1e-12)
 
             return max(steps, key=worth)[0]
 
-        def regret(choices: Choices) -> float:
+        def regret(candidate: Candidate) -> float:
             """How far below the best scores these are, on average over the layers that are kept."""
-            kept = config.kept_layers(choices.depth)
+            kept = config.kept_layers(candidate.depth)
             total = sum(
-                max(scores[axis][layer]) - score(axis, layer, getattr(choices, axis)[layer])
+                max(scores[axis][layer]) - score(axis, layer, getattr(candidate, axis)[layer])
                 for axis in ("mlp", "heads")
                 for layer in kept
             )
             globally = sum(
-                max(scores[axis]) - scores[axis][order[axis][getattr(choices, axis)]] for axis in ("hidden", "depth")
+                max(scores[axis]) - scores[axis][order[axis][getattr(candidate, axis)]] for axis in ("hidden", "depth")
             )
             return globally + total * config.num_hidden_layers / len(kept)
 
@@ -237,8 +237,8 @@ class StaticRouter:
             return repaired(config, begin, cost, limit, lambda _, steps: steps[0][0]).subnetwork(
                 config
             )  # which says so
-        costs = {choices: cost(choices.subnetwork(config)) for choices in filled}
-        using = [choices for choices in filled if costs[choices] >= CLOSE * max(costs.values())]
+        costs = {candidate: cost(candidate.subnetwork(config)) for candidate in filled}
+        using = [candidate for candidate in filled if costs[candidate] >= CLOSE * max(costs.values())]
         return min(using, key=regret).subnetwork(config)
 
 

@@ -61,7 +61,7 @@ class Routing(Protocol):
 class HasRouting(Shape, Protocol):
     """A config with token routing, where there is some."""
 
-    token_routing: dict[str, Any] | None
+    token_routing: Any  # a dict, or None
 
 
 class TokenRouter(nn.Module):
@@ -92,7 +92,7 @@ class TokenRouting:
         heads: Layer -> query heads `[B, S]` of every token.
     """
 
-    def __init__(self, config: Any, subnetwork: RoutedSubNetwork, tokens: torch.Tensor | None = None):
+    def __init__(self, config: HasRouting, subnetwork: RoutedSubNetwork, tokens: torch.Tensor | None = None):
         self.config, self.subnetwork, self.tokens = config, subnetwork, tokens
         self.position = torch.tensor(position_of(config, subnetwork.target))
         self.offset = sum(
@@ -250,7 +250,7 @@ def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- in a config
 
 
-def position_of(config: Any, target: float) -> list[float]:
+def position_of(config: HasRouting, target: float) -> list[float]:
     """Where a target lies between those of a config: one weight for each, which sum to 1."""
     targets = [entry["target"] for entry in config.token_routing["targets"]]
     for i, (low, high) in enumerate(pairwise(targets)):
@@ -260,14 +260,14 @@ def position_of(config: Any, target: float) -> list[float]:
     return [float(entry == target) for entry in targets]
 
 
-def bounds_of(config: Any, entry: dict[str, Any], target: float) -> RoutedSubNetwork:
+def bounds_of(config: HasRouting, entry: dict[str, Any], target: float) -> RoutedSubNetwork:
     """What a target of a config bounds: its own hidden size, layers and heads, and MLPs of the full size."""
     layers = config.kept_layers(entry["layers"])
     mlp = tuple(config.built.mlp[layer] for layer in layers)
     return RoutedSubNetwork(entry["hidden"], layers, mlp, tuple(entry["heads"]), target)
 
 
-def resolve_auto(config: Any, budget: Any, target: float | None) -> RoutedSubNetwork:
+def resolve_auto(config: HasRouting, budget: Any, target: float | None) -> RoutedSubNetwork:
     """The bounds and the target of `"auto"` (the largest target) and `"auto:0.5"`.
 
     Raises:
@@ -287,7 +287,7 @@ def resolve_auto(config: Any, budget: Any, target: float | None) -> RoutedSubNet
     return bounds_of(config, next(entry for entry in entries if entry["target"] >= target), target)
 
 
-def check_token_routing(config: Any, stored: Any) -> None:
+def check_token_routing(config: HasRouting, stored: Any) -> None:
     """Refuse token routing that does not fit the choices of a config.
 
     Raises:
@@ -333,7 +333,7 @@ def with_figures(stored: dict[str, Any] | None, figures: dict[str, Figures]) -> 
     return {**stored, "targets": targets}
 
 
-def narrowed_routing(config: Any, narrow: Any, layers: tuple[int, ...]) -> dict[str, Any] | None:
+def narrowed_routing(config: HasRouting, narrow: Shape, layers: tuple[int, ...]) -> dict[str, Any] | None:
     """The token routing of a model that holds only a part: the targets whose bounds it still holds.
 
     Args:
@@ -344,7 +344,7 @@ def narrowed_routing(config: Any, narrow: Any, layers: tuple[int, ...]) -> dict[
     entries = []
     for entry in config.token_routing["targets"]:
         bounds = bounds_of(config, entry, entry["target"])
-        whole = SubNetwork(narrow.hidden_size, layers, bounds.mlp, bounds.heads)
+        whole = SubNetwork(narrow.built.hidden, layers, bounds.mlp, bounds.heads)
         if not set(bounds.layers) <= set(layers) or bounds.hidden > whole.hidden:
             break  # of each router a part for every target is kept, and what is kept of a tensor is its beginning
         inside = bounds.within(whole)

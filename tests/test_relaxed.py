@@ -8,7 +8,7 @@ from helpers import difference, elastic_of
 
 from flextron_trainer.relaxed import RelaxedSizes, spread
 from flextron_trainer.routers import Places, ScoreTable
-from flextron_trainer.search import random_choices
+from flextron_trainer.search import random_candidate
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -24,7 +24,7 @@ def test_gates_give_what_slices_give(elastic, ids):
     config, generator = elastic.config, random.Random(0)
     places = Places(config)
     for _ in range(8):
-        choices = random_choices(config, generator)
+        choices = random_candidate(config, generator)
         routing = RelaxedSizes(places, places.encode(choices))
         gated = elastic(ids, routing=routing).logits
         assert difference(gated, elastic(ids, flextron_budget=choices.subnetwork(config)).logits) < 2e-5

@@ -8,9 +8,9 @@ import torch
 from helpers import elastic_of
 
 from flextron_trainer.routers import ExpectedCost, Places, ScoreTable, Surrogate, SurrogateLearner, smallest_budget
-from flextron_trainer.search import fill, random_choices, search
+from flextron_trainer.search import fill, random_candidate, search
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.static_router import CLOSE, Choices, StaticRouter
+from modeling_flextron.static_router import CLOSE, Candidate, StaticRouter
 from modeling_flextron.subnetwork import memory_of, parameters_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -24,7 +24,7 @@ def config():
 
 def drawn(config, count, seed=0, uniform=False):
     generator = random.Random(seed)
-    return [random_choices(config, generator, uniform) for _ in range(count)]
+    return [random_candidate(config, generator, uniform) for _ in range(count)]
 
 
 def late_layers(sub) -> float:
@@ -92,9 +92,9 @@ def test_the_surrogate_never_says_that_less_is_better(config):
 
 def test_what_dropped_layers_would_have_is_not_seen(config):
     places = Places(config)
-    one = Choices(64, 2, (96,) * 4, (8,) * 4)
+    one = Candidate(64, 2, (96,) * 4, (8,) * 4)
     dropped = next(layer for layer in range(4) if layer not in config.kept_layers(2))
-    other = Choices(64, 2, tuple(24 if i == dropped else 96 for i in range(4)), (8,) * 4)
+    other = Candidate(64, 2, tuple(24 if i == dropped else 96 for i in range(4)), (8,) * 4)
     assert torch.equal(*Surrogate(places).features(torch.stack([places.encode(one), places.encode(other)])))
 
 

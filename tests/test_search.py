@@ -7,16 +7,16 @@ from helpers import elastic_of, random_subnetworks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron_trainer.search import fill, random_choices, search
+from flextron_trainer.search import fill, random_candidate, search
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
-from modeling_flextron.static_router import Choices
+from modeling_flextron.static_router import Candidate
 from modeling_flextron.subnetwork import Cost, parameters_of
 
 
 def test_choices_are_subnetworks(elastic):
     config = elastic.config
     for sub in random_subnetworks(elastic, 20):
-        choices = Choices.of(config, sub)
+        choices = Candidate.of(config, sub)
         assert choices.subnetwork(config) == sub
         for up in (True, False):
             for step in choices.steps(config, up):
@@ -35,9 +35,9 @@ def test_filled_choices_keep_the_budget_and_use_it(seed, share):
     smallest = SubNetwork(32, config.kept_layers(2), (24, 24), (4, 4))
     if cost(smallest) > limit:
         with pytest.raises(ValueError, match="smallest sub-network costs"):
-            fill(config, random_choices(config, generator), cost, limit, generator)
+            fill(config, random_candidate(config, generator), cost, limit, generator)
         return
-    filled = fill(config, random_choices(config, generator), cost, limit, generator)
+    filled = fill(config, random_candidate(config, generator), cost, limit, generator)
     assert cost(filled.subnetwork(config)) <= limit
     assert all(cost(filled.after(step).subnetwork(config)) > limit for step in filled.steps(config, up=True))
 

@@ -31,7 +31,7 @@ REFUSED = {
     "fp16_full_eval": ("It rounds the weights that are trained, for good.", "Pass fp16=True: it evaluates so, too."),
 }
 # Matters of a machine or an account, not of what was trained.
-LOCAL = {
+OF_THE_MACHINE = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "use_cpu", "resume_from_checkpoint",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
 }  # fmt: skip
@@ -184,7 +184,7 @@ class FlextronTrainingArguments(TrainingArguments):
         for entry in fields(self):
             value, factory = getattr(self, entry.name), entry.default_factory
             default = entry.default if factory is MISSING else factory()
-            if entry.name not in LOCAL and isinstance(value, (str, int, float, list)) and value != default:
+            if entry.name not in OF_THE_MACHINE and isinstance(value, (str, int, float, list)) and value != default:
                 yield entry.name, getattr(value, "value", value)  # of an enumeration
 
 

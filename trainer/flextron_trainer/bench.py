@@ -169,7 +169,7 @@ def logits_difference(variants: Variants, ids: torch.Tensor) -> float:
     return max((reference - other).abs().max().item() for other in others) / reference.abs().max().item()
 
 
-def weight_bytes(*models: torch.nn.Module) -> int:
+def parameter_bytes(*models: torch.nn.Module) -> int:
     """Bytes of the memory that holds the weights of models; what they share counts once."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     return sum(storages.values())
@@ -177,12 +177,12 @@ def weight_bytes(*models: torch.nn.Module) -> int:
 
 def switching(model: Any, budgets: Sequence[Any], repeats: int = 50) -> dict[str, float]:
     """Milliseconds of `set_budget` (median), and the weight bytes that it and `share` add."""
-    times, before = [], weight_bytes(model)
+    times, before = [], parameter_bytes(model)
     for budget in list(budgets) * repeats:
         start = time.perf_counter()
         model.set_budget(budget)
         times.append(time.perf_counter() - start)
-    after, shared = weight_bytes(model), weight_bytes(model, *(model.share(budget) for budget in budgets))
+    after, shared = parameter_bytes(model), parameter_bytes(model, *(model.share(budget) for budget in budgets))
     model.set_budget(None)
     return {
         "milliseconds": round(1e3 * statistics.median(times), 4),

@@ -14,6 +14,7 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
+from modeling_flextron.token_routing import is_routed
 
 from .data import load_tokenizer
 from .models import load_elastic, read_config
@@ -50,7 +51,7 @@ def export_gguf(
     subnetwork = config.resolve(budget)
     if config.base_model_type != "llama":
         raise invalid("model", config.base_model_type, "Only `llama` models are written as GGUF here.", ELSEWHERE)
-    if hasattr(subnetwork, "target"):
+    if is_routed(subnetwork):
         raise invalid("budget", budget, "llama.cpp has one size for all tokens.", "Name a static budget, such as 0.5.")
     if config.rope_parameters["rope_type"] not in ("default", "llama3"):
         rule = "Only `default` and `llama3` positions are written as GGUF here."

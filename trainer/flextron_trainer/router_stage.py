@@ -36,7 +36,7 @@ FILE = "router.safetensors"
 TOKEN_SIZES = 8  # widths that tokens choose from, at most
 TEMPERATURE = (0.1, 0.02)  # of token gates, first and last, in fractions of the full width
 CALIBRATION_SAMPLES = 64
-LATENCY_WEIGHT = 0.5  # nats for |cost - budget| = 1, where routers learn through the model
+GAP_IN_NATS = 0.5  # nats for |cost - budget| = 1, where routers learn through the model
 
 
 class RouterStage:

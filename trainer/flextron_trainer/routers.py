@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from modeling_flextron import FlextronConfig
-from modeling_flextron.static_router import Choices, StaticRouter
+from modeling_flextron.static_router import Candidate, StaticRouter
 from modeling_flextron.subnetwork import Cost, smallest_subnetwork
 
-from .search import fill, random_choices
+from .search import fill, random_candidate
 
 ERROR_THRESHOLD = 0.7  # error of the surrogate, as a fraction of that of a constant, above which nothing learns
 UPDATES_PER_STEP = 20  # of the surrogate
 FINAL_UPDATES = 500  # of the scores, when the surrogate does not change any more
-LATENCY_WEIGHT = 6.0  # of |cost - budget|, in standard deviations of the losses
+GAP_IN_DEVIATIONS = 6.0  # of |cost - budget|, in standard deviations of the losses
 SHARPEST = 0.1  # last temperature of the soft choices through which scores learn; the first is 1
 
 
@@ -57,16 +57,16 @@ class Places:
         hard = self.each(soft, lambda part: F.one_hot(part.argmax(dim=-1), part.shape[-1]).to(part.dtype))
         return hard + soft - soft.detach()
 
-    def encode(self, choices: Choices) -> torch.Tensor:
+    def encode(self, candidate: Candidate) -> torch.Tensor:
         """The one-hot choices `[C]` of a sub-network."""
-        wanted = [choices.hidden, choices.depth, *choices.mlp, *choices.heads]
+        wanted = [candidate.hidden, candidate.depth, *candidate.mlp, *candidate.heads]
         parts = [F.one_hot(torch.tensor(s.index(w)), len(s)) for s, w in zip(self.sizes, wanted, strict=True)]
         return torch.cat(parts).float()
 
-    def decode(self, flat: torch.Tensor) -> Choices:
-        """The choices with the largest entries of `[C]`."""
+    def decode(self, flat: torch.Tensor) -> Candidate:
+        """The candidate with the largest entries of `[C]`."""
         best = [sizes[int(part.argmax())] for sizes, part in zip(self.sizes, self.split(flat), strict=True)]
-        return Choices(best[0], best[1], tuple(best[2 : 2 + self.layers]), tuple(best[2 + self.layers :]))
+        return Candidate(best[0], best[1], tuple(best[2 : 2 + self.layers]), tuple(best[2 + self.layers :]))
 
     def keep(self, flat: torch.Tensor) -> torch.Tensor:
         """How likely each layer is kept, `[N, layers]`."""
@@ -250,20 +250,20 @@ class SurrogateLearner:
         self.losses = torch.empty(0)  # what they add to the full network
         self.error = float("inf")
 
-    def propose(self, step: int, count: int) -> list[Choices]:
+    def propose(self, step: int, count: int) -> list[Candidate]:
         """Networks whose losses are wanted next: random ones, and ones near what the scores choose."""
         generator = random.Random(f"{self.seed}/{step}/propose")
         router, result = self.scores.router(), []
         for _ in range(count):
             budget = generator.uniform(self.smallest, 1)
             if not self.trusted or generator.random() < 0.25:
-                choices = random_choices(self.config, generator, self.uniform)
+                candidate = random_candidate(self.config, generator, self.uniform)
             else:
-                choices = Choices.of(self.config, router.choose(self.cost, budget * self.whole))
+                candidate = Candidate.of(self.config, router.choose(self.cost, budget * self.whole))
                 for _ in range(generator.choice((0, 1, 2, 4))):
-                    lower = list(choices.steps(self.config, False, self.uniform))
-                    choices = choices.after(generator.choice(lower)) if lower else choices
-            result.append(fill(self.config, choices, self.cost, budget * self.whole, generator, self.uniform))
+                    lower = list(candidate.steps(self.config, False, self.uniform))
+                    candidate = candidate.after(generator.choice(lower)) if lower else candidate
+            result.append(fill(self.config, candidate, self.cost, budget * self.whole, generator, self.uniform))
         return result
 
     @property
@@ -271,7 +271,7 @@ class SurrogateLearner:
         """Whether the surrogate predicts well enough to learn from."""
         return self.error < ERROR_THRESHOLD
 
-    def learn(self, step: int, networks: list[Choices], losses: torch.Tensor) -> None:
+    def learn(self, step: int, networks: list[Candidate], losses: torch.Tensor) -> None:
         """Take the losses `[networks]` that networks add to the full one, and improve the surrogate."""
         generator = torch.Generator().manual_seed(_seed(self.seed, step, "learn"))
         self.asked = torch.cat([self.asked, torch.stack([self.places.encode(one) for one in networks])])
@@ -300,7 +300,7 @@ class SurrogateLearner:
         budgets = self.smallest + (1 - self.smallest) * torch.rand(count, generator=generator)
         temperature = SHARPEST ** min(1.0, done)
         choice = self.places.each(self.scores(budgets) / temperature, lambda part: part.softmax(dim=-1))
-        weight = LATENCY_WEIGHT * self.latency_weight * self.surrogate.scale
+        weight = GAP_IN_DEVIATIONS * self.latency_weight * self.surrogate.scale
         return (self.surrogate(choice) + weight * (self.expected(choice) - budgets).abs()).mean()
 
     def finish(self) -> None:

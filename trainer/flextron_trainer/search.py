@@ -14,21 +14,26 @@ from tqdm.auto import tqdm
 
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.errors import require_int
-from modeling_flextron.static_router import Choices, repaired
+from modeling_flextron.static_router import Candidate, repaired
 from modeling_flextron.subnetwork import Cost, parameters_of, uniform_subnetworks
 
 Loss = Callable[[SubNetwork], float]
 
 
 def fill(
-    config: FlextronConfig, choices: Choices, cost: Cost, limit: float, generator: random.Random, uniform: bool = False
-) -> Choices:
+    config: FlextronConfig,
+    candidate: Candidate,
+    cost: Cost,
+    limit: float,
+    generator: random.Random,
+    uniform: bool = False,
+) -> Candidate:
     """Lower random choices until `limit` is kept, then raise random ones while it is.
 
     Raises:
         ValueError: the smallest choices cost more than the limit.
     """
-    return repaired(config, choices, cost, limit, lambda _, steps: generator.choice(steps)[0], uniform)
+    return repaired(config, candidate, cost, limit, lambda _, steps: generator.choice(steps)[0], uniform)
 
 
 def search(
@@ -65,34 +70,36 @@ def search(
     require_int("evaluations", evaluations)
     require_int("parents", parents)
     cost, generator = cost or parameters_of(config, embeddings=False), random.Random(seed)
-    known: dict[SubNetwork, tuple[float, Choices]] = {}
+    known: dict[SubNetwork, tuple[float, Candidate]] = {}
     uniform = [s for s in uniform_subnetworks(config) if cost(s) <= limit]
     uniform.sort(key=cost, reverse=True)
     first = []
     for subnetwork in [*filter(None, [start]), *uniform[: max(1, evaluations // 16)]]:
-        first.append(Choices.of(config, subnetwork))
+        first.append(Candidate.of(config, subnetwork))
         first.append(fill(config, first[-1], cost, limit, generator))
     with tqdm(total=evaluations, desc=description, unit="sub-network") as bar:
         for attempt in range(20 * evaluations):
             if len(known) == evaluations:
                 break
             if attempt < len(first):
-                choices = first[attempt]
+                candidate = first[attempt]
             elif not known or generator.random() < 0.05:
-                choices = fill(config, random_choices(config, generator), cost, limit, generator)
+                candidate = fill(config, random_candidate(config, generator), cost, limit, generator)
             else:
                 best = sorted(known.values(), key=lambda entry: entry[0])[:parents]
-                choices = fill(config, _child([entry[1] for entry in best], config, generator), cost, limit, generator)
-            subnetwork = choices.subnetwork(config)
+                candidate = fill(
+                    config, _child([entry[1] for entry in best], config, generator), cost, limit, generator
+                )
+            subnetwork = candidate.subnetwork(config)
             if subnetwork not in known:
-                known[subnetwork] = loss(subnetwork), choices
+                known[subnetwork] = loss(subnetwork), candidate
                 bar.update()
     best_one = min(known, key=lambda s: known[s][0])
     return best_one, known[best_one][0]
 
 
-def random_choices(config: FlextronConfig, generator: random.Random, uniform: bool = False) -> Choices:
-    """Choices drawn independently in every place, or once for all layers."""
+def random_candidate(config: FlextronConfig, generator: random.Random, uniform: bool = False) -> Candidate:
+    """A candidate drawn independently in every place, or once for all layers."""
     built = config.built
 
     def pick(axis: str, limits: tuple[int, ...]) -> tuple[int, ...]:
@@ -101,10 +108,10 @@ def random_choices(config: FlextronConfig, generator: random.Random, uniform: bo
         return tuple(generator.choice([size for size in config.choices(axis) if size <= limit]) for limit in limits)
 
     hidden, depth = generator.choice(config.choices("hidden")), generator.choice(config.choices("depth"))
-    return Choices(hidden, depth, pick("mlp", built.mlp), pick("heads", built.heads))
+    return Candidate(hidden, depth, pick("mlp", built.mlp), pick("heads", built.heads))
 
 
-def _child(parents: list[Choices], config: FlextronConfig, generator: random.Random) -> Choices:
+def _child(parents: list[Candidate], config: FlextronConfig, generator: random.Random) -> Candidate:
     """A parent, or a mixture of two, with a few places lowered so that others can be raised."""
     child = generator.choice(parents)
     if generator.random() < 0.3:

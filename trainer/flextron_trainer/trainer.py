@@ -44,14 +44,14 @@ from .models import check_files, load_elastic, load_stock
 from .plan import MemoryPlan, plan_memory
 from .precision import in_float32
 from .router_stage import FILE as ROUTERS
-from .router_stage import LATENCY_WEIGHT, RouterStage, first_batches
+from .router_stage import GAP_IN_NATS, RouterStage, first_batches
 from .sampling import Draw, check_weights, draw
 from .teachers import check_vocabulary, readable
 
 logger = logging.get_logger(__name__)
 TRAINER_STATE = "trainer_state.json"
 # What stays on this machine: the pickles of optimizer, schedule and random state, and arguments with local paths.
-LOCAL = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.json")
+KEPT_HERE = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.json")
 # Arguments of the base class that elastic training cannot honour: why, and what to do instead.
 REFUSED = {
     "model_init": (
@@ -419,7 +419,7 @@ class FlextronTrainer(Trainer):
         outputs = model(**inputs, use_cache=False, flextron_budget=drawn.subnetwork, head_loss=loss)
         value = outputs.loss * world / draws
         if drawn.gap is not None:  # not a sum over tokens: every batch of the step has an equal share
-            value = value + LATENCY_WEIGHT * self.args.latency_weight * drawn.gap().to(value) / shares
+            value = value + GAP_IN_NATS * self.args.latency_weight * drawn.gap().to(value) / shares
         if not value.requires_grad:  # adapters alone learn, and this size skips the layers that have them
             value = value.detach().requires_grad_()
         return (value, outputs) if return_outputs else value
@@ -649,7 +649,7 @@ class FlextronTrainer(Trainer):
         # A copy, because the folder may be rotated away before it has arrived.
         kept = ExitStack()
         staged = kept.enter_context(staging(self.args.output_dir, "push"))
-        shutil.copytree(checkpoint_folder, staged, ignore=LOCAL, dirs_exist_ok=True)
+        shutil.copytree(checkpoint_folder, staged, ignore=KEPT_HERE, dirs_exist_ok=True)
         write_model_card(self.model, staged, self.hub_model_id)
         files = {name: path for name, path in files_of(staged).items() if name not in (TRAINER_STATE, ROUTERS)}
         if strategy == HubStrategy.CHECKPOINT:
