@@ -37,6 +37,7 @@ TOLERANCE = 1.01  # of what a row may cost of the budget by which it is called: 
 class Family(HasTables, HasRouting, Protocol):
     """A config with everything that a budget may refer to."""
 
+    elastic: dict[str, Any]
     frontier: list[FrontierRow]
     static_router: dict[str, Any] | None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .budgets import unreached
+from .budgets import Family, unreached
 from .frontier import COSTS, FrontierRow, held, plain_rows
 from .static_router import narrowed_router
 from .subnetwork import AXES, Shape, SubNetwork
@@ -78,7 +78,7 @@ def misfits(
     return {axis: sorted(set(sizes), reverse=True) for axis, sizes in held.items() if not fits(axis, sizes)}
 
 
-def narrowed_fields(config: Any, subnetwork: SubNetwork) -> dict[str, Any]:
+def narrowed_fields(config: Family, subnetwork: SubNetwork) -> dict[str, Any]:
     """The fields of the `FlextronConfig` of a model that holds only `subnetwork`: its shape, its choices, its rows."""
     layers = subnetwork.layers
     sizes = {"mlp": max(subnetwork.mlp), "heads": max(subnetwork.heads), "hidden": subnetwork.hidden}
