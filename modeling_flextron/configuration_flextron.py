@@ -75,10 +75,8 @@ class FlextronConfig(StoredConfig):
         elastic: Allowed sizes: strictly descending lists under `mlp` (neurons), `heads` (query heads), `hidden`
             and `depth` (number of layers), each beginning with the full size, and `layer_ranking`, the layers
             in the order in which depth drops them.
-        frontier: Recommended sub-networks, largest first. A row holds `name`, `subnetwork` (or None when only a
-            larger checkpoint has its weights), exact `parameters`, `non_embedding_parameters` and
-            `kv_values_per_token`, the evaluation `loss` in nats per token when it was measured, free `metrics`, and
-            in `measured` what these were measured on (`record` writes them, `forget_measurements` erases them).
+        frontier: Recommended sub-networks, largest first: rows (`frontier.FrontierRow`), or dicts of their JSON form,
+            which `validate` turns into rows. `record` writes measured figures, `forget_measurements` erases them.
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
         flextron_budget: Which sub-network to build: a value of the budget grammar, see `budgets.py`.
         flextron_context: Tokens of KV cache that memory budgets reserve; never more than `max_position_embeddings`.
@@ -146,7 +144,7 @@ class FlextronConfig(StoredConfig):
     sliding_window: int | None = None
     layer_types: list[str] = None  # type: ignore[assignment]
     elastic: dict = None  # type: ignore[assignment]
-    frontier: list = None  # type: ignore[assignment]
+    frontier: list[FrontierRow] = None  # type: ignore[assignment]
     parent_non_embedding_parameters: int | None = None
     flextron_budget: Any = None
     flextron_context: int = 4096

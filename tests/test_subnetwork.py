@@ -270,6 +270,14 @@ class TestRemembered:
         config.validate()
         self.means(model)
 
+    def test_the_same_budget_is_resolved_once(self, model, monkeypatch):
+        calls = []
+        monkeypatch.setattr("modeling_flextron.budgets.resolve", lambda *args: calls.append(args[1]) or resolve(*args))
+        for asked in (0.5, "0.5", "0.50", "auto", 0.5, "small", "small"):
+            model.resolve_budget(asked)
+        assert calls == [0.5, "auto", "small"]
+        assert model.share(0.5).resolve_budget(0.5) == model.resolve_budget(0.5) and len(calls) == 3
+
     def test_latency_is_looked_up_every_time(self, model, monkeypatch):
         table = LatencyTable("here", {}, shape_of(model.config), {})
         for rest in (1.0, 3.0):
