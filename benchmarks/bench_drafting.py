@@ -32,7 +32,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Trainer, T
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
-from flextron_trainer.evaluation import evaluate_frontier
+from flextron_trainer.evaluation.quality import evaluate_frontier
 from flextron_trainer.measuring.latency import measure_latency
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.checkpoint import write_config

@@ -27,8 +27,8 @@ from common import against, machine, save
 from rich.console import Console
 from rich.table import Table
 
-from flextron_trainer.bench import loads_of
-from flextron_trainer.loading import Load, fetched_bytes, measure_loads
+from flextron_trainer.measuring.bench import loads_of
+from flextron_trainer.measuring.loading import Load, fetched_bytes, measure_loads
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -25,7 +25,7 @@ from common import against, interleaved, machine, save
 from rich.console import Console
 from rich.table import Table
 
-from flextron_trainer.bench import (
+from flextron_trainer.measuring.bench import (
     decoding,
     forward,
     logits_difference,

@@ -59,7 +59,7 @@ from transformers import (
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
-from flextron_trainer.evaluation import evaluate_model
+from flextron_trainer.evaluation.quality import evaluate_model
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.checkpoint import write_beside
 

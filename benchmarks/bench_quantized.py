@@ -16,7 +16,7 @@ from common import RESULTS, machine
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from flextron_trainer.data import load_text, load_tokenizer, pack
-from flextron_trainer.evaluation import evaluate_model
+from flextron_trainer.evaluation.quality import evaluate_model
 from modeling_flextron import FlextronForCausalLM
 
 

@@ -37,11 +37,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
+from flextron_trainer.conversion.rows import mean_loss
+from flextron_trainer.conversion.search import fill, search
 from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
-from flextron_trainer.evaluation import evaluate_model
-from flextron_trainer.frontier import mean_loss
-from flextron_trainer.search import fill, search
+from flextron_trainer.evaluation.quality import evaluate_model
 from modeling_flextron import FlextronForCausalLM, SubNetwork
 from modeling_flextron.static_router import Candidate, StaticRouter
 from modeling_flextron.subnetwork import parameters_of, random_subnetwork, uniform_subnetworks

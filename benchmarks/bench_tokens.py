@@ -23,7 +23,7 @@ from common import against, interleaved, machine, save
 from rich.console import Console
 from rich.table import Table
 
-from flextron_trainer.router_stage import add_token_routers
+from flextron_trainer.training.router_stage import add_token_routers
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.token_routing import TokenRouting
 

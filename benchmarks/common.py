@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
-from flextron_trainer.bench import against, interleaved, machine
 from flextron_trainer.data import load_text, pack
 from flextron_trainer.demo import train_tokenizer
+from flextron_trainer.measuring.bench import against, interleaved, machine
 from modeling_flextron.checkpoint import write_file_beside
 
 __all__ = ["against", "interleaved", "machine", "peak_bytes", "save", "stdlib_blocks", "write_json"]

@@ -24,15 +24,6 @@ AutoModel.register(FlextronConfig, FlextronModel, exist_ok=True)
 AutoModelForCausalLM.register(FlextronConfig, FlextronForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(FlextronConfig, FlextronForSequenceClassification, exist_ok=True)
 
-try:
-    from peft import utils as peft_utils
-except ImportError:
-    pass
-else:  # an adapter's config without `target_modules` means the same modules as for a stock LLaMA, whose names ours have
-    for name, table in vars(peft_utils).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
-            table.setdefault("flextron", table["llama"])
-
 __all__ = [
     "FlextronConfig",
     "FlextronForCausalLM",

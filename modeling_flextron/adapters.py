@@ -10,6 +10,7 @@ writes beside it: the class, and the name of the model.
 
 import functools
 import re
+import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -60,16 +61,28 @@ class PeftLayers(NamedTuple):
     copies: tuple[Any, ...] = ()
 
 
-@functools.cache
 def peft_layers() -> PeftLayers:
-    """The layers of the PEFT that is installed, which is imported when an adapter is there to ask for it."""
-    try:
-        from peft.tuners.lora import Embedding, Linear
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import ModulesToSaveWrapper
-    except ImportError:
-        return PeftLayers()
+    """PEFT's kinds of layers; none while nobody has imported PEFT, as no layer can be one of its own then."""
+    return _peft_layers() if "peft" in sys.modules else PeftLayers()
+
+
+@functools.cache
+def _peft_layers() -> PeftLayers:
+    from peft.tuners.lora import Embedding, Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     return PeftLayers((Linear, Embedding), (BaseTunerLayer,), (ModulesToSaveWrapper,))
+
+
+def name_default_targets() -> None:
+    """Let the config of an adapter without `target_modules` mean those of a stock LLaMA, whose names ours have.
+
+    PEFT keeps them by type of model, in tables of its own; where it has not been imported there are none.
+    """
+    for name, table in vars(sys.modules.get("peft.utils", object)).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in table:
+            table.setdefault("flextron", table["llama"])
 
 
 def kind_of(layer: Any) -> str:

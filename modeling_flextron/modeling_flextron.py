@@ -55,7 +55,7 @@ from transformers.utils import (
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import check_layers, fit_adapter, read_adapter, refuse_adapters
+from .adapters import check_layers, fit_adapter, name_default_targets, read_adapter, refuse_adapters
 from .batching import generate_each, is_list, per_row
 from .budgets import Resolver, resolve
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
@@ -424,6 +424,7 @@ class FlextronPreTrainedModel(PreTrainedModel):
         config.validate()  # it may have been changed since it was read
         stored = resolve(config, config.flextron_budget)
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
+        name_default_targets()
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
         self.stored_depth = config.num_hidden_layers
         self.built, self._resolver = resolve(self.config, None), Resolver()

@@ -3,7 +3,7 @@
 A place is `hidden`, `depth`, or `mlp` or `heads` of one layer. A router holds a score for every size that may stand in
 a place, at a few budgets; between them scores are interpolated. It travels in `config.json`, so that a budget means a
 sub-network before anything else of a checkpoint is read. What the scores prefer is brought within the budget on
-integers. How scores are learned: `flextron_trainer/routers.py`.
+integers. How scores are learned: `flextron_trainer/routers/`.
 """
 
 import math

@@ -8,7 +8,7 @@ need them, and the queries of tokens with the same number of heads run together.
 the largest of their sizes, with nothing of what a token did not choose let through; so do all queries of an attention
 function that cannot take some of them (flex and flash attention).
 
-Input-adaptive routers: Flextron, arXiv 2406.10260, section 3. How they learn: `flextron_trainer/relaxed.py`.
+Input-adaptive routers: Flextron, arXiv 2406.10260, section 3. How they learn: `flextron_trainer/routers/gates.py`.
 
 Shapes: B batch, S sequence, D hidden, F neurons, H query heads, K sizes, T targets, N tokens.
 """

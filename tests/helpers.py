@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from flextron_trainer import convert
 from flextron_trainer.cli import app
-from flextron_trainer.router_stage import add_token_routers
+from flextron_trainer.training.router_stage import add_token_routers
 from modeling_flextron.subnetwork import random_subnetwork
 
 LLAMAS = ("mha", "mha-tied-biased", "gqa-wide-heads", "gqa-tied-llama3")

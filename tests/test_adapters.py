@@ -13,7 +13,7 @@ from training import trainer as flextron_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from flextron_trainer.adapters import from_parent
-from flextron_trainer.convert import _take, elastic_config
+from flextron_trainer.conversion.convert import _take, elastic_config
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.families import axes, family_of, from_stock, layer_of, stock_name
 from modeling_flextron.permutation import FILE
@@ -73,6 +73,18 @@ def disturb(model, seed=0):
 
 def family(saved, budget=None):
     return FlextronForCausalLM.from_pretrained(saved, flextron_budget=budget)
+
+
+def test_a_config_without_target_modules():
+    """Means those of a LLaMA, also where PEFT was imported after us."""
+    code = """
+import modeling_flextron, peft
+shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+model = modeling_flextron.FlextronForCausalLM(modeling_flextron.FlextronConfig(**shape))
+adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
+assert set(adapted.peft_config["default"].target_modules) == {"q_proj", "v_proj"}, adapted.peft_config
+"""
+    run_python(code, env={})
 
 
 def test_is_the_merged_model_at_every_size():

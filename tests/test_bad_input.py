@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from flextron_trainer.cli import fitting_length, numbers
+from flextron_trainer.cli.options import fitting_length, parse_numbers
 from flextron_trainer.data import calibration_batches, load_text, pack
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork
 
@@ -212,7 +212,7 @@ CONVERSION = {
     "no samples": (batches([[1, 2]], max_samples=0), "max_samples"),
     "no such text": (lambda: load_text("/nowhere/at/all"), "dataset"),
     "block of one token": (lambda: pack(None, None, 1), "sequence_length"),
-    "choices on the command line": (lambda: numbers("mlp", "1;0.5"), "mlp"),
+    "choices on the command line": (lambda: parse_numbers("mlp", "1;0.5"), "mlp"),
 }
 
 

@@ -8,8 +8,15 @@ from helpers import elastic_of, flextron, run_python
 from hub_server import HubServer, Repo
 from planted import plant
 
-from flextron_trainer.bench import Variants, against, logits_difference, tokens_per_second, variants_of, warnings
-from flextron_trainer.loading import Load, fetched_bytes, measure_loads
+from flextron_trainer.measuring.bench import (
+    Variants,
+    against,
+    logits_difference,
+    tokens_per_second,
+    variants_of,
+    warnings,
+)
+from flextron_trainer.measuring.loading import Load, fetched_bytes, measure_loads
 from modeling_flextron.hub import files_of
 
 
@@ -92,8 +99,8 @@ def test_variants_are_one_network(exported):
 
 def test_a_smaller_budget_that_is_slower_is_named(monkeypatch):
     times = {"1": [1.0, 1.1, 1.0], "0.5": [1.3, 1.2, 1.4], "0.25": [0.5, 0.6, 0.5]}
-    monkeypatch.setattr("flextron_trainer.bench.interleaved", lambda *_: times)
-    monkeypatch.setattr("flextron_trainer.bench.TASKS", {"prefill": lambda *_: None})
+    monkeypatch.setattr("flextron_trainer.measuring.bench.interleaved", lambda *_: times)
+    monkeypatch.setattr("flextron_trainer.measuring.bench.TASKS", {"prefill": lambda *_: None})
     speed, slower = tokens_per_second(dict.fromkeys(times, (None, {})), [torch.zeros(2, 8)], 3)
     assert [(row["budget"], row["than"]) for row in slower] == [("0.5", "1")] and len(speed) == 3
     busy = {

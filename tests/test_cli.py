@@ -15,7 +15,7 @@ from flextron_trainer.demo import train_tokenizer
 from modeling_flextron import count_parameters
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("convert", "train", "measure", "bench", "evaluate", "export", "push", "generate", "demo")
+VERBS = ("convert", "train", "measure", "bench", "evaluate", "export", "verify", "push", "generate", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,29 @@ def test_help_shows_an_example(verb):
 
 
 def test_all_verbs_are_listed():
-    out = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout
-    assert all(verb in out for verb in VERBS)
+    for flag in ("--help", "-h"):
+        out = CliRunner().invoke(app, [flag], env={"COLUMNS": "200"}).stdout
+        assert all(verb in out for verb in VERBS) and "Example: flextron convert" in out
+
+
+def test_help_and_version_import_no_library():
+    code = f"""
+import importlib.metadata, sys
+from typer.testing import CliRunner
+import flextron_trainer
+from flextron_trainer.cli import app
+for arguments in (["--version"], ["-h"], *([verb, "-h"] for verb in {VERBS})):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert arguments != ["--version"] or done.output == importlib.metadata.version("flextron") + chr(10)
+heavy = {{"torch", "transformers", "peft", "datasets", "matplotlib", "modeling_flextron"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert {{"FlextronTrainer", "FlextronTrainingArguments", "convert"}} <= set(dir(flextron_trainer))
+from flextron_trainer import convert
+import modeling_flextron, flextron_trainer.evaluation.harness, flextron_trainer.export.dense, flextron_trainer.presets
+assert callable(convert) and "peft" not in sys.modules
+"""
+    run_python(code, env={})  # an interpreter in which nothing is imported yet
 
 
 def test_evaluate_writes_and_plots(elastic):
@@ -203,7 +224,7 @@ def test_export_of_sizes_that_are_snapped(elastic):
 
 
 def test_an_export_is_written_for_other_readers(elastic):
-    from flextron_trainer.dense import for_other_readers, tokenizer_for_other_readers
+    from flextron_trainer.export.dense import for_other_readers, tokenizer_for_other_readers
 
     flextron("export", "elastic", "read", "--dense", "--budget", "0.45")
     config = json.loads(Path("read/config.json").read_text())

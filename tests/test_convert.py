@@ -9,9 +9,9 @@ import torch
 from helpers import CHOICES, difference, elastic_of, parent_of, run_python
 
 from flextron_trainer import convert
-from flextron_trainer.convert import _elastic_config, _ranked_heads, _take, origin_of
-from flextron_trainer.frontier import mean_loss
-from flextron_trainer.importance import Importance, fingerprint, measure
+from flextron_trainer.conversion.convert import _elastic_config, _ranked_heads, _take, origin_of
+from flextron_trainer.conversion.importance import Importance, fingerprint, measure
+from flextron_trainer.conversion.rows import mean_loss
 from modeling_flextron import count_parameters
 from modeling_flextron.subnetwork import smallest_subnetwork
 
@@ -110,8 +110,8 @@ def test_heads_are_ranked_inside_their_groups():
 def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
     path = tmp_path / "scores" / "importance.safetensors"
     first = convert(parent, DATA, importance=path, mlp=[1, 0.5], depth=[1, 0.75])
-    monkeypatch.setattr("flextron_trainer.importance.measure", None)  # a second measurement would fail
-    monkeypatch.setattr("flextron_trainer.importance.rank_layers", None)
+    monkeypatch.setattr("flextron_trainer.conversion.importance.measure", None)  # a second measurement would fail
+    monkeypatch.setattr("flextron_trainer.conversion.importance.rank_layers", None)
     again = convert(parent, DATA, importance=path, mlp=[1, 0.25], depth=[1, 0.75])
     for (name, a), (_, b) in zip(first.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -232,7 +232,7 @@ class TestFrontier:
         """Among the largest networks within a budget the one with the lowest measured loss is taken."""
         import importlib
 
-        module = importlib.import_module("flextron_trainer.convert")
+        module = importlib.import_module("flextron_trainer.conversion.convert")
         monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: -sub.mlp[0])
         wide = elastic_of("mha", parent_of("mha"), budgets=[1, 0.5])
         monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: sub.mlp[0])
@@ -248,7 +248,7 @@ class TestFrontier:
             large = count_parameters(model.config, sub, embeddings=False) > 0.5 * model.config.parent_size()
             return sub.mlp[0] if large else -sub.mlp[0]
 
-        monkeypatch.setattr(importlib.import_module("flextron_trainer.convert"), "mean_loss", loss)
+        monkeypatch.setattr(importlib.import_module("flextron_trainer.conversion.convert"), "mean_loss", loss)
         elastic = elastic_of("mha", parent_of("mha"), budgets=[1, 0.7, 0.45], hidden=[1], depth=[1])
         larger, smaller = (elastic.resolve_budget(name) for name in ("0.7", "0.45"))
         assert larger.mlp[0] < 96 and larger.contains(smaller)
@@ -328,7 +328,7 @@ def test_searched_rows_beat_the_uniform_ones_within_their_budgets(monkeypatch):
         assert losses[1] < losses[0] and other["name"] == one["name"]
         assert other["non_embedding_parameters"] <= float(other["name"]) * searched.config.parent_size()
     worse = lambda config, *_, **__: (smallest_subnetwork(config), math.inf)  # noqa: E731
-    monkeypatch.setattr("flextron_trainer.frontier.search", worse)
+    monkeypatch.setattr("flextron_trainer.conversion.rows.search", worse)
     assert convert(parent, DATA, **same, search_evaluations=40).config.frontier == uniform.config.frontier
     with pytest.raises(ValueError, match="search_evaluations"):
         convert(parent, "weights", **same, search_evaluations=40)

@@ -236,7 +236,7 @@ def test_what_nobody_foresaw(monkeypatch, refused):
     def break_down(*_, **__):
         raise ZeroDivisionError("of\n a kind")
 
-    monkeypatch.setattr("flextron_trainer.cli.local_folder", break_down)
+    monkeypatch.setattr("flextron_trainer.cli.verify.local_folder", break_down)
     assert refused("verify", "x") == "Error: ZeroDivisionError: of a kind (`--traceback` shows where it comes from.)"
 
 

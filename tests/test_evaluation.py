@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from test_losses import peak_bytes
 from training import arguments, rows, trainer, with_adapter
 
+from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.data import collator
-from flextron_trainer.evaluation import NextToken, evaluate_frontier, evaluate_model
-from flextron_trainer.frontier import mean_loss
+from flextron_trainer.evaluation.quality import NextToken, evaluate_frontier, evaluate_model
 from flextron_trainer.measuring.latency import measure_latency
 from modeling_flextron import (
     FlextronConfig,

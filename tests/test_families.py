@@ -199,7 +199,7 @@ def test_rows_of_a_default_conversion_fit_the_stock_class(variant):
 @torch.no_grad()
 def test_every_row_is_exported_for_all_readers_and_reads_back(elastic, parent, ids, tmp_path):
     """With the additional names in config.json, which must not change what transformers 5 computes."""
-    from flextron_trainer.dense import export_dense
+    from flextron_trainer.export.dense import export_dense
 
     elastic.save_pretrained(tmp_path / "elastic")
     for row in elastic.frontier:

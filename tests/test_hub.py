@@ -22,7 +22,7 @@ from helpers import elastic_of, flextron, parent_of
 from planted import plant
 from training import rows, trainer
 from flextron_trainer.demo import train_tokenizer
-from flextron_trainer.evaluation import evaluate_frontier
+from flextron_trainer.evaluation.quality import evaluate_frontier
 
 elastic = elastic_of("gqa-wide-heads", parent_of("gqa-wide-heads", vocab_size=300))
 tokenizer = train_tokenizer(["def main():\\n    return 0\\n"] * 20, vocab_size=300)

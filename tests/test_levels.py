@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from flextron_trainer.verify import verify
+from flextron_trainer.export.verify import verify
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronForSequenceClassification
 from modeling_flextron.levels import Block, blocks_of, index_name, overlap, parse_block, plan_levels, row_bytes, volume
 

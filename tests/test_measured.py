@@ -6,8 +6,8 @@ import pytest
 from helpers import elastic_of
 from training import rows, train, trainer
 
-from flextron_trainer.evaluation import evaluate_frontier, name_of
-from flextron_trainer.router_stage import add_token_routers
+from flextron_trainer.evaluation.quality import evaluate_frontier, name_of
+from flextron_trainer.training.router_stage import add_token_routers
 from modeling_flextron import FlextronConfig
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.measured import Measured

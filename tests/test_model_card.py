@@ -12,10 +12,10 @@ from helpers import elastic_of
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from flextron_trainer.dense import export_dense
+from flextron_trainer.evaluation.plots import plot_routing
+from flextron_trainer.export.dense import export_dense
 from flextron_trainer.measuring.latency import measure_latency
-from flextron_trainer.plots import plot_routing
-from flextron_trainer.router_stage import add_token_routers
+from flextron_trainer.training.router_stage import add_token_routers
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.markdown import literal
 from modeling_flextron.model_card import plot_frontier, write_model_card

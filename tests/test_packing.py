@@ -11,7 +11,7 @@ from training import VARIANT, arguments
 
 from flextron_trainer import FlextronTrainer
 from flextron_trainer.data import collator, pack
-from flextron_trainer.evaluation import evaluate_model
+from flextron_trainer.evaluation.quality import evaluate_model
 
 LENGTHS = ((9, 1, 14), (24,), (3, 12, 9))  # documents of each block
 

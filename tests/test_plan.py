@@ -7,7 +7,7 @@ import torch
 from helpers import elastic_of, flextron, parent_of
 from training import VARIANT, arguments, trainer
 
-from flextron_trainer.plan import plan_memory
+from flextron_trainer.training.plan import plan_memory
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -54,7 +54,7 @@ def test_weights_are_planned_as_they_are_trained(tmp_path):
 
 
 def test_it_says_what_to_do_when_it_does_not_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr("flextron_trainer.plan._available", lambda device: 1024)
+    monkeypatch.setattr("flextron_trainer.training.plan._available", lambda device: 1024)
     assert "activation_checkpointing" in str(plan_memory(elastic_of(VARIANT).config, arguments(tmp_path), 128))
 
 

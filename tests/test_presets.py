@@ -9,7 +9,7 @@ from helpers import parent_of
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from flextron_trainer import FlextronTrainingArguments, convert
-from flextron_trainer.cli import words
+from flextron_trainer.cli.train import as_arguments
 from flextron_trainer.presets import FOLDER, load_preset, names, sizes_table
 from modeling_flextron import FlextronForCausalLM, count_parameters
 from modeling_flextron.extraction import stock_config
@@ -74,7 +74,7 @@ def test_sizes_are_those_of_real_models(preset):
 
 def parsed(recipe, *given):
     """The training arguments that `flextron train --preset` makes of a recipe."""
-    text = [part for name, value in recipe.items() for part in (f"--{name}", *words(value))]
+    text = [part for name, value in recipe.items() for part in (f"--{name}", *as_arguments(value))]
     return HfArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses([*text, *given])[0]
 
 
@@ -93,7 +93,11 @@ def test_what_the_user_gives_goes_before_the_recipe():
     assert "max_steps" not in preset.recipe("elastic", ["num_train_epochs"])
     recipe = preset.recipe("elastic", ["lr_scheduler_type", "learning_rate"])
     assert not {"lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate"} & set(recipe)
-    assert words([1, 0.5]) == ["1", "0.5"] and words({"a": 1}) == ['{"a": 1}'] and words(True) == ["True"]
+    assert (
+        as_arguments([1, 0.5]) == ["1", "0.5"]
+        and as_arguments({"a": 1}) == ['{"a": 1}']
+        and as_arguments(True) == ["True"]
+    )
     with pytest.raises(ValueError, match=r"`stage`='router' .*has the stages elastic"):
         preset.recipe("router")
 

@@ -5,7 +5,7 @@ import pytest
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import load_text, pack
 from flextron_trainer.demo import settings, train_parent, train_tokenizer
-from flextron_trainer.evaluation import evaluate_model
+from flextron_trainer.evaluation.quality import evaluate_model
 from modeling_flextron import count_parameters
 
 pytestmark = pytest.mark.slow

@@ -6,9 +6,9 @@ import pytest
 import torch
 from helpers import difference, elastic_of
 
-from flextron_trainer.relaxed import RelaxedSizes, spread
-from flextron_trainer.routers import Places, ScoreTable
-from flextron_trainer.search import random_candidate
+from flextron_trainer.conversion.search import random_candidate
+from flextron_trainer.routers.gates import RelaxedSizes, spread
+from flextron_trainer.routers.surrogate import Places, ScoreTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

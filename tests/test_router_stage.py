@@ -10,7 +10,7 @@ from helpers import difference, elastic_of
 from training import VARIANT, losses, train, trainer
 
 from flextron_trainer import FlextronTrainingArguments
-from flextron_trainer.router_stage import FILE
+from flextron_trainer.training.router_stage import FILE
 from modeling_flextron import FlextronForCausalLM, LatencyTable, count_parameters
 from modeling_flextron.latency import device_name, shape_of
 
@@ -22,7 +22,7 @@ BUDGETS = [0.6, 0.35]
 @pytest.fixture(autouse=True)
 def fewer_updates(monkeypatch):
     """Of scores at the end of a run; how well they learn is in test_routers.py."""
-    monkeypatch.setattr("flextron_trainer.routers.FINAL_UPDATES", 50)
+    monkeypatch.setattr("flextron_trainer.routers.surrogate.FINAL_UPDATES", 50)
 
 
 @functools.cache

@@ -7,8 +7,15 @@ import pytest
 import torch
 from helpers import elastic_of
 
-from flextron_trainer.routers import ExpectedCost, Places, ScoreTable, Surrogate, SurrogateLearner, smallest_budget
-from flextron_trainer.search import fill, random_candidate, search
+from flextron_trainer.conversion.search import fill, random_candidate, search
+from flextron_trainer.routers.surrogate import (
+    ExpectedCost,
+    Places,
+    ScoreTable,
+    Surrogate,
+    SurrogateLearner,
+    smallest_budget,
+)
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.static_router import CLOSE, Candidate, StaticRouter
 from modeling_flextron.subnetwork import memory_of, parameters_of

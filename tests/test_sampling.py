@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from helpers import elastic_of, run_python
 
-from flextron_trainer.sampling import SAMPLERS, draw, spread
+from flextron_trainer.training.sampling import SAMPLERS, draw, spread
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_another_process_draws_the_same(config, tmp_path):
     config.save_pretrained(tmp_path)
     code = """
 from modeling_flextron import FlextronConfig
-from flextron_trainer.sampling import draw
+from flextron_trainer.training.sampling import draw
 config = FlextronConfig.from_pretrained(sys.argv[1])
 print([draw(config, "random", 2, seed=5, step=step) for step in range(5)])
 """

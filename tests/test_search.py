@@ -7,7 +7,7 @@ from helpers import elastic_of, random_subnetworks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron_trainer.search import fill, random_candidate, search
+from flextron_trainer.conversion.search import fill, random_candidate, search
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
 from modeling_flextron.static_router import Candidate
 from modeling_flextron.subnetwork import Cost, parameters_of

@@ -10,7 +10,7 @@ from training import VARIANT, arguments, losses, rows
 from transformers import PreTrainedTokenizerFast
 
 from flextron_trainer import FlextronTrainer
-from flextron_trainer.teachers import readable
+from flextron_trainer.training.teachers import readable
 
 
 def tokenizer_of(count: int = 96, pad: bool = False, prefix: str = "w") -> PreTrainedTokenizerFast:

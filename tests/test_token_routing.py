@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import difference, elastic_of, let_tokens_choose, run_python
 
-from flextron_trainer.relaxed import RelaxedTokens
-from flextron_trainer.router_stage import add_token_routers, spaced
+from flextron_trainer.routers.gates import RelaxedTokens
+from flextron_trainer.training.router_stage import add_token_routers, spaced
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, token_routing
 from modeling_flextron.token_routing import RoutedSubNetwork, TokenRouting
 

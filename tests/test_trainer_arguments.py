@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flextron_trainer import FlextronTrainer
 from flextron_trainer.data import collator
-from flextron_trainer.router_stage import RouterStage
+from flextron_trainer.training.router_stage import RouterStage
 from modeling_flextron import FlextronForCausalLM, FlextronForSequenceClassification
 
 # How an argument is honoured: OWN, with a default or a type of ours; SAME, by the base class alone, on which nothing
@@ -437,7 +437,7 @@ class TestHalfPrecision:
 
     def test_it_can_be_left_as_it_is_with_a_warning(self, tmp_path, monkeypatch):
         messages = []
-        logger = logging.getLogger("flextron_trainer.precision")
+        logger = logging.getLogger("flextron_trainer.training.precision")
         monkeypatch.setattr(logger, "warning_once", lambda message: messages.append(message), raising=False)
         run = trainer(tmp_path, model=self.model(), teacher=None, float32_weights=False, max_steps=1)
         before = {p.dtype for p in run.model.parameters()}

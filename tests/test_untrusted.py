@@ -20,7 +20,7 @@ from flextron_trainer.adapters import from_parent
 from flextron_trainer.cli import app
 from flextron_trainer.data import load_tokenizer
 from flextron_trainer.demo import train_tokenizer
-from flextron_trainer.dense import export_dense
+from flextron_trainer.export.dense import export_dense
 from flextron_trainer.models import load_elastic, load_stock
 from modeling_flextron import FlextronConfig
 

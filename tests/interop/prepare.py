@@ -25,7 +25,7 @@ from flextron_trainer import convert
 from flextron_trainer.cli import app
 from flextron_trainer.data import collator, load_text, pack
 from flextron_trainer.demo import settings, train_tokenizer
-from flextron_trainer.evaluation import evaluate_frontier
+from flextron_trainer.evaluation.quality import evaluate_frontier
 
 PROMPTS, PROMPT, NEW = 4, 24, 16
 SIZES: dict[str, Any] = {

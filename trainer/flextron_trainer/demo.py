@@ -28,12 +28,12 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.model_card import plot_frontier, write_model_card
 
 from . import standalone
-from .arguments import FlextronTrainingArguments
-from .convert import convert
+from .conversion.convert import convert
 from .data import collator, load_text, load_tokenizer, pack
-from .evaluation import evaluate_frontier, evaluate_model, name_of
+from .evaluation.quality import evaluate_frontier, evaluate_model, name_of
 from .models import load_stock
-from .trainer import FlextronTrainer
+from .training.arguments import FlextronTrainingArguments
+from .training.trainer import FlextronTrainer
 
 BUDGETS = (1, 0.75, 0.5, 0.25)
 SEQUENCE_LENGTH = 128

@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
 
-from .convert import convert, elastic_config
+from .conversion.convert import convert, elastic_config
 
 # In the installed package, or in a checkout.
 FOLDER = next(p for p in (Path(__file__).with_name("presets"), Path(__file__).parents[2] / "hub_configs") if p.is_dir())

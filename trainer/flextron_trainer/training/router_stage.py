@@ -1,8 +1,8 @@
 """What a `FlextronTrainer` does in its stages `router` and `joint`: which routers learn, from what, and what is kept.
 
-With `surrogate` the losses of real slices teach a small network, and scores learn through it (`routers.py`). With
+With `surrogate` the losses of real slices teach a small network, and scores learn through it (`surrogate.py`). With
 `gumbel` and `token` routers learn through the language model itself, in passes whose gates have gradients
-(`relaxed.py`). Choices that were learned are brought within their budgets on integers and become rows of the frontier;
+(`gates.py`). Choices that were learned are brought within their budgets on integers and become rows of the frontier;
 token routers get the offset at which their hard choices cost what was asked for.
 """
 
@@ -27,9 +27,9 @@ from modeling_flextron.positions import real_tokens
 from modeling_flextron.static_router import StaticRouter
 from modeling_flextron.token_routing import TokenRouter, bounds_of, resolve_auto
 
+from ..routers.gates import RelaxedSizes, RelaxedTokens, bounds_for
+from ..routers.surrogate import ERROR_THRESHOLD, SurrogateLearner, smallest_budget
 from .arguments import FlextronTrainingArguments
-from .relaxed import RelaxedSizes, RelaxedTokens, bounds_for
-from .routers import ERROR_THRESHOLD, SurrogateLearner, smallest_budget
 from .sampling import Draw
 
 FILE = "router.safetensors"

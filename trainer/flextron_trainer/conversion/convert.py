@@ -36,10 +36,10 @@ from modeling_flextron.modeling_flextron import HUB_KEYWORDS
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES
 
-from .data import calibration_batches, load_tokenizer
-from .frontier import choose_rows, mean_loss, named_budgets
+from ..data import calibration_batches, load_tokenizer
 from .importance import ORDERS, Importance, read_or_measure
 from .parents import place_of, plain_parent, tensor_of
+from .rows import choose_rows, mean_loss, named_budgets
 
 LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
 DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)

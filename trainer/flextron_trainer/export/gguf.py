@@ -16,8 +16,8 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
 from modeling_flextron.token_routing import is_routed
 
-from .data import load_tokenizer
-from .models import load_elastic, read_config
+from ..data import load_tokenizer
+from ..models import load_elastic, read_config
 
 ELSEWHERE = "Use `flextron export --dense` and llama.cpp's convert_hf_to_gguf.py."
 LLAMA3 = (

@@ -36,11 +36,11 @@ from modeling_flextron.model_card import write_model_card
 from modeling_flextron.modeling_flextron import runs_in_parts
 from modeling_flextron.positions import places_in_documents
 
+from ..data import collator
+from ..evaluation.quality import FIGURES, measured_sizes, quality, score
+from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
-from .data import collator
-from .evaluation import FIGURES, measured_sizes, quality, score
 from .losses import HeadLoss, Teacher
-from .models import check_files, load_elastic, load_stock
 from .plan import MemoryPlan, plan_memory
 from .precision import in_float32
 from .router_stage import FILE as ROUTERS

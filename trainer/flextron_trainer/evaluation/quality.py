@@ -16,8 +16,8 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 from modeling_flextron.token_routing import figures_of_targets
 
-from .data import collator
-from .losses import RowScores
+from ..data import collator
+from ..training.losses import RowScores
 
 FIGURES = ("loss", "accuracy")  # that a config keeps
 

@@ -4,7 +4,7 @@ A gate is 1 or 0, so the result is exactly that of the chosen sizes, norms over 
 that of a soft choice (straight-through). Only training runs this: what is reported, and what users run, are slices.
 
 Gumbel noise and exact norms: Nemotron Elastic, arXiv 2511.16664, equations 6-11 and 20-51.
-Shapes: B batch, S sequence, D hidden, K sizes of an axis, F neurons, C sizes of all places (`routers.py`).
+Shapes: B batch, S sequence, D hidden, K sizes of an axis, F neurons, C sizes of all places (`surrogate.py`).
 """
 
 import random
@@ -15,7 +15,7 @@ import torch
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.token_routing import RoutedSubNetwork, TokenRouting
 
-from .routers import Places
+from .surrogate import Places
 
 
 def spread(at_least: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
     results = measure_loads([Load("levels", budget=0.5), Load("levels", budget=0.5, how="slice")] * 5)
 
-A process of its own (`python -m flextron_trainer.loading`) imports everything once and forks for each load, so that no
-load finds files mapped, memory in use, or code that has to be imported. The pages of the checkpoint are dropped from
-the cache of the system first, and after loading one value of every page is read: a tensor that is only mapped would
-otherwise cost nothing yet.
+A process of its own (`python -m flextron_trainer.measuring.loading`) imports everything once and forks for each load,
+so that no load finds files mapped, memory in use, or code that has to be imported. The pages of the checkpoint are
+dropped from the cache of the system first, and after loading one value of every page is read: a tensor that is only
+mapped would otherwise cost nothing yet.
 """
 
 import json
@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.levels import read_index
 
-from .models import load_elastic, load_stock
+from ..models import load_elastic, load_stock
 
 PAGE = 4096
 
@@ -71,7 +71,7 @@ def measure_loads(loads: list[Load], environment: dict[str, str] | None = None) 
     """
     path = os.pathsep.join(filter(None, sys.path))
     variables = {**os.environ, "PYTHONPATH": path, **(environment or {})}
-    command = [sys.executable, "-m", "flextron_trainer.loading"]
+    command = [sys.executable, "-m", "flextron_trainer.measuring.loading"]
     with subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdin is not None and worker.stdout is not None
         worker.stdin.write(json.dumps([asdict(load) for load in loads]))

@@ -13,7 +13,7 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.families import check_supported
 from modeling_flextron.modeling_flextron import HUB_KEYWORDS
 
-from .models import load_stock, read_config, reading
+from ..models import load_stock, read_config, reading
 
 
 def plain_parent(parent: Any, *, trust_remote_code: bool = False, **load_kwargs: Any) -> PreTrainedModel:

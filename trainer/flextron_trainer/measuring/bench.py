@@ -30,9 +30,9 @@ from modeling_flextron.frontier import held
 from modeling_flextron.latency import device_name
 from modeling_flextron.token_routing import is_routed
 
+from ..models import load_elastic
+from .latency import context_length
 from .loading import Load, fetched_bytes, measure_loads
-from .measuring.latency import context_length
-from .models import load_elastic
 
 STEPS = 16  # tokens that are decoded in a round
 Variants = dict[str, tuple[Any, dict[str, Any]]]  # name -> model, and keywords of its forward pass

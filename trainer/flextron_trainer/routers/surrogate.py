@@ -22,7 +22,7 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.static_router import Candidate, StaticRouter
 from modeling_flextron.subnetwork import Cost, smallest_subnetwork
 
-from .search import fill, random_candidate
+from ..conversion.search import fill, random_candidate
 
 ERROR_THRESHOLD = 0.7  # error of the surrogate, as a fraction of that of a constant, above which nothing learns
 UPDATES_PER_STEP = 20  # of the surrogate

@@ -22,7 +22,7 @@ from modeling_flextron.subnetwork import (
     uniform_subnetworks,
 )
 
-from .evaluation import measure, quality
+from ..evaluation.quality import measure, quality
 from .search import search
 
 _UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}

@@ -12,7 +12,7 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 from modeling_flextron.levels import AGAIN, index_name, read_index, stored_tensors
 
-from .models import kind_of
+from ..models import kind_of
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from modeling_flextron.markdown import code, plain
 from modeling_flextron.model_card import parent_of, versions
 from modeling_flextron.subnetwork import SubNetwork
 
-from .data import load_tokenizer
-from .models import load_elastic, read_config
+from ..data import load_tokenizer
+from ..models import load_elastic, read_config
 
 
 def export_dense(

@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from modeling_flextron.errors import invalid
 
-from .data import load_tokenizer
+from ..data import load_tokenizer
 
 logger = logging.get_logger(__name__)
 SAME = "Teach with the parent, or with another model of the same tokenizer."

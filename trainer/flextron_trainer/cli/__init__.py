@@ -1,0 +1,68 @@
+"""The `flextron` command: a thin layer over the Python API. Every verb ends with one JSON line on stdout.
+
+A verb is a module, which imports what it works with when it runs: `--help` needs neither torch nor transformers.
+"""
+
+import importlib.metadata
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from . import bench, convert, demo, evaluate, export, generate, measure, push, train, verify
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+app.command()(convert.convert)
+# Whatever else it is given are arguments of `transformers.TrainingArguments`.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
+for verb in (
+    evaluate.evaluate, measure.measure, bench.bench, export.export, verify.verify, push.push, generate.generate,
+    demo.demo,
+):  # fmt: skip
+    app.command()(verb)
+
+
+def print_version(asked: bool) -> None:
+    """Print the version of the installed package and stop, where that is asked for."""
+    if asked:
+        print(importlib.metadata.version("flextron"))
+        raise typer.Exit
+
+
+@app.callback()
+def flextron(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Make a trained LLaMA or GPT elastic, train it at many sizes at once, and use any of them.
+
+    Example: `flextron convert meta-llama/Llama-3.2-1B elastic --calibration ./text`, and `flextron convert --help`
+
+    Whatever goes wrong is one line and exit code 2; `--traceback`, anywhere, shows all of it.
+    """
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says; of one that no one wrote for users also its kind, and how to see where it comes from."""
+    text = " ".join(str(error).split())
+    if text and isinstance(error, (ValueError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text} (`--traceback` shows where it comes from.)"
+
+
+def main() -> None:
+    """Run the command; whatever goes wrong is one line and exit code 2, or a traceback where that is asked for."""
+    arguments = [text for text in sys.argv[1:] if text != "--traceback"]
+    try:
+        app(arguments)
+    except Exception as error:
+        if len(arguments) < len(sys.argv) - 1:
+            traceback.print_exc()
+        else:
+            print(f"Error: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,100 @@
+"""`flextron convert`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    DATA,
+    PRESETS,
+    Device,
+    Output,
+    Trust,
+    copy_tokenizer,
+    device_or_default,
+    different_folders,
+    dtype_named,
+    parse_numbers,
+    print_result,
+)
+
+
+def convert(
+    parent: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a trained model, or of an adapter.", show_default=False)
+    ],
+    output: Output,
+    preset: Annotated[str | None, typer.Option(help=f"Defaults for the options below: {PRESETS}")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help=f"Text to rank with: {DATA} 'weights': none, rank by the norms of the weights.")
+    ] = None,
+    mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes; default: sixteenths.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads; default: quarters.")] = None,
+    hidden: Annotated[str | None, typer.Option(help="Residual channels; default: all, for GPT as heads.")] = None,
+    depth: Annotated[str | None, typer.Option(help="Layers: 1,0.75; default: all.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Budgets of the frontier: 1,0.75,0.5,0.25")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Calibration samples: 1024")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 512")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in a forward pass: 8")] = None,
+    order: Annotated[str | None, typer.Option(help="importance; random or reverse are controls.")] = None,
+    search_evaluations: Annotated[
+        int | None,
+        typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
+    device: Device = None,
+    seed: int = 0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a trained model elastic: LLaMA, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX and Pythia.
+
+    Example: `flextron convert meta-llama/Llama-3.2-1B elastic --calibration ./text --mlp 1,0.75,0.5,0.25`
+
+    With a preset: `flextron convert Qwen/Qwen3-0.6B elastic --calibration ./text --preset qwen3-0.6b`
+
+    The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
+    """
+    from modeling_flextron.model_card import write_model_card
+
+    from ..conversion.convert import convert as run
+    from ..conversion.parents import place_of
+    from ..data import load_text, load_tokenizer
+    from ..models import read_config
+    from ..presets import load_preset
+
+    different_folders(parent, output)
+    options: dict[str, Any] = {}
+    if preset is not None:
+        chosen = load_preset(preset)
+        chosen.check(read_config(place_of(parent, "config.json"), trust_remote_code=trust_remote_code))
+        options |= chosen.convert
+    given = {
+        "mlp": parse_numbers("mlp", mlp),
+        "heads": parse_numbers("heads", heads),
+        "hidden": parse_numbers("hidden", hidden),
+        "depth": parse_numbers("depth", depth),
+        "budgets": None if budgets is None else [part.strip() for part in budgets.split(",")],
+        "max_samples": max_samples,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "order": order,
+        "search_evaluations": search_evaluations,
+        "seed": seed,
+    }
+    options |= {name: value for name, value in given.items() if value is not None}
+    place = place_of(parent, "tokenizer_config.json")
+    text = None if calibration in (None, "weights") else load_text(calibration)
+    elastic = run(
+        parent,
+        calibration if text is None else text,
+        tokenizer=None if text is None else load_tokenizer(place, trust_remote_code=trust_remote_code),
+        importance=output / "importance.safetensors",
+        device=device_or_default(device),
+        dtype=dtype_named(dtype),
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    elastic.save_pretrained(output)
+    copy_tokenizer(place, output, trust_remote_code)
+    write_model_card(elastic, output)
+    print_result(output=str(output), frontier=[row.to_dict() for row in elastic.frontier])

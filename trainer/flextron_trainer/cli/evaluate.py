@@ -1,0 +1,119 @@
+"""`flextron evaluate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    DATA,
+    Boundaries,
+    Device,
+    Model,
+    Trust,
+    budget_value,
+    device_or_default,
+    fitting_length,
+    print_result,
+)
+
+
+def evaluate(
+    model: Model,
+    dataset: Annotated[str | None, typer.Argument(help=f"Held-out text: {DATA}", show_default=False)] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, with commas between; the text may be left out then.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, for --lm-eval.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="Samples of each task, for a trial.")] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
+    document_boundaries: Boundaries = False,
+    max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
+    write: Annotated[
+        bool, typer.Option(help="Write losses and scores into the frontier of the model's config, and its card.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw loss against parameters into this PNG.")] = None,
+    routing_report: Annotated[
+        Path | None, typer.Option(help="Draw which tokens get more compute into this PNG; see --budget auto:0.5.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure loss, perplexity and next-token accuracy of every size, and its scores on the tasks of lm-eval.
+
+    Example: `flextron evaluate elastic ./held-out --write --plot frontier.png`
+
+    Example: `flextron evaluate elastic --lm-eval arc_easy,hellaswag --write` (needs `pip install "lm-eval[hf]"`)
+
+    Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
+    """
+    from modeling_flextron import count_parameters
+    from modeling_flextron.checkpoint import write_config
+    from modeling_flextron.errors import invalid
+    from modeling_flextron.frontier import held
+    from modeling_flextron.markdown import table_of_cells
+    from modeling_flextron.model_card import metric_columns, plot_frontier, write_model_card
+
+    from ..data import load_text, load_tokenizer, pack
+    from ..evaluation.harness import evaluate_tasks, task_manager
+    from ..evaluation.plots import plot_routing
+    from ..evaluation.quality import evaluate_frontier, evaluate_model, name_of, routed_widths
+    from ..models import load_elastic
+
+    if dataset is None and lm_eval is None:
+        raise invalid("dataset", dataset, "There is nothing to measure.", "Pass held-out text, --lm-eval, or both.")
+    if write and budget:
+        raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
+    if write and not Path(model).is_dir():
+        rule = "There is no such folder, and `--write` writes into one."
+        raise invalid("model", model, rule, "Check the path, or download the model first.")
+    if write and lm_eval_limit is not None:
+        rule = "Scores of a part of a task cannot be compared with those of others."
+        raise invalid("lm_eval_limit", lm_eval_limit, rule, "Leave out it or --write.")
+    for name, path in (("plot", plot), ("routing_report", routing_report)):
+        if path is not None and not path.parent.is_dir():
+            raise invalid(name, str(path), "Its folder does not exist.", "Make the folder first.")
+        if path is not None and dataset is None:
+            raise invalid(name, str(path), "What it shows is measured on text.", "Pass the text, too.")
+    tasks = [] if lm_eval is None else [name.strip() for name in lm_eval.split(",")]
+    manager = task_manager(tasks, include_path) if tasks else None
+    loaded = load_elastic(model).to(device_or_default(device))
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    asked = {text: budget_value(text) for text in budget} if budget else None
+    results: dict[str, dict[str, float]] = {}
+    if dataset is not None:
+        length = fitting_length(sequence_length, loaded.config)
+        rows = pack(load_text(dataset), tokenizer, length, document_boundaries=document_boundaries)
+        rows = rows.select(range(min(max_samples, len(rows))))
+        if routing_report is not None:
+            auto = next((text for text in budget or () if text.startswith("auto")), "auto")
+            widths = routed_widths(loaded, rows[0], auto)
+            tokens = [tokenizer.decode([token]) for token in rows[0]["input_ids"]]
+            plot_routing(tokens, widths, routing_report, f"{model} at {auto}")
+        if asked is None:
+            results = evaluate_frontier(loaded, rows, batch_size, name_of(dataset))
+        else:
+            results = {text: evaluate_model(loaded, rows, batch_size, value) for text, value in asked.items()}
+    if tasks:
+        scores = evaluate_tasks(
+            loaded, tokenizer, tasks, manager, budgets=asked, limit=lm_eval_limit, batch_size=batch_size
+        )
+        for name, found in scores.items():
+            results[name] = results.get(name, {}) | found
+    columns = metric_columns(list(results.values()))
+    lines = zip(results, *columns.values(), strict=True)
+    print(table_of_cells(["budget", *columns], list(lines)), file=sys.stderr)
+    if write:
+        write_config(loaded, model)
+        write_model_card(loaded, model)
+    if plot is not None:
+        static = {name: result for name, result in results.items() if not name.startswith("auto")}
+        meant = asked or held(loaded.frontier)
+        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(meant[name])) for name in static}
+        plot_frontier({model: [(sizes[name], result["loss"]) for name, result in static.items()]}, plot)
+    print_result(model=model, dataset=dataset, results=results)

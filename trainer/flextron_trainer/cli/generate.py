@@ -1,0 +1,40 @@
+"""`flextron generate`."""
+
+from typing import Annotated
+
+import typer
+
+from .options import Budget, Device, Model, Trust, budget_value, device_or_default, print_result
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.", show_default=False)],
+    budget: Budget = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the most likely token.")] = False,
+    device: Device = None,
+    seed: int = 0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a text at a budget.
+
+    Example: `flextron generate elastic "def main():" --budget 0.5`
+    """
+    import torch
+
+    from modeling_flextron.errors import invalid
+
+    from ..data import load_tokenizer
+    from ..models import load_elastic
+
+    torch.manual_seed(seed)
+    loaded = load_elastic(model, flextron_budget=budget_value(budget)).to(device_or_default(device))
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise invalid("prompt", prompt, "It has no tokens to continue.", "Write at least a word.")
+    ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
+    print_result(
+        budget=budget, parameters=loaded.num_parameters(), text=tokenizer.decode(ids[0], skip_special_tokens=True)
+    )

@@ -1,0 +1,56 @@
+"""`flextron measure`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Device, device_or_default, dtype_named, must_be_a_model, print_result
+
+
+def measure(
+    folder: Annotated[Path, typer.Argument(help="Folder of a Flextron model.", show_default=False)],
+    batch: Annotated[int, typer.Option(help="Sequences at the same time.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens read and kept while one more is made; default: 512, if they fit.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each network is timed.")] = 15,
+    dtype: Annotated[str, typer.Option(help="Dtype to measure in; auto is that of the weights.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
+    device: Device = None,
+    seed: int = 0,
+) -> None:
+    """Time every choice of a model on this machine, so that `flextron_budget="25ms"` means something.
+
+    Example: `flextron measure elastic --device cuda --dtype bfloat16`
+
+    The table is written to FOLDER/latency/ and listed in FOLDER/config.json; those of other devices stay. Measured
+    rounds are kept, and the same command goes on after a stop.
+    """
+    import torch
+
+    from modeling_flextron import FlextronConfig
+    from modeling_flextron.checkpoint import write_config
+    from modeling_flextron.frontier import held
+    from modeling_flextron.latency import FOLDER
+
+    from ..measuring.latency import measure_latency
+    from ..models import load_elastic
+
+    must_be_a_model(folder)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = load_elastic(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
+    progress = folder / FOLDER / ".rounds.json"
+    table = measure_latency(model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress)
+    table.save(folder / table.file_name)
+    config = FlextronConfig.from_pretrained(folder)
+    config.latency_tables[table.file_name] = table.summary
+    write_config(model, folder, config)
+    times = {name: table.predict(subnetwork) for name, subnetwork in held(model.frontier).items()}
+    print_result(
+        table=str(folder / table.file_name),
+        device=table.device,
+        error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},
+        decode_ms={name: round(1e3 * seconds, 3) for name, seconds in times.items()},
+    )

@@ -1,0 +1,132 @@
+"""Options and arguments that several verbs take, and how their values are read."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a Flextron model.", show_default=False)]
+Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda; by default a GPU when there is one.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="0.5, 350M, 6GiB, 25ms, auto:0.5, the name of a row, or the fields of a SubNetwork as JSON."),
+]
+Boundaries = Annotated[
+    bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that files of the parent or the tokenizer bring along.")
+]
+PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
+DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, a pattern such as 'text/*.jsonl', or a Hub dataset id."
+
+
+def print_result(**result: Any) -> None:
+    """Print the JSON line that ends a verb."""
+    print(json.dumps(result), flush=True)
+
+
+def parse_numbers(name: str, text: str | None) -> list[int | float] | None:
+    """Parse `1,0.75,512`, the value of option `name`."""
+    from modeling_flextron.errors import invalid
+
+    if text is None:
+        return None
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise invalid(name, text, "They are numbers with commas between.", "Write for instance 1,0.5.") from None
+
+
+def budget_value(text: str | None) -> Any:
+    """A budget as typed: JSON fields, or the grammar's own text."""
+    from modeling_flextron.errors import invalid
+
+    if not text or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise invalid("budget", text, f"It is not JSON: {error}.", 'Write for instance {"mlp": 96}.') from None
+
+
+def copy_tokenizer(source: str, output: Path, trust_remote_code: bool) -> None:
+    """Save the tokenizer of `source` in `output`, if it has one."""
+    from ..data import load_tokenizer
+
+    try:
+        load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(output)
+    except ValueError as error:
+        print(f"No tokenizer was copied: {error}", file=sys.stderr)
+
+
+def fitting_length(length: int | None, config: Any) -> int:
+    """Tokens of a sample: as asked for, and by default 1024 or as many as the model has positions for."""
+    from modeling_flextron.errors import invalid
+
+    limit = config.max_position_embeddings
+    if length is not None and config.learned_positions and length > limit:
+        rule = f"The model has {limit} learned positions."
+        raise invalid("sequence_length", length, rule, "Pass at most so many, or leave it out.")
+    return length or min(1024, limit)
+
+
+def device_or_default(device: str | None) -> str:
+    import torch
+
+    from modeling_flextron.errors import invalid
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        rule = f"This machine cannot use it: {str(error).splitlines()[0]}."
+        raise invalid("device", device, rule, "Leave it out, or pass cpu.") from None
+    return device
+
+
+def dtype_named(name: str) -> Any:
+    """The dtype of torch with this name, or `"auto"`."""
+    import torch
+
+    from modeling_flextron.errors import invalid
+
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not isinstance(dtype, torch.dtype):
+        raise invalid("dtype", name, "It is no dtype of torch.", "Pass auto, float32, bfloat16 or float16.")
+    return dtype or name
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a model, downloaded with all its weights when it is not one already."""
+    from huggingface_hub import snapshot_download
+
+    from modeling_flextron.hub import retried
+
+    from ..models import reading
+
+    if Path(model).is_dir():
+        return Path(model)
+    with reading("model", model):
+        return Path(retried(lambda: snapshot_download(model, allow_patterns=["*.json", "*.safetensors"])))
+
+
+def must_be_a_model(folder: Path) -> None:
+    """Refuse what is not the folder of a saved model."""
+    from modeling_flextron.errors import invalid
+
+    if not (folder / "config.json").is_file():
+        rule = "It is not the folder of a saved model."
+        raise invalid("folder", str(folder), rule, "Pass the output of `flextron convert` or `flextron train`.")
+
+
+def different_folders(source: str, output: Path) -> None:
+    """Refuse to write over what is read."""
+    from modeling_flextron.errors import invalid
+
+    if Path(source).exists() and output.exists() and output.samefile(source):
+        raise invalid("output", str(output), "It is the folder that is read.", "Write to another folder.")

@@ -1,0 +1,174 @@
+"""`flextron train`."""
+
+import json
+import sys
+from itertools import pairwise
+from typing import Annotated, Any
+
+import typer
+
+from .options import DATA, PRESETS, Boundaries, Model, Trust, fitting_length, print_result
+
+STREAMED_EVAL_ROWS = 64
+
+
+def train(
+    context: typer.Context,
+    model: Model,
+    dataset: Annotated[str, typer.Argument(help=f"Training text: {DATA}", show_default=False)],
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'. None: learn from the text alone.")
+    ] = None,
+    eval_dataset: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Evaluation text; by default 2 % of the samples, of a stream the first {STREAMED_EVAL_ROWS}."
+        ),
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
+    document_boundaries: Boundaries = False,
+    split: Annotated[str, typer.Option(help="Split of a training text on the Hub.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read the training text while training; needs --max_steps.")
+    ] = False,
+    shuffle_buffer: Annotated[int, typer.Option(help="With --streaming: samples to draw the next one from.")] = 1000,
+    num_proc: Annotated[int | None, typer.Option(help="Processes to tokenize with.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
+    plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train an elastic model at many sizes at once.
+
+    Example: `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --max_steps 1000 --bf16`
+
+    Example: `flextron train run ./text --stage router --router_budgets 0.75 0.5 --output_dir routed --max_steps 400`
+
+    Example: `flextron train elastic HuggingFaceFW/fineweb-edu --streaming --max_steps 1000 --output_dir run`
+
+    Does it fit? `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --plan`
+
+    Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
+    weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
+    `--loss_chunk_size`, `--no_float32_weights`. With `--stage router` or `--stage joint`: `--router_method` (surrogate,
+    gumbel, token), `--router_budgets`, `--router_cost` (parameters, latency), `--router_uniform`,
+    `--router_learning_rate`, `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
+    """
+    from modeling_flextron import FlextronConfig
+    from modeling_flextron.errors import invalid
+
+    from ..data import load_text, load_tokenizer, pack
+    from ..evaluation.quality import name_of
+    from ..models import read_config
+    from ..training.arguments import ArgumentParser, FlextronTrainingArguments
+    from ..training.trainer import FlextronTrainer
+
+    config = read_config(model, "model", FlextronConfig)
+    recipe = {} if preset is None else recipe_of(preset, config, context.args)
+    sequence_length = fitting_length(sequence_length or recipe.get("sequence_length"), config)
+    recipe.pop("sequence_length", None)
+    defaults = [text for name, value in recipe.items() for text in (f"--{name}", *as_arguments(value))]
+    (arguments,) = ArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
+    if plan:
+        return print_plan(config, arguments, sequence_length, teacher, trust_remote_code)
+    if streaming and arguments.max_steps <= 0:
+        rule = "A stream does not say how long it is."
+        raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
+    if streaming and num_proc is not None:
+        rule = "A stream is tokenized as it is read, in the process that reads it."
+        raise invalid("num_proc", num_proc, rule, "Leave it out, or pass --dataloader_num_workers 1.")
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
+    rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
+    seed = arguments.data_seed or arguments.seed
+    if eval_dataset is None:
+        rows, eval_rows, eval_text = held_out(rows, dataset, streaming, seed)
+    else:
+        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, **options)
+        eval_text = name_of(eval_dataset)
+    if streaming:
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    trainer = FlextronTrainer(
+        model, arguments, teacher=teacher, trust_remote_code=trust_remote_code, train_dataset=rows,
+        eval_dataset=eval_rows, eval_text=eval_text, processing_class=tokenizer,
+    )  # fmt: skip
+    if streaming:  # else it says so itself
+        print(trainer.plan(sequence_length), file=sys.stderr)
+    trainer.train(resume_from_checkpoint=resume or arguments.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+    print_result(output=arguments.output_dir, **metrics)
+
+
+def recipe_of(preset: str, config: Any, given: list[str]) -> dict[str, Any]:
+    """The arguments of a preset for the stage that is trained, without those that are `given` on the command line."""
+    import torch
+
+    from ..presets import load_preset
+
+    chosen = load_preset(preset)
+    chosen.check(config)
+    stage = next((value for name, value in pairwise(given) if name == "--stage"), "elastic")
+    names = (text.partition("=")[0] for text in given if text.startswith("--"))
+    recipe = chosen.recipe(stage, {name[2:].replace("-", "_") for name in names})
+    if not torch.cuda.is_available():
+        recipe.pop("bf16", None)
+    return recipe
+
+
+def as_arguments(value: Any) -> list[str]:
+    """A value of a recipe as it is typed on the command line."""
+    if isinstance(value, list):
+        return [str(part) for part in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def print_plan(config: Any, arguments: Any, sequence_length: int, teacher: str | None, trust_remote_code: bool) -> None:
+    """Print the memory that a run would need; the weights of its teacher are counted without loading them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from modeling_flextron.subnetwork import bytes_per_value
+
+    from ..models import read_config
+    from ..training.plan import plan_memory
+
+    teacher_config, teacher_bytes = None, 0
+    if teacher not in (None, "self"):
+        teacher_config = read_config(teacher, "teacher", trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            stock = AutoModelForCausalLM.from_config(teacher_config, trust_remote_code=trust_remote_code)
+        teacher_bytes = stock.num_parameters() * bytes_per_value(config.dtype)
+    sharded = bool(arguments.fsdp)
+    expected = plan_memory(
+        config, arguments, sequence_length, teacher=teacher_config, teacher_bytes=teacher_bytes, sharded=sharded
+    )
+    print(expected, file=sys.stderr)
+    print_result(gib=expected.gib())
+
+
+def held_out(rows: Any, dataset: str, streaming: bool, seed: int) -> tuple[Any, Any, str]:
+    """Keep samples from training to evaluate on: 2 %, or of a stream the first ones.
+
+    Returns:
+        The samples for training, those for evaluation, and what a card calls these.
+
+    Raises:
+        ValueError: a stream has no samples behind those for evaluation.
+    """
+    from modeling_flextron.errors import invalid
+
+    from ..evaluation.quality import name_of
+
+    if not streaming:
+        parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=seed)
+        return parts["train"], parts["test"], f"2 % of {name_of(dataset)}, kept from training"
+    first, rest = list(rows.take(STREAMED_EVAL_ROWS)), rows.skip(STREAMED_EVAL_ROWS)
+    if next(iter(rest), None) is None:
+        rule = f"Its first {len(first)} samples are for evaluation, and none is left to train on."
+        raise invalid("dataset", dataset, rule, "Pass --eval-dataset, or leave out --streaming.")
+    return rest, first, f"the first samples of {name_of(dataset)}, kept from training"

@@ -1,0 +1,1 @@
+"""Models of one size for other programs, and checks of what is published."""

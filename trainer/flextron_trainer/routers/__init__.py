@@ -1,0 +1,1 @@
+"""How routers learn which sizes to choose for a budget."""

@@ -1,0 +1,1 @@
+"""Training of an elastic model at many sizes at once."""
