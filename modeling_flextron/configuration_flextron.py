@@ -33,7 +33,7 @@ from .config_files import AUTO_MAP, VERSION, StoredConfig
 from .errors import invalid, require_int
 from .frontier import FrontierRow, held, read_rows
 from .latency import check_tables
-from .levels import check_levels, index_name, level_of
+from .level_blocks import check_levels, index_name, level_of
 from .measured import Figures, Measured, forget, record
 from .reshaping import (
     MADE_FOR_CHOICES,
@@ -83,7 +83,7 @@ class FlextronConfig(StoredConfig):
         static_router: Scores from which a sub-network follows for any budget; see `static_router.StaticRouter`.
         token_routing: Sizes, targets and their bounds, of a model whose tokens choose; see `token_routing.py`.
         latency_tables: Measured latency tables beside `config.json`: file -> its device and conditions.
-        levels: Of a checkpoint that is stored in levels (`levels.py`): `checkpoint`, which its files share, and
+        levels: Of a checkpoint that is stored in levels (`level_blocks.py`): `checkpoint`, which its files share, and
             `rows`, the row of the frontier that each level completes, smallest first.
         parent_name: Hub id of the parent, or the name of its folder.
         parent_license: `license`, and `license_name` and `license_link` where there are any, of the parent's card.

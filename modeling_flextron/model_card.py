@@ -22,7 +22,7 @@ from .configuration_flextron import VERSION, FlextronConfig
 from .extraction import stock_sizes
 from .frontier import FrontierRow
 from .latency import LatencyTable
-from .levels import row_bytes
+from .level_reader import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
 from .measured import Figures, Measured
 from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes

@@ -8,7 +8,7 @@ Shapes: B batch, S sequence, D hidden, F neurons, H query heads, G KV heads, R =
 E head_dim, V vocabulary. Query heads are stored rank-major, [R, G, E]: the r best of every group are leading rows.
 
 Loading at a budget builds the small shape at once and reads only the leading parts of the stored tensors
-(`levels.py`).
+(`level_reader.py`).
 """
 
 import copy
@@ -68,7 +68,8 @@ from .extraction import extract
 from .frontier import FrontierRow
 from .hub import commit_written, retried
 from .latency import LatencyTable, table_of
-from .levels import read_index, stored_tensors, write_levels
+from .level_reader import read_index, stored_tensors
+from .level_writer import write_levels
 from .model_card import write_model_card
 from .permutation import FILE as PERMUTATION
 from .permutation import Permutation, read_permutation

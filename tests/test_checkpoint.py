@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipe
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronModel
 from modeling_flextron.checkpoint import MARK, write_beside, write_file_beside
-from modeling_flextron.levels import Block, StoredTensor
+from modeling_flextron.level_reader import Block, StoredTensor
 
 
 @pytest.fixture(scope="module")

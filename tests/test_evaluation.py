@@ -20,7 +20,7 @@ from modeling_flextron import (
     FlextronForSequenceClassification,
     FlextronModel,
 )
-from modeling_flextron.levels import row_bytes
+from modeling_flextron.level_reader import row_bytes
 from modeling_flextron.model_card import TASKS, frontier_table, plot_frontier, write_model_card
 
 

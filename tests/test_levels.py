@@ -21,7 +21,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from flextron_trainer.export.verify import verify
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronForSequenceClassification
-from modeling_flextron.levels import Block, blocks_of, index_name, overlap, parse_block, plan_levels, row_bytes, volume
+from modeling_flextron.level_blocks import blocks_of, index_name, overlap, parse_block, volume
+from modeling_flextron.level_reader import Block, row_bytes
+from modeling_flextron.level_writer import plan_levels
 
 BUDGET = "0.35"
 
@@ -129,7 +131,7 @@ def test_what_is_read(model, exported, monkeypatch, budget):
             read.append(tensor.nbytes)
             return tensor
 
-    monkeypatch.setattr("modeling_flextron.levels.Block", Counting)
+    monkeypatch.setattr("modeling_flextron.level_reader.Block", Counting)
     loaded = load(exported, budget)
     assert 4 * loaded.num_parameters() == sum(read)
 

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
-from modeling_flextron.levels import AGAIN, index_name, read_index, stored_tensors
+from modeling_flextron.level_blocks import AGAIN, index_name
+from modeling_flextron.level_reader import read_index, stored_tensors
 
 from ..models import kind_of
 

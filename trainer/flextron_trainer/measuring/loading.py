@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.levels import read_index
+from modeling_flextron.level_reader import read_index
 
 from ..models import load_elastic, load_stock
 

@@ -1,0 +1,137 @@
+"""The level layout: one checkpoint cut into blocks, so that a size is a few files of it.
+
+The rows of the frontier, smallest first, cut every tensor into blocks. A block belongs to the level of the first row
+that needs it, and each level has its own shards: row k needs shards of the levels 0..k alone. An index for every row
+names the blocks that it needs and where they are; `model.safetensors.index.json` names all of them.
+`FlextronConfig.transformers_weights` says which index a budget needs.
+
+The name of a block says where it lies: `model.norm.weight[0:32]`, `...up_proj.weight[0:24,32:64]`. A tensor that no row
+cuts keeps its own name, so a plain checkpoint is the special case of one block for each tensor.
+"""
+
+import re
+from itertools import pairwise, product
+from math import prod
+from typing import Any
+
+import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .errors import invalid
+from .frontier import held
+from .subnetwork import SubNetwork
+
+Box = tuple[tuple[int, int], ...]  # of every dimension where it begins and where it ends
+
+BLOCK = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<box>\d+:\d+(?:,\d+:\d+)*)\])?")
+DTYPES = {  # of torch -> of safetensors
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+}  # fmt: skip
+AGAIN = "Download or export the checkpoint again; `flextron verify` looks at all of it."
+BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+
+
+def index_name(level: int | None) -> str:
+    """File name of the index of a level's row; None for that of everything."""
+    return SAFE_WEIGHTS_INDEX_NAME if level is None else f"model.level{level}.safetensors.index.json"
+
+
+def level_of(config: Any, wanted: SubNetwork) -> int | None:
+    """The first level whose row contains a sub-network; None when only all levels together do."""
+    rows = held(config.frontier)
+    for level, name in enumerate(config.levels["rows"]):
+        if rows[name].contains(wanted):
+            return level
+    return None
+
+
+def check_levels(config: Any, levels: Any) -> None:
+    """Refuse a description of levels that does not fit a config.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    remedy = "Write the checkpoint with `flextron export`, or pass None for a plain one."
+    if not isinstance(levels, dict) or set(levels) != {"checkpoint", "rows"}:
+        raise invalid("levels", levels, "It has the fields checkpoint, rows.", remedy)
+    if not isinstance(levels["checkpoint"], str):
+        raise invalid("levels['checkpoint']", levels["checkpoint"], "It is the text that its files share.", remedy)
+    known = {row.name for row in config.frontier}
+    rows = levels["rows"]
+    if not isinstance(rows, list) or not all(isinstance(name, str) and name in known for name in rows):
+        raise invalid("levels['rows']", rows, "They are names of rows of the frontier, smallest first.", remedy)
+    if config.dtype is None:
+        raise invalid("dtype", None, "Blocks of levels have one dtype.", remedy)
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """What two boxes have in common; None when that is nothing."""
+    common = tuple((max(low, start), min(high, end)) for (low, high), (start, end) in zip(a, b, strict=True))
+    return common if all(low < high for low, high in common) else None
+
+
+def volume(box: Box) -> int:
+    """Numbers in a box."""
+    return prod(high - low for low, high in box)
+
+
+def parse_block(key: str) -> tuple[str, Box | None]:
+    """The tensor and the box that the name of a block means; no box for a whole tensor.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    match = BLOCK.fullmatch(key)
+    if match is None:
+        raise invalid("tensor", key, "It is no name of a tensor or of a block.", AGAIN)
+    if match["box"] is None:
+        return match["name"], None
+    low_high = (side.split(":") for side in match["box"].split(","))
+    return match["name"], tuple((int(low), int(high)) for low, high in low_high)
+
+
+def block_name(name: str, box: Box, shape: tuple[int, ...]) -> str:
+    """What a block is called; see `parse_block`."""
+    if box == tuple((0, size) for size in shape):
+        return name
+    return f"{name}[{','.join(f'{low}:{high}' for low, high in box)}]"
+
+
+def blocks_of(shape: tuple[int, ...], needs: list[tuple[int, ...] | None]) -> list[tuple[int, Box]]:
+    """Cut a tensor into the blocks that its levels add.
+
+    Args:
+        shape: Of the tensor.
+        needs: For each level the leading part that its row needs, None for nothing. What none of them needs is one
+            level more.
+
+    Returns:
+        Level and box of every block, neighbours that the same rows need as one block.
+    """
+    needs = [*needs, shape]
+    cuts = [sorted({0, *(need[dim] for need in needs if need is not None)}) for dim in range(len(shape))]
+    sides = [list(pairwise(at)) for at in cuts]
+
+    def users(cell: Box) -> tuple[int, ...]:
+        return tuple(i for i, need in enumerate(needs) if need is not None and inside(cell, need))
+
+    cells = [(users(cell), cell) for cell in product(*sides)]
+    for dim in reversed(range(len(shape))):  # merge neighbours along the last dimension first: they are contiguous
+        cells.sort(key=lambda entry: (entry[0], entry[1][:dim], entry[1][dim + 1 :], entry[1][dim]))
+        merged: list[tuple[tuple[int, ...], Box]] = []
+        for who, cell in cells:
+            if merged:
+                same, before = merged[-1]
+                joined = (*before[:dim], (before[dim][0], cell[dim][1]), *before[dim + 1 :])
+                behind = (*before[:dim], (before[dim][1], cell[dim][1]), *before[dim + 1 :])
+                if same == who and behind == cell:
+                    merged[-1] = who, joined
+                    continue
+            merged.append((who, cell))
+        cells = merged
+    return sorted((who[0], cell) for who, cell in cells)
+
+
+def inside(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a box lies within the leading part of this shape."""
+    return all(high <= size for (_, high), size in zip(box, shape, strict=True))
