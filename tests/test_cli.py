@@ -46,6 +46,9 @@ def elastic(work):
         "--budgets", "1,0.6,0.45", "--max-samples", 16, "--sequence-length", 32, "--device", "cpu",
     )  # fmt: skip
     assert [row["name"] for row in result["frontier"]] == ["1", "0.6", "0.45"]
+    planned, measured = result["planned"], result["measured"]
+    assert planned["forward_tokens"]["importance"] == 16 * 32 and planned["forward_tokens"]["search"] == 0
+    assert planned["peak_gib"] >= 0 and planned["seconds"] >= 0 and measured["seconds"] > 0
     names = {path.name for path in (work / "elastic").iterdir()}
     assert {"config.json", "importance.safetensors", "README.md", "tokenizer.json", "modeling_flextron.py"} <= names
     return work / "elastic"
@@ -61,6 +64,16 @@ def test_all_verbs_are_listed():
     for flag in ("--help", "-h"):
         out = CliRunner().invoke(app, [flag], env={"COLUMNS": "200"}).stdout
         assert all(verb in out for verb in VERBS) and "Example: flextron convert" in out
+
+
+def test_rows_that_need_not_nest(work, monkeypatch):
+    from flextron_trainer.conversion import convert
+
+    choose, asked = convert.choose_rows, []
+    monkeypatch.setattr(convert, "choose_rows", lambda *given: asked.append(given[5:]) or choose(*given))
+    for flags in ((), ("--no-nested",)):
+        flextron("convert", "parent", "rows", "--calibration", "weights", "--mlp", "1,0.5", *flags, "--device", "cpu")
+    assert [nested for nested in asked if nested] == [(True,), (False,)]
 
 
 def test_help_and_version_import_no_library():

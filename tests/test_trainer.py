@@ -288,7 +288,7 @@ class TestLogs:
     @pytest.fixture
     def warned(self, monkeypatch):
         messages = []
-        logger = logging.getLogger("flextron_trainer.training.trainer")
+        logger = logging.getLogger("flextron_trainer.training.checks")
         monkeypatch.setattr(logger, "warning", lambda message, *args: messages.append(message))
         return messages
 

@@ -1,5 +1,7 @@
 """`flextron convert`."""
 
+import inspect
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -28,8 +30,8 @@ def convert(
     calibration: Annotated[
         str | None, typer.Option(help=f"Text to rank with: {DATA} 'weights': none, rank by the norms of the weights.")
     ] = None,
-    mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes; default: sixteenths.")] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads; default: quarters.")] = None,
+    mlp: Annotated[str | None, typer.Option(help="Neurons, fractions or sizes; default: about thirty-seconds.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads; default: about eighths, down to a quarter.")] = None,
     hidden: Annotated[str | None, typer.Option(help="Residual channels; default: all, for GPT as heads.")] = None,
     depth: Annotated[str | None, typer.Option(help="Layers: 1,0.75; default: all.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Budgets of the frontier: 1,0.75,0.5,0.25")] = None,
@@ -41,6 +43,9 @@ def convert(
         int | None,
         typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),
     ] = None,
+    nested: Annotated[
+        bool, typer.Option("--nested/--no-nested", help="Rows that contain each other, or each chosen by itself.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
@@ -57,16 +62,19 @@ def convert(
     from modeling_flextron.model_card import write_model_card
 
     from ..conversion.convert import convert as run
+    from ..conversion.convert import elastic_config
     from ..conversion.parents import place_of
+    from ..conversion.plan import measured, plan_conversion
     from ..data import load_text, load_tokenizer
     from ..models import read_config
     from ..presets import load_preset
 
     different_folders(parent, output)
     options: dict[str, Any] = {}
+    parent_config = read_config(place_of(parent, "config.json"), trust_remote_code=trust_remote_code)
     if preset is not None:
         chosen = load_preset(preset)
-        chosen.check(read_config(place_of(parent, "config.json"), trust_remote_code=trust_remote_code))
+        chosen.check(parent_config)
         options |= chosen.convert
     given = {
         "mlp": parse_numbers("mlp", mlp),
@@ -79,22 +87,40 @@ def convert(
         "batch_size": batch_size,
         "order": order,
         "search_evaluations": search_evaluations,
+        "nested": None if nested else False,
         "seed": seed,
     }
     options |= {name: value for name, value in given.items() if value is not None}
     place = place_of(parent, "tokenizer_config.json")
     text = None if calibration in (None, "weights") else load_text(calibration)
-    elastic = run(
-        parent,
-        calibration if text is None else text,
-        tokenizer=None if text is None else load_tokenizer(place, trust_remote_code=trust_remote_code),
-        importance=output / "importance.safetensors",
-        device=device_or_default(device),
-        dtype=dtype_named(dtype),
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
-    elastic.save_pretrained(output)
+    where, kind = device_or_default(device), dtype_named(dtype)
+    planned = None
+    if calibration is not None:  # else it is refused
+        settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
+        sizes = {name: settings[name] for name in ("mlp", "heads", "hidden", "depth")}
+        passes = ("max_samples", "sequence_length", "batch_size", "search_evaluations")
+        planned = plan_conversion(
+            elastic_config(parent_config, **sizes, budgets=[1]),
+            dtype=None if kind == "auto" else kind,
+            device=where,
+            calibrated=text is not None,
+            budgets=len(settings["budgets"]),
+            **{name: settings[name] for name in passes},
+        )
+        print(planned, file=sys.stderr)
+    with measured(where) as took:
+        elastic = run(
+            parent,
+            calibration if text is None else text,
+            tokenizer=None if text is None else load_tokenizer(place, trust_remote_code=trust_remote_code),
+            importance=output / "importance.safetensors",
+            device=where,
+            dtype=kind,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        elastic.save_pretrained(output)
     copy_tokenizer(place, output, trust_remote_code)
     write_model_card(elastic, output)
-    print_result(output=str(output), frontier=[row.to_dict() for row in elastic.frontier])
+    plan = planned and planned.summary()
+    print_result(output=str(output), frontier=[row.to_dict() for row in elastic.frontier], planned=plan, measured=took)

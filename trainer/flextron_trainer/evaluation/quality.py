@@ -82,6 +82,18 @@ def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_si
     return scores.rows
 
 
+def score_sizes(
+    model, batch: Mapping[str, torch.Tensor], sizes: Mapping[Any, Any], chunk_size: int = 512
+) -> torch.Tensor:
+    """`score` every size on a batch, one after the other: `[B, sizes, 3]`. The one loop over rows of a frontier.
+
+    Args:
+        model, batch, chunk_size: as in `score`.
+        sizes: Name -> budget.
+    """
+    return torch.stack([score(model, batch, budget, chunk_size) for budget in sizes.values()], dim=1)
+
+
 def measure(model, batches: Iterable[Mapping[str, torch.Tensor]], sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """`score` every size on every batch, which is read once: name -> `[N, 3]`, a row for every row of the batches.
 
@@ -90,12 +102,11 @@ def measure(model, batches: Iterable[Mapping[str, torch.Tensor]], sizes: Mapping
         batches: Batches with labels, on any device.
         sizes: Name -> budget.
     """
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in sizes}
+    found = []
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        for name, budget in sizes.items():
-            found[name].append(score(model, batch, budget).cpu())
-    return {name: torch.cat(rows) for name, rows in found.items()}
+        found.append(score_sizes(model, batch, sizes).cpu())
+    return dict(zip(sizes, torch.cat(found).unbind(dim=1), strict=True))
 
 
 def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, budget: Any = None) -> dict[str, float]:

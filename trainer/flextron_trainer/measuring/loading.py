@@ -27,6 +27,7 @@ from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.level_reader import read_index
 
 from ..models import load_elastic, load_stock
+from .memory import forget_peak, process_bytes
 
 PAGE = 4096
 
@@ -124,8 +125,8 @@ def _measure(load: Load) -> dict[str, Any]:
         drop_pages(weight_files(Path(load.source)))
     if load.device.startswith("cuda"):
         torch.empty(0, device=load.device)
-    _forget_peak()
-    memory, read = _proc("status", "VmRSS"), _proc("io", "read_bytes")
+    forget_peak()
+    memory, read = process_bytes("status", "VmRSS"), process_bytes("io", "read_bytes")
     start, cpu = time.perf_counter(), time.process_time()
     parameters = [parameter.detach() for parameter in _load(load).parameters()]
     for tensor in parameters:
@@ -133,7 +134,7 @@ def _measure(load: Load) -> dict[str, Any]:
     if load.device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    after, peak = _proc("io", "read_bytes"), _proc("status", "VmHWM")
+    after, peak = process_bytes("io", "read_bytes"), process_bytes("status", "VmHWM")
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
@@ -159,21 +160,6 @@ def _warm_up() -> None:
         FlextronForCausalLM(config).export(folder)
         load_elastic(folder, flextron_budget={"mlp": 4}).extract().save_pretrained(folder)
         load_stock(folder)
-
-
-def _proc(file: str, key: str) -> int | None:
-    """A number in /proc/self, in bytes; None where there is no such file."""
-    path = Path("/proc/self") / file
-    lines = path.read_text().splitlines() if path.exists() else []
-    words = next((line.split() for line in lines if line.startswith(f"{key}:")), None)
-    return None if words is None else int(words[1]) * (1024 if words[-1] == "kB" else 1)
-
-
-def _forget_peak() -> None:
-    """Let `VmHWM` start again at what is in use now."""
-    path = Path("/proc/self/clear_refs")
-    if path.exists():
-        path.write_text("5")
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from modeling_flextron import FlextronForCausalLM
+from modeling_flextron import FlextronForCausalLM, SubNetwork
 from modeling_flextron.budgets import cost_of, parse_budget
 from modeling_flextron.errors import invalid
 from modeling_flextron.measured import Figures
 from modeling_flextron.positions import real_tokens
-from modeling_flextron.static_router import StaticRouter
+from modeling_flextron.static_router import Candidate, StaticRouter
 from modeling_flextron.token_routing import TokenRouter, bounds_of, resolve_auto
 
 from ..routers.gates import RelaxedSizes, RelaxedTokens, bounds_for
@@ -61,6 +61,8 @@ class RouterStage:
         self.learner: SurrogateLearner | None = None
         self._begun: int | None = None
         self._batch = 0  # of the accumulated ones of the step
+        self._proposed: list[Candidate] = []
+        self._asked: list[torch.Tensor] = []  # of every batch: losses of the networks that were proposed, and tokens
         if args.router_method == "token":
             add_token_routers(model, self.budgets)
             return
@@ -127,7 +129,54 @@ class RouterStage:
             parameter.requires_grad_(False)
         return frozen
 
+    def join(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the routers a group of their own in an optimizer."""
+        ours = self.parameters()
+        for group in optimizer.param_groups:
+            others = [p for p in group["params"] if not any(p is own for own in ours)]
+            group["params"] = [] if self.alone else others
+        optimizer.add_param_group({"params": ours, "lr": self.args.router_learning_rate, "weight_decay": 0.0})
+
+    def average_gradients(self, accelerator: Any) -> None:
+        """Average the gradients of scores over processes at the end of a step: nobody else does, outside the model."""
+        if self.learner is not None and accelerator.sync_gradients:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
     # ---------------------------------------------------------------------------------------------- learning
+
+    def proposed(self, step: int) -> list[SubNetwork]:
+        """The networks whose losses the surrogate asks for in a step, behind the full one."""
+        assert self.learner is not None
+        config = self.model.config
+        self._proposed = self.learner.propose(step, self.args.subnetworks_per_step)
+        return [config.built, *(choices.subnetwork(config) for choices in self._proposed)]
+
+    def learn(self, step: int, nats: torch.Tensor, tokens: torch.Tensor, accelerator: Any) -> torch.Tensor | None:
+        """Take the losses of a batch; at the end of a step let the surrogate learn, and the scores from it.
+
+        Args:
+            step: Optimizer steps so far.
+            nats: Summed losses of the networks of `proposed`.
+            tokens: Over how many tokens.
+            accelerator: Of the run.
+
+        Returns:
+            What the scores minimise, after its backward pass; None within a step, and while the surrogate is bad.
+        """
+        assert self.learner is not None
+        self._asked.append(torch.cat([nats, tokens[None]]))
+        if not accelerator.sync_gradients:
+            return None
+        *total, count = accelerator.reduce(torch.stack(self._asked).sum(dim=0), "sum")
+        self._asked.clear()
+        mean = torch.stack(total) / count
+        self.learner.learn(step, self._proposed, mean[1:] - mean[0])
+        objective = self.learner.objective(step)
+        if objective is not None:
+            objective.backward(inputs=self.parameters())
+        return objective
 
     def draws(self, step: int, inputs: dict[str, Any]) -> list[Draw]:
         """What a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""

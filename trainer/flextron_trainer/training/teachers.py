@@ -1,4 +1,4 @@
-"""Whether a teacher speaks of the same tokens as the model that it teaches, and what of a batch it can read."""
+"""Teachers: which ones a model can learn from, and their hidden states of a batch."""
 
 from typing import Any
 
@@ -6,11 +6,76 @@ import torch
 from transformers.utils import logging
 
 from modeling_flextron.errors import invalid
+from modeling_flextron.families import FAMILIES
 
 from ..data import load_tokenizer
+from .losses import Teacher
 
 logger = logging.get_logger(__name__)
 SAME = "Teach with the parent, or with another model of the same tokenizer."
+
+
+def prepare_teacher(teacher: Any, model: Any, tokenizer: Any, device: torch.device) -> Any:
+    """Check a teacher and put it on the device of the run, unless it was put somewhere already.
+
+    Args:
+        teacher, model, tokenizer: as in `check_vocabulary`.
+        device: Of the run.
+
+    Raises:
+        ValueError: it has another tokenizer or an unknown architecture, or is the model itself.
+    """
+    check_vocabulary(teacher, model, tokenizer)
+    if teacher.config.model_type not in (*FAMILIES, "flextron"):
+        rule = f"The supported families are {', '.join(FAMILIES)}."
+        raise invalid("teacher", teacher.config.model_type, rule, "Teach with the parent.")
+    if teacher is model:
+        remedy = "Pass teacher='self' to learn from the full network of the same step."
+        raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
+    # On another GPU it was put on purpose, and some quantized models refuse to be moved.
+    placed = teacher.device.type != "cpu" or getattr(teacher, "hf_quantizer", None) is not None
+    return (teacher if placed else teacher.to(device)).eval()
+
+
+def check_documents(teacher: Any) -> None:
+    """Refuse a teacher that would not keep apart the documents in a batch of several rows.
+
+    Raises:
+        ValueError: a stock model with flash attention.
+    """
+    kind = str(teacher.config._attn_implementation)
+    if "flash" in kind and teacher.config.model_type in FAMILIES:
+        rule = "A stock teacher keeps the documents of a block apart in batches of one row only with it."
+        remedy = "Use batches of 1 and `gradient_accumulation_steps`, or load the teacher with 'sdpa'."
+        raise invalid("attn_implementation", kind, rule, remedy)
+
+
+@torch.no_grad()
+def read_by_teacher(teacher: Any, inputs: dict[str, Any], vocab_size: int, padding: int | None) -> Teacher:
+    """Run a teacher on a batch.
+
+    Args:
+        teacher: As `prepare_teacher` returned it; an elastic one runs at its current budget.
+        inputs: Of the model that it teaches.
+        vocab_size: Tokens of that model.
+        padding: Its id of padding.
+
+    Returns:
+        Hidden states and output weights, where the inputs are.
+
+    Raises:
+        ValueError: text with tokens that the teacher does not have.
+    """
+    here = inputs["input_ids"].device
+    kept = ("input_ids", "attention_mask", "position_ids")
+    inputs = {key: inputs[key].to(teacher.device) for key in kept if key in inputs}
+    if teacher.config.vocab_size < vocab_size:
+        inputs = readable(inputs, teacher.config.vocab_size, padding)
+    if teacher.config.model_type == "flextron":
+        inputs["flextron_budget"] = teacher.subnetwork
+    states = teacher.base_model(**inputs, use_cache=False).last_hidden_state
+    weight = teacher.get_output_embeddings().weight[:, : states.shape[-1]]
+    return Teacher(states.to(here), weight.to(here))
 
 
 def check_vocabulary(teacher: Any, model: Any, tokenizer: Any) -> None:

@@ -8,61 +8,52 @@ batch. Everything else is the ordinary Trainer.
 
 import math
 import os
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
-from concurrent.futures import Future
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import run_as_future
-from transformers import PreTrainedModel, Trainer, TrainerState
+from accelerate.utils import send_to_device
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_flextron import FlextronConfig
 from modeling_flextron.adapters import claim
-from modeling_flextron.checkpoint import staging, sweep
+from modeling_flextron.checkpoint import sweep
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import FAMILIES
 from modeling_flextron.frontier import held
-from modeling_flextron.hub import commit_files, commit_written, files_of
+from modeling_flextron.hub import commit_written
 from modeling_flextron.model_card import write_model_card
-from modeling_flextron.modeling_flextron import runs_in_parts
 from modeling_flextron.positions import places_in_documents
 
 from ..data import collator
-from ..evaluation.quality import FIGURES, measured_sizes, quality, score
+from ..evaluation.quality import FIGURES, measured_sizes, quality, score_sizes
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
+from .checks import (
+    REFUSED,
+    check_arguments,
+    check_batch,
+    check_finite,
+    check_model,
+    check_output_layer,
+    check_saved_whole,
+    warn_about_untrained_sizes,
+)
 from .losses import HeadLoss, Teacher
 from .plan import MemoryPlan, plan_memory
 from .precision import in_float32
-from .router_stage import FILE as ROUTERS
 from .router_stage import GAP_IN_NATS, RouterStage, first_batches
-from .sampling import Draw, check_weights, draw
-from .teachers import check_vocabulary, readable
+from .run_folder import begin_again, finished_state, last_complete_checkpoint, push_checkpoint, write_arguments
+from .sampling import Draw, draw
+from .teachers import check_documents, prepare_teacher, read_by_teacher
 
 logger = logging.get_logger(__name__)
-TRAINER_STATE = "trainer_state.json"
-# What stays on this machine: the pickles of optimizer, schedule and random state, and arguments with local paths.
-KEPT_HERE = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.json")
-# Arguments of the base class that elastic training cannot honour: why, and what to do instead.
-REFUSED = {
-    "model_init": (
-        "An elastic model is not drawn anew: it comes from a trained one, and training goes on from what it is.",
-        "Pass the model, and build a trainer with a model of its own for every trial.",
-    ),
-    "compute_loss_func": (
-        "The sub-networks learn from losses on hidden states, chunk by chunk, and never make all logits.",
-        "Set `kd_weight`, `ce_weight` and `temperature`, or train one size with the plain Trainer.",
-    ),
-}
 
 
 class FlextronTrainer(Trainer):
@@ -104,33 +95,14 @@ class FlextronTrainer(Trainer):
         trust_remote_code: bool = False,
         **kwargs,
     ):
-        for name, (rule, remedy) in REFUSED.items():
-            if kwargs.get(name) is not None:
-                raise invalid(name, kwargs[name], rule, remedy)
-        if not isinstance(args, FlextronTrainingArguments):
-            remedy = "Build a FlextronTrainingArguments; it takes every argument of TrainingArguments."
-            raise invalid("args", type(args).__name__, "They carry the arguments of elastic training.", remedy)
+        check_arguments(args, kwargs)
+        assert args is not None
         if isinstance(model, (str, os.PathLike)):
             model = load_elastic(model)
-        config: Any = getattr(model, "config", None)
-        if getattr(config, "model_type", None) != "flextron":
-            remedy = "Make it elastic first: `convert(model, calibration=...)`."
-            raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
+        check_model(model, args)
         assert isinstance(model, torch.nn.Module)
-        if hasattr(model, "peft_config") and args.stage != "elastic":
-            remedy = "Train the adapters with stage='elastic', or merge them first."
-            raise invalid("stage", args.stage, "Routers learn on weights without adapters.", remedy)
-        if runs_in_parts(model):
-            remedy = (
-                "Divide it with FSDP, as by `DistributedConfig(fsdp_size=...)`, or train each size as a `Trainer` does."
-            )
-            raise invalid(
-                "model", "tensor-parallel", "Each step trains sizes that such a plan cannot switch to.", remedy
-            )
         for adapter in getattr(model, "peft_config", {}).values():  # a checkpoint says whose it is
             claim(getattr(model, "get_base_model", lambda: model)(), adapter)
-        if args.sampler == "weighted":
-            check_weights(config, args.sampling_weights)
         if args.n_gpu > 1:
             logger.warning("Several GPUs in one process are not used: launch one process for each with accelerate.")
             args._n_gpu = 1  # what Trainer itself does for models that DataParallel cannot wrap
@@ -141,25 +113,25 @@ class FlextronTrainer(Trainer):
         kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
+        config: Any = model.config
         use_cache = config.use_cache
         super().__init__(model=model, args=args, **kwargs)
         config.use_cache = use_cache  # the base class changes it in what is saved; here every pass says it itself
-        if self.model.get_output_embeddings() is None:
-            rule = "The losses of elastic training are those of a language model."
-            raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
+        check_output_layer(self.model)
         if max(self.get_cp_size(), self.get_sp_size()) > 1:
             rule = "The loss of a token needs the one after it, which would be on another device."
             raise invalid("parallelism_config", args.parallelism_config, rule, "Divide batches or weights instead.")
         if isinstance(teacher, (str, os.PathLike)) and not self.in_place:
             teacher = load_stock(teacher, "teacher", trust_remote_code=trust_remote_code, dtype=self.model.dtype)
-        self.teacher = None if teacher is None or self.in_place else self._check_teacher(teacher)
+        self.teacher: Any = None
+        if teacher is not None and not self.in_place:
+            self.teacher = prepare_teacher(teacher, self.model, self.processing_class, self.args.device)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
         self._sizes: dict[str, Any] = {}  # that the evaluation at hand measures, by name
         self._scores: list[torch.Tensor] = []  # `[B, sizes, 3]` of its batches so far
         self.routers: RouterStage | None = None
-        self._asked: list[torch.Tensor] = []  # losses of the networks that a step proposed, one entry for each batch
         if args.stage == "elastic":
-            self._warn_about_untrained_sizes()
+            warn_about_untrained_sizes(self.model.config, args)
         else:
             steps = args.max_steps if args.max_steps > 0 else self._steps_of_epochs()
             self.routers = RouterStage(self.model, args, steps)
@@ -168,34 +140,11 @@ class FlextronTrainer(Trainer):
                 remedy = "Launch with DDP, or load the model with a DistributedConfig, or pass 'token'."
                 raise invalid("router_method", args.router_method, rule, remedy)
 
-    def _check_teacher(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        check_vocabulary(teacher, self.model, self.processing_class)
-        if teacher.config.model_type not in (*FAMILIES, "flextron"):
-            rule = f"The supported families are {', '.join(FAMILIES)}."
-            raise invalid("teacher", teacher.config.model_type, rule, "Teach with the parent.")
-        if teacher is self.model:
-            remedy = "Pass teacher='self' to learn from the full network of the same step."
-            raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
-        # On another GPU it was put on purpose, and some quantized models refuse to be moved.
-        placed = teacher.device.type != "cpu" or getattr(teacher, "hf_quantizer", None) is not None
-        return (teacher if placed else teacher.to(self.args.device)).eval()
-
     def _steps_of_epochs(self) -> int:
         """Optimizer steps of a run whose length is given in epochs."""
         loader = self.get_train_dataloader()
         each = -(-len(loader) // self.args.gradient_accumulation_steps)
         return math.ceil(each * self.args.num_train_epochs)
-
-    def _warn_about_untrained_sizes(self) -> None:
-        rows = len(held(self.model.config.frontier))
-        weights = self.args.sampling_weights or [1.0]
-        if weights[0] == 0 or self.args.sampler == "random":
-            logger.warning(
-                f"The full network is hardly among the sampled sub-networks (sampler={self.args.sampler!r}), so its"
-                " quality will drop. Use sampler='sandwich', or give the first row of the frontier some weight."
-            )
-        if rows < 2:
-            logger.warning("The frontier has a single row: nothing smaller is trained or evaluated by name.")
 
     def plan(self, sequence_length: int | None = None) -> MemoryPlan:
         """The memory that training is expected to need.
@@ -234,28 +183,30 @@ class FlextronTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------ training
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As `Trainer._prepare_inputs`; refuses documents that a teacher would not keep apart."""
+    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Check a batch and put it on the device; where positions keep documents apart, they do so without a mask.
+
+        Raises:
+            ValueError: nothing says what is to be foretold, or the teacher would not keep the documents apart.
+        """
+        check_batch(inputs, self.data_collator)
+        inputs = send_to_device(inputs, self.args.device)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None and positions is not None:
             places = places_in_documents(positions, mask)
             if places is not None:  # stock code, which a teacher may be, looks for documents where there is no mask
                 inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
                 inputs["position_ids"] = torch.where(mask.bool(), positions, places)
-        if len(inputs.get("position_ids", ())) > 1 and self.teacher is not None:
-            kind = str(self.teacher.config._attn_implementation)
-            if "flash" in kind and self.teacher.config.model_type in FAMILIES:
-                rule = "A stock teacher keeps the documents of a block apart in batches of one row only with it."
-                remedy = "Use batches of 1 and `gradient_accumulation_steps`, or load the teacher with 'sdpa'."
-                raise invalid("attn_implementation", kind, rule, remedy)
-        return super()._prepare_inputs(inputs)
+        if self.teacher is not None and len(inputs.get("position_ids", ())) > 1:
+            check_documents(self.teacher)
+        return inputs
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
-        inputs = self._prepare_inputs(inputs)
-        self._check_batch(inputs)
+        inputs = self._read(inputs)
+        self._count()
         if self.routers is not None:
             self.routers.begin(self.state.global_step)
         if self.args.stage == "router" and self.args.router_method == "surrogate":
@@ -280,25 +231,14 @@ class FlextronTrainer(Trainer):
                 share = self._router_step(marked, num_items_in_batch)
             else:
                 share = super().training_step(model, marked, num_items_in_batch)
-            self._check_finite(share, drawn)
+            check_finite(share, drawn.name, drawn.subnetwork, step)
             self._losses[drawn.name].append(share * len(draws))
             total += share
             if self.in_place and teacher is None:
                 teacher = self._in_place_teacher(loss.hidden_states)
-        if self.routers is not None and self.routers.learner is not None and self.accelerator.sync_gradients:
-            for parameter in self.routers.parameters():  # no part of the model, so nobody else averages them
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if self.routers is not None:
+            self.routers.average_gradients(self.accelerator)
         return total
-
-    def _check_batch(self, inputs: dict[str, Any]) -> None:
-        """Refuse batches that do not say what is to be foretold."""
-        missing = [name for name in ("input_ids", "labels") if inputs.get(name) is None]
-        if missing or "shift_labels" in inputs:
-            name = type(self.data_collator).__name__
-            rule = f"Its batches have no `{missing[0]}`." if missing else "The loss shifts `labels` itself."
-            remedy = "Make batches of `input_ids` and `labels`, which is what comes of leaving it out."
-            raise invalid("data_collator", name, rule, remedy)
 
     def _show(self, drawn: Draw) -> None:
         """Name the current sub-network in the progress line."""
@@ -318,37 +258,32 @@ class FlextronTrainer(Trainer):
 
     def _surrogate_step(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Measure the networks that the learner proposes, and let it learn when the step has seen all its batches."""
-        assert self.routers is not None and self.routers.learner is not None
-        learner, step, config = self.routers.learner, self.state.global_step, self.model.config
-        proposed = learner.propose(step, self.args.subnetworks_per_step)
-        sums, tokens = [], torch.zeros(())
+        assert self.routers is not None
+        step, steps = self.state.global_step, self.current_gradient_accumulation_steps
+        asked = dict(enumerate(self.routers.proposed(step)))
         self.model.eval()
         with self.compute_loss_context_manager():
-            for subnetwork in (config.built, *(choices.subnetwork(config) for choices in proposed)):
-                nats, _, tokens = score(self.model, inputs, subnetwork, self.args.loss_chunk_size).sum(dim=0)
-                self._check_finite(nats, Draw("proposed", subnetwork))
-                sums.append(nats)
-        self._asked.append(torch.stack([*sums, tokens]))
-        if self.accelerator.sync_gradients:
-            *total, count = self.accelerator.reduce(torch.stack(self._asked).sum(dim=0), "sum")
-            self._asked.clear()
-            mean = torch.stack(total) / count
-            learner.learn(step, proposed, mean[1:] - mean[0])
-            objective = learner.objective(step)
-            if objective is not None:
-                self._losses["router"].append(objective.detach() / self.current_gradient_accumulation_steps)
-                objective.backward(inputs=self.routers.parameters())
-        return torch.stack(sums[1:]).mean() / tokens / self.current_gradient_accumulation_steps
+            sums = score_sizes(self.model, inputs, asked, self.args.loss_chunk_size).sum(dim=0)
+        nats, tokens = sums[:, 0], sums[0, 2]
+        for number, subnetwork in asked.items():
+            check_finite(nats[number], "proposed", subnetwork, step)
+        objective = self.routers.learn(step, nats, tokens, self.accelerator)
+        if objective is not None:
+            self._losses["router"].append(objective.detach() / steps)
+        return nats[1:].mean() / tokens / steps
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count what the step reads, also in the config, where it stays with the weights."""
-        if "attention_mask" not in inputs:  # nothing is padding; the base class would look for its token
-            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-        super()._track_num_input_tokens(inputs)
+    def _count(self) -> None:
+        """Keep the steps and tokens of the run in the config, where they stay with the weights."""
         counts = {"steps": self.state.global_step + 1}
         if self.state.num_input_tokens_seen:
             counts["tokens"] = self.state.num_input_tokens_seen
         self.model.config.training_runs[-1].update(counts)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # Without a mask nothing is padding; the base class would look for its token, which may be that of an end.
+        if "attention_mask" not in inputs:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
 
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
@@ -372,17 +307,9 @@ class FlextronTrainer(Trainer):
     def _teach(self, inputs: dict[str, Any]) -> Teacher | None:
         if self.teacher is None:
             return None
-        kept, here = ("input_ids", "attention_mask", "position_ids"), self.args.device
-        inputs = {key: inputs[key].to(self.teacher.device) for key in kept if key in inputs}
-        if self.teacher.config.vocab_size < self.model.config.vocab_size:
-            padding = getattr(self.processing_class or self.model.config, "pad_token_id", None)
-            inputs = readable(inputs, self.teacher.config.vocab_size, padding)
-        if self.teacher.config.model_type == "flextron":
-            inputs["flextron_budget"] = self.teacher.subnetwork
+        padding = getattr(self.processing_class or self.model.config, "pad_token_id", None)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            states = self.teacher.base_model(**inputs, use_cache=False).last_hidden_state
-        weight = self.teacher.get_output_embeddings().weight[:, : states.shape[-1]]
-        return Teacher(states.to(here), weight.to(here))
+            return read_by_teacher(self.teacher, inputs, self.model.config.vocab_size, padding)
 
     def _in_place_teacher(self, states: torch.Tensor | None) -> Teacher | None:
         if states is None:
@@ -390,14 +317,6 @@ class FlextronTrainer(Trainer):
         weight, _ = self.model.get_output_embeddings().leading(states.shape[-1])
         whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP shards it between passes
         return Teacher(states, whole.detach())
-
-    def _check_finite(self, loss: torch.Tensor, drawn: Draw) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of sub-network {drawn.name!r} ({drawn.subnetwork.to_dict()}) is {loss.item()} at step"
-                f" {self.state.global_step}. Training stops here, before the weights are touched. Resume from the last"
-                " checkpoint with a lower learning rate, or look for broken samples."
-            )
 
     def compute_loss(
         self, model, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None
@@ -494,32 +413,27 @@ class FlextronTrainer(Trainer):
         cached = {**inputs, "use_cache": self.args.use_cache}  # which the base class would write into the config
         if not self._sizes or (self._sizes.keys() == {""} and inputs.get("labels") is None):  # `predict`, without them
             return super().prediction_step(model, cached, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        self._check_batch(inputs)
-        chunk = self.args.loss_chunk_size
-        scores = torch.stack([score(model, inputs, budget, chunk) for budget in self._sizes.values()], dim=1)
+        inputs = self._read(inputs)
+        scores = score_sizes(model, inputs, self._sizes, self.args.loss_chunk_size)
         self._scores.append(self.accelerator.gather_for_metrics(scores).cpu())
         if not prediction_loss_only:
             return super().prediction_step(model, cached, prediction_loss_only, ignore_keys)
         nats, _, tokens = scores[:, 0].sum(dim=0)
         return nats / tokens, None, None
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        assert self.state.best_model_checkpoint is not None
-        self._take_config(self.state.best_model_checkpoint)  # with the losses of these weights
-
     # ------------------------------------------------------------------------------------ saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._last_complete_checkpoint()
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if self.args.should_save:
                 sweep(self.args.output_dir)
         self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
         with in_float32(self.model, self._learning(), self.args.float32_weights) as rounded:
-            result = self._finished(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+            if resume_from_checkpoint:
+                self._resume(str(resume_from_checkpoint))
+            result = self._finished(str(resume_from_checkpoint)) if resume_from_checkpoint else None
             if result is None:
                 result = self._train(resume_from_checkpoint or None, **kwargs)
         if rounded:
@@ -539,10 +453,13 @@ class FlextronTrainer(Trainer):
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         frozen = [] if self.routers is None else self.routers.freeze()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._take_config(self.state.best_model_checkpoint)  # with the losses of these weights
+        return result
 
     def _learning(self) -> set[str]:
         """Names of the parameters that are trained: all where most are, so that they have one dtype."""
@@ -556,29 +473,26 @@ class FlextronTrainer(Trainer):
         if self.args.stage != "router" or self.args.router_method == "token":
             self.model.config.forget_measurements(only_routed=self.args.stage == "router")
 
-    def _finished(self, checkpoint: Path) -> TrainOutput | None:
+    def _resume(self, checkpoint: str) -> None:
+        """Take what a checkpoint holds beside its weights, if they are those of this model."""
+        if not self._sharded and not hasattr(self.model, "peft_config"):
+            check_files("resume_from_checkpoint", checkpoint, self.model)
+        self._take_config(checkpoint)
+        if self.routers is not None:
+            self.routers.load(Path(checkpoint))
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
         """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
-        path = checkpoint / TRAINER_STATE
-        if not path.is_file():
-            return None
-        state = TrainerState.load_from_json(str(path))
-        if not 0 < self.args.max_steps <= state.global_step:
+        state = finished_state(checkpoint, self.args.max_steps)
+        if state is None:
             return None
         self.state = state
-        self._load_from_checkpoint(str(checkpoint))
-        if self.routers is not None:
-            self.routers.load(checkpoint)
+        self._load_from_checkpoint(checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if not self._sharded and not hasattr(self.model, "peft_config"):
-            check_files("resume_from_checkpoint", resume_from_checkpoint, self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._take_config(resume_from_checkpoint)
 
     def _take_config(self, checkpoint: str) -> None:
         """Take what a checkpoint knows beside its weights: all rows, their losses, and what was run."""
-        if hasattr(self.model, "peft_config"):
+        if hasattr(self.model, "peft_config") or not Path(checkpoint, "config.json").is_file():
             return  # a checkpoint of an adapter has no config of the model
         saved, config = FlextronConfig.from_pretrained(checkpoint), self.model.config
         config.frontier, config.token_routing = saved.frontier, saved.token_routing
@@ -589,86 +503,44 @@ class FlextronTrainer(Trainer):
         """As `Trainer.create_optimizer`, with the routers in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.routers is not None:
-            ours = self.routers.parameters()
-            for group in optimizer.param_groups:
-                others = [p for p in group["params"] if not any(p is own for own in ours)]
-                group["params"] = [] if self.routers.alone else others
-            optimizer.add_param_group({"params": ours, "lr": self.args.router_learning_rate, "weight_decay": 0.0})
+            self.routers.join(optimizer)
         return optimizer
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.routers is not None and checkpoint is not None:
-            self.routers.load(Path(checkpoint))
-
-    def _last_complete_checkpoint(self) -> str:
-        """The newest checkpoint whose last file, the trainer's state, was written to its end."""
-        found = {}
-        for folder in Path(self.args.output_dir).glob("checkpoint-*"):
-            if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-                found[int(match[1])] = folder
-        for step in sorted(found, reverse=True):
-            try:
-                state = TrainerState.load_from_json(str(found[step] / TRAINER_STATE))
-            except (OSError, ValueError, TypeError):
-                logger.warning(f"{found[step]} was not written to its end and is skipped.")
-                continue
-            if state.global_step == step:
-                return str(found[step])
-        rule = f"There is no complete checkpoint in {self.args.output_dir!r}."
-        raise invalid("resume_from_checkpoint", True, rule, "Start without it, or pass the path of a checkpoint.")
-
     def _save_checkpoint(self, model, trial) -> None:
-        # The state is what `_last_complete_checkpoint` looks for: in a folder that is written again it goes first.
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            (folder / TRAINER_STATE).unlink(missing_ok=True)
-            sweep(folder)
+        # The state is what `last_complete_checkpoint` looks for: in a folder that is written again it goes first.
+        if self.args.should_save:
+            begin_again(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # As the base class does, with the arguments as JSON instead of a pickle, and with the routers.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, with the arguments as JSON instead of a pickle, and with the routers."""
         if self.routers is not None:
             self.routers.write()
-        super()._save(output_dir, state_dict)
+        super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir)
-        if self.routers is not None and self.args.should_save:
-            self.routers.save(folder)
         if self.args.should_save and folder.exists():
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            (folder / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+            if self.routers is not None:
+                self.routers.save(folder)
+            write_arguments(folder, self.args)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint with its card in the background: one commit, and no pickles."""
-        strategy = self.args.hub_strategy
-        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # A copy, because the folder may be rotated away before it has arrived.
-        kept = ExitStack()
-        staged = kept.enter_context(staging(self.args.output_dir, "push"))
-        shutil.copytree(checkpoint_folder, staged, ignore=KEPT_HERE, dirs_exist_ok=True)
-        write_model_card(self.model, staged, self.hub_model_id)
-        files = {name: path for name, path in files_of(staged).items() if name not in (TRAINER_STATE, ROUTERS)}
-        if strategy == HubStrategy.CHECKPOINT:
-            files |= files_of(staged, "last-checkpoint/")
-        elif strategy == HubStrategy.ALL_CHECKPOINTS:
-            files |= files_of(staged, f"{Path(checkpoint_folder).name}/")
-        job = run_as_future(
-            commit_files,
-            files,
+        job = push_checkpoint(
+            Path(checkpoint_folder),
+            self.args,
             self.hub_model_id,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
+            lambda folder: write_model_card(self.model, folder, self.hub_model_id),
         )
-        job.add_done_callback(lambda done: _pushed(done, kept))
-        if self.push_in_progress is None or self.push_in_progress.is_done():
-            self.push_in_progress = PushInProgress([job])
-        else:
+        if busy and self.push_in_progress is not None:
             self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
 
     def push_to_hub(
         self,
@@ -690,7 +562,7 @@ class FlextronTrainer(Trainer):
             ValueError: an adapter on a sharded model, or a sharded model that is not saved whole.
         """
         if self._sharded:
-            self._check_saves_whole()
+            check_saved_whole(self.model, getattr(self.accelerator.state, "fsdp_plugin", None))
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -723,15 +595,6 @@ class FlextronTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
         shutil.copy(Path(self.args.output_dir, "README.md"), folder)
         return self.hub_model_id
-
-    def _check_saves_whole(self) -> None:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if hasattr(self.model, "peft_config"):
-            rule = "The weights under it are divided among processes."
-            raise invalid("model", type(self.model).__name__, rule, "`save_model()`, and push that folder.")
-        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            rule = "`save_model` writes no whole weights then."
-            raise invalid("fsdp_state_dict_type", str(plugin.state_dict_type), rule, "Set it to FULL_STATE_DICT.")
 
     def hyperparameter_search(self, *args, **kwargs) -> Any:
         """Refused, as `model_init` is: every trial needs a model of its own.
@@ -766,10 +629,3 @@ def bytes_of(*tensors: torch.Tensor) -> int:
 def _key(name: str) -> str:
     """What a size is called in the names of metrics."""
     return name.replace("auto:", "auto-")
-
-
-def _pushed(job: Future, staged: ExitStack) -> None:
-    """After a push in the background: remove what was staged, and say so when it failed."""
-    staged.close()
-    if error := job.exception():
-        logger.warning(f"A checkpoint was not pushed, and the next push tries again: {error}")

@@ -1,0 +1,129 @@
+"""Memory and time of a conversion: estimated before it starts from the config alone, and measured around it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from modeling_flextron import FlextronConfig, count_parameters, flops_per_token
+from modeling_flextron.subnetwork import bytes_per_value
+
+from ..measuring.memory import forget_peak, process_bytes
+from .rows import TRIED
+
+GIB = 2**30
+LOGIT_ARRAYS = 4  # [batch, sequence, vocabulary] in float32 while layers are ranked: two, their difference, its square
+LOSS_CHUNK = 512  # tokens whose logits exist at the same time while rows are chosen
+ROW_SAMPLES = 64  # on which the losses of rows are measured
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """An estimate; the calibration may have fewer samples than it was allowed, and rows fewer rivals.
+
+    Args:
+        weights: Bytes of the weights in the dtype of the result, which exist once.
+        passes: Bytes of the largest forward pass, or of the largest tensor, of which permuting makes a copy.
+        forward_tokens: Step -> tokens that its forward passes read, at most.
+        seconds: Of the forward passes at the speed of matrix products on the device, at most.
+    """
+
+    weights: int
+    passes: int
+    forward_tokens: dict[str, int]
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers, memory in GiB."""
+        parts = asdict(self)
+        gib = {name: round(parts.pop(name) / GIB, 3) for name in ("weights", "passes")}
+        return {"peak_gib": round((self.weights + self.passes) / GIB, 3), **gib, **parts}
+
+    def __str__(self) -> str:
+        tokens = ", ".join(f"{step} {count:,}" for step, count in self.forward_tokens.items() if count) or "none"
+        return (
+            f"Expected peak memory {(self.weights + self.passes) / GIB:.2f} GiB beside Python and its libraries"
+            f" (weights {self.weights / GIB:.2f}, passes {self.passes / GIB:.2f}). Forward tokens, at most: {tokens}."
+            f" Rough estimate of the time that they take: {self.seconds / 60:.1f} minutes, from the speed of one matrix"
+            " product just now; reading and writing files comes on top."
+        )
+
+
+def plan_conversion(
+    config: FlextronConfig,
+    *,
+    dtype: torch.dtype | str | None,
+    device: str,
+    calibrated: bool,
+    budgets: int,
+    max_samples: int,
+    sequence_length: int,
+    batch_size: int,
+    search_evaluations: int,
+) -> ConversionPlan:
+    """Estimate what `convert` will take.
+
+    Args:
+        config: Of the elastic model that it will make.
+        dtype: Of the result; None for that of the config.
+        device: Where it runs.
+        calibrated: Whether there is text; without, no pass is made.
+        budgets: Number of rows.
+        max_samples, sequence_length, batch_size, search_evaluations: as in `convert`.
+    """
+    built, size = config.built, bytes_per_value(dtype or config.dtype)
+    length = min(sequence_length, config.max_position_embeddings)
+    drops, anchors = config.num_hidden_layers - config.choices("depth")[-1], len(config.anchors())
+    candidates = sum(config.num_hidden_layers - anchors - i for i in range(drops))
+    ranked = max(1, -(-max_samples // batch_size) // 16) * batch_size * length
+    few = min(ROW_SAMPLES, max_samples) * length
+    tokens = {
+        "importance": max_samples * length,
+        "layer ranking": 2 * candidates * ranked,
+        "rows": budgets * TRIED * few,
+        "search": budgets * search_evaluations * few,
+    }
+    batch = min(batch_size, max_samples) * length
+    largest = size * max(config.vocab_size, config.intermediate_size) * config.hidden_size
+    layer = batch * (size * (4 * config.hidden_size + 3 * config.intermediate_size) + 2 * 4 * config.intermediate_size)
+    logits = 4 * config.vocab_size * (LOGIT_ARRAYS * batch if drops else 3 * min(LOSS_CHUNK, batch))
+    if not calibrated:
+        tokens, layer, logits = dict.fromkeys(tokens, 0), 0, 0
+    seconds = 0.0
+    if calibrated:
+        work = flops_per_token(config, built, length // 2) * sum(tokens.values())
+        seconds = work / product_speed(dtype if isinstance(dtype, torch.dtype) else torch.float32, device)
+    return ConversionPlan(
+        size * count_parameters(config, built), max(largest, layer, logits), tokens, round(seconds, 1)
+    )
+
+
+def product_speed(dtype: torch.dtype, device: str, rounds: int = 3) -> float:
+    """Floating-point operations per second of a matrix product of 1024 rows, the best of a few."""
+    left, right = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / min(seconds[1:])
+
+
+@contextmanager
+def measured(device: str) -> Iterator[dict[str, float | None]]:
+    """Measure a block: `seconds`, and `peak_gib`, by how much memory on the device grew; None where it is not told."""
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        forget_peak()
+    before, start, found = process_bytes("status", "VmRSS"), time.perf_counter(), dict[str, float | None]()
+    yield found
+    peak = process_bytes("status", "VmHWM")
+    grown = None if peak is None or before is None else peak - before
+    grown = torch.cuda.max_memory_allocated(device) if on_gpu else grown
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    found["peak_gib"] = None if grown is None else round(grown / GIB, 3)
