@@ -108,7 +108,7 @@ def _parse_text(text: str) -> Budget:
 
 
 def budget_of_name(name: str) -> Budget | None:
-    """What the name of a row means as a budget; None where the row cannot be reached by it, whatever its size."""
+    """Read the name of a row as a budget; None where the row cannot be reached by it, whatever its size."""
     try:
         parsed = parse_budget(name)
     except ValueError:
@@ -196,7 +196,7 @@ class Resolver:
         self._known: tuple[dict[str, Any], dict[Budget, SubNetwork]] = {}, {}
 
     def __call__(self, config: Family, budget: Any) -> SubNetwork:
-        """As `resolve`. A latency budget also depends on files and on the machine, and is looked up every time."""
+        """Resolve a budget; a latency budget depends on files and on the machine, too, and is looked up every time."""
         if torch.compiler.is_compiling() or budget is None or isinstance(budget, dict) or is_subnetwork(budget):
             return resolve(config, budget)
         parsed, says = parse_budget(budget), vars(config)
@@ -212,14 +212,14 @@ class Resolver:
 
 
 def _copied(value: Any) -> Any:
-    """What may be changed in place, anew; all else, such as rows, as it is."""
+    """Copy dicts and lists, which may be changed in place; all else, such as rows, stays as it is."""
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def cost_of(config: Family, kind: str, asked: Any, argument: str = "flextron_budget") -> Cost:
-    """What a kind of budget limits: non-embedding parameters of a `fraction`, `parameters`, `memory`, `latency`.
+    """The cost that a budget limits: non-embedding parameters of a `fraction`, `parameters`, `memory`, `latency`.
 
     Raises:
         ValueError: there is no latency table; the message names what was `asked` for in which `argument`.
@@ -238,7 +238,7 @@ def cost_of(config: Family, kind: str, asked: Any, argument: str = "flextron_bud
 
 
 def row_cost(config: Family, row: FrontierRow, kind: str) -> int:
-    """What a row of the frontier costs in the unit of a budget kind: parameters, or bytes for `memory`."""
+    """The cost of a row of the frontier in the unit of a budget kind: parameters, or bytes for `memory`."""
     if kind == "fraction":
         return row.non_embedding_parameters
     if kind == "parameters":

@@ -42,13 +42,13 @@ class StoredConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As `PreTrainedConfig.from_pretrained`; the config knows where it was read, as one of `AutoConfig` does."""
+        """Read a config, which knows where it was read, as one of `AutoConfig` does."""
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
-        """As `PreTrainedConfig.get_config_dict`, which makes a default model of a folder that has no config."""
+        """Read the file; a folder without one is refused, of which the base class would make a default model."""
         remedy = "Download or write it again; `flextron convert` and `flextron train` write whole folders."
         try:
             found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
@@ -62,7 +62,7 @@ class StoredConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As `PreTrainedConfig.from_dict`, with our own keywords handed to the constructor.
+        """Make a config of what was read, with our own keywords handed to the constructor.
 
         The base class sets keywords only after construction, where no check would see them.
         """
@@ -101,14 +101,14 @@ class StoredConfig(PreTrainedConfig):
             raise invalid("config", source, rule, "Try again; a config that is passed as an object must be read again.")
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As `PreTrainedConfig.save_pretrained`, with the latency tables that the config lists."""
+        """Write the file, and beside it the latency tables that the config lists."""
         copy_tables(self, save_directory)
         self.flextron_version = VERSION  # this code is what a model saves
         self._read_from = None
         super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `PreTrainedConfig.to_dict`; what is written beside our code does not name that of another repo."""
+        """The JSON form; what is written beside our code does not name that of another repo."""
         written = super().to_dict()
         written.pop("_read_from", None)
         written["frontier"] = plain_rows(self.frontier)

@@ -61,7 +61,7 @@ CONDITIONS = {  # by which a table is found, and what they must be
 
 
 def device_name(kind: str) -> str:
-    """What the processor of this machine is called."""
+    """Name of the processor of this machine."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -130,7 +130,7 @@ class LatencyTable:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a config lists of it."""
+        """The entry of a config that lists it."""
         return {"device": self.device, **{key: self.conditions[key] for key in CONDITIONS}}
 
     # ------------------------------------------------------------------------------------------------ files
@@ -239,14 +239,14 @@ def check_summary(file: Any, entry: Any) -> None:
 
 
 def _at(value: Any, *keys: str) -> Any:
-    """What nested dicts hold; None where they do not go so far."""
+    """The value in nested dicts; None where they do not go so far."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def shape_of(config: HasTables) -> dict[str, Any]:
-    """What a table must have in common with a model."""
+    """The choices and sizes that a table must have in common with a model."""
     axes = {axis: list(config.choices(axis)) for axis in ("hidden", "mlp", "heads")}
     return axes | {"vocab_size": config.vocab_size, "head_dim": config.head_dim, "family": config.base_model_type}
 

@@ -21,7 +21,7 @@ Scored = TypeVar("Scored", bound="Figures")
 
 @dataclass(frozen=True)
 class Measured:
-    """What figures were measured on.
+    """The text that figures were measured on, when, and by which code.
 
     Args:
         text: Name of the text or task; None where it is unknown.
@@ -45,7 +45,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured of one sub-network.
+    """Measured figures of one sub-network.
 
     Args:
         loss: In nats per token; None where it was not measured.
@@ -63,7 +63,7 @@ class Figures:
         return ({} if self.loss is None else {"loss": self.loss}) | dict(self.metrics)
 
     def measured_on(self, figure: str) -> Measured:
-        """What a figure was measured on."""
+        """The text that a figure was measured on; an unknown one where nothing is known."""
         return self.measured.get(figure, Measured())
 
     def figures(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What follows when a config gets another shape: layers, choices, names and costs of rows.
+"""Lets a config follow when its shape changes: layers, choices, names and costs of rows.
 
 What was stored together was made for one shape. Where a field of the shape is changed, what depends on it follows;
 what no longer fits is dropped with a warning.

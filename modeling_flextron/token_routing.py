@@ -36,7 +36,7 @@ class RoutedSubNetwork(SubNetwork):
 
     @property
     def bounds(self) -> SubNetwork:
-        """What the largest choices of a token make."""
+        """The sub-network of the largest choices of a token."""
         return SubNetwork(self.hidden, self.layers, self.mlp, self.heads)
 
 
@@ -52,10 +52,10 @@ class Routing(Protocol):
         """Normalise `[B, S, D]` with a norm of the decoder."""
 
     def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
-        """What the attention of a layer adds; `kwargs` are those of its forward pass."""
+        """Run the attention of a layer; `kwargs` are those of its forward pass."""
 
     def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
-        """What the MLP of a layer adds."""
+        """Run the MLP of a layer."""
 
 
 class HasRouting(Shape, Protocol):
@@ -261,7 +261,7 @@ def position_of(config: HasRouting, target: float) -> list[float]:
 
 
 def bounds_of(config: HasRouting, entry: dict[str, Any], target: float) -> RoutedSubNetwork:
-    """What a target of a config bounds: its own hidden size, layers and heads, and MLPs of the full size."""
+    """The bounds of a target of a config: its own hidden size, layers and heads, and MLPs of the full size."""
     layers = config.kept_layers(entry["layers"])
     mlp = tuple(config.built.mlp[layer] for layer in layers)
     return RoutedSubNetwork(entry["hidden"], layers, mlp, tuple(entry["heads"]), target)

@@ -161,7 +161,7 @@ def _costs(config: FlextronConfig, median: dict[SubNetwork, float]) -> dict[str,
 
 
 def _drafting(rounds: list[dict[str, float]], decode: float) -> dict[str, Any]:
-    """What a table has of drafting, from the measured rounds and the seconds of a decoding step."""
+    """The entry for drafting of a table, from the measured rounds and the seconds of a decoding step."""
     if not all(rounds):
         return {}
 
