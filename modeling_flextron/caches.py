@@ -98,11 +98,11 @@ def update_pages(cache: Any, key: torch.Tensor, value: torch.Tensor, attention: 
 
     Args:
         cache: Of continuous batching in transformers.
-        attention: The module, which knows that number.
+        attention: The module, whose config knows that number (of an engine it says it also where layers differ).
         options: Keywords of the attention function: of what is read, and for kernels that read pages the pages.
     """
     heads = key.shape[1]
-    filling = (0, 0, 0, 0, 0, attention.most_kv_heads - heads)
+    filling = (0, 0, 0, 0, 0, attention.config.num_key_value_heads - heads)
     key, value = nn.functional.pad(key, filling), nn.functional.pad(value, filling)
     key, value = cache.update(key, value, attention.layer_idx, kwargs=options)
     for pages in {"k_cache", "v_cache"} & options.keys():

@@ -20,9 +20,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .batching import sequences_of
-from .errors import invalid
-from .subnetwork import SubNetwork, parameters_of
+from .subnetwork import SubNetwork
 
 logger = logging.get_logger(__name__)
 GAIN = 1.05  # what a prediction must promise: it has an error, and plain decoding has none
@@ -135,61 +133,6 @@ class Drafts:
         self.seen[verifier, draft] = before[0] + kept, before[1] + decided
 
 
-def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Refuse what a generation config cannot say here, and to run code that nobody trusts.
-
-    Raises:
-        ValueError: it has a budget, which transformers would drop; or asks to draft by leaving layers out, which
-            transformers does by changing the model; or `custom_generate` names a repo, and transformers would ask on
-            the terminal whether its code may run.
-    """
-    if isinstance(code := kwargs.get("custom_generate"), str) and not kwargs.get("trust_remote_code"):
-        remedy = "Read it, and pass `trust_remote_code=True` as well."
-        raise invalid("custom_generate", code, "This runs the code that lies there.", remedy)
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    for config in (given, model.generation_config):
-        for name in ("flextron_budget", "draft_budget"):
-            if getattr(config, name, None) is not None:
-                rule = "A budget is an argument of `generate`, and no part of a generation config."
-                remedy = f"Pass `generate(..., {name}=...)`, and set the attribute to None."
-                raise invalid(f"generation_config.{name}", getattr(config, name), rule, remedy)
-        early = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
-        if early is not None:
-            rule = "Layers are left out by a budget."
-            remedy = "Pass `draft_budget=` with a smaller budget, for instance {'layers': N} of an elastic depth."
-            raise invalid("assistant_early_exit", early, rule, remedy)
-
-
-def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`model.generate` at `flextron_budget` with a draft at `draft_budget`, or with the one that `"auto"` chooses.
-
-    Raises:
-        ValueError: there is an `assistant_model` as well, or more than one sequence; the budget means nothing here,
-            or a sub-network that is not smaller than the one that it is to draft for.
-    """
-    if kwargs.get("assistant_model") is not None:
-        rule = "The `assistant_model` drafts already."
-        raise invalid("draft_budget", draft_budget, rule, "Leave out one of the two.")
-    sequences = sequences_of(args, kwargs)
-    if sequences is not None and len(sequences) > 1:
-        rule = f"Drafts are written for one sequence at a time, and the batch has {len(sequences)}."
-        raise invalid("draft_budget", draft_budget, rule, "Leave it out, or make one call for each sequence.")
-    verifier = model.resolve_budget(flextron_budget)
-    if draft_budget != "auto":
-        draft = share_draft(model, _resolve(model, draft_budget, verifier), **kwargs)
-        return model.generate(*args, flextron_budget=verifier, assistant_model=draft, **kwargs)
-    drafts: Drafts = model.drafts
-    chosen = drafts.choose(model, verifier)
-    if chosen is None:
-        return model.generate(*args, flextron_budget=verifier, **kwargs)
-    subnetwork, length = chosen
-    draft = share_draft(model, subnetwork, **constant(length))
-    watch = Watch(kwargs.pop("streamer", None))
-    result = model.generate(*args, flextron_budget=verifier, assistant_model=draft, streamer=watch, **kwargs)
-    drafts.add(verifier, subnetwork, *watch.kept(length))
-    return result
-
-
 def constant(length: int) -> dict[str, Any]:
     """Settings with which every draft has this length."""
     return dict(zip(SETTINGS, (length, "constant", 0.0), strict=True))
@@ -201,18 +144,4 @@ def share_draft(model: Any, subnetwork: SubNetwork, **settings: Any) -> Any:
     for name in SETTINGS:
         if settings.get(name) is not None:
             setattr(draft.generation_config, name, settings[name])
-    return draft
-
-
-def _resolve(model: Any, budget: Any, verifier: SubNetwork) -> SubNetwork:
-    """The sub-network of a draft."""
-    try:
-        draft = model.resolve_budget(budget)
-    except ValueError as error:  # in the words of another argument
-        rule = f'It is "auto" or a budget: {error}'
-        raise invalid("draft_budget", budget, rule, "Pass for instance 0.25.") from None
-    size = parameters_of(model.config)
-    if size(draft) >= size(verifier):
-        rule = "It means a sub-network that is not smaller than the one it is to draft for."
-        raise invalid("draft_budget", budget, rule, "Pass a smaller budget, or load or run the model at a larger one.")
     return draft

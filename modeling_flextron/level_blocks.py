@@ -24,11 +24,10 @@ from .subnetwork import SubNetwork
 Box = tuple[tuple[int, int], ...]  # of every dimension where it begins and where it ends
 
 BLOCK = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<box>\d+:\d+(?:,\d+:\d+)*)\])?")
-DTYPES = {  # of torch -> of safetensors
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+DTYPES = {  # of safetensors -> of torch
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
 }  # fmt: skip
 AGAIN = "Download or export the checkpoint again; `flextron verify` looks at all of it."
-BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 
 def index_name(level: int | None) -> str:

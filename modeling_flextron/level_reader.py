@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import invalid
 from .families import ELASTIC, axes
-from .level_blocks import AGAIN, BYTES, Box, index_name, overlap, parse_block, volume
+from .level_blocks import AGAIN, DTYPES, Box, index_name, overlap, parse_block, volume
 
 LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 SHARD = re.compile(r"model(\.level\d+)?(-\d{5}-of-\d{5})?\.safetensors")
@@ -101,7 +103,7 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
                 box = tuple((0, size) for size in shape)
             elif tuple(high - low for low, high in box) != shape:
                 raise invalid("tensor", key, f"Its block has the shape {shape}.", AGAIN)
-            total += prod(shape) * BYTES.get(dtype, 0)
+            total += prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 0)
             if (match := LAYER.search(name)) and int(match[2]) < model.stored_depth:  # else unexpected, as it is
                 if int(match[2]) not in position:
                     continue
@@ -182,6 +184,12 @@ def _is_leading(dims: tuple[str, ...], part: tuple[int, ...], whole: tuple[int, 
     )
 
 
+def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """A model as it is before weights are loaded into it, on the meta device."""
+    with torch.device("meta"):
+        return model_class(deepcopy(config))
+
+
 def stored_state(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint of a model holds; of tied ones, one."""
     return {name: t for name, t in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -202,7 +210,8 @@ def read_index(path: Path) -> dict[str, Any]:
     weight_map, found = index.get("weight_map"), index.get("metadata")
     metadata: dict[str, Any] = found if isinstance(found, dict) else {}
     shards = metadata.get("shards")
-    if not isinstance(weight_map, dict) or not isinstance(shards, dict) or type(metadata.get("total_size")) is not int:
+    described = isinstance(metadata.get("checkpoint"), str) and type(metadata.get("total_size")) is int
+    if not isinstance(weight_map, dict) or not isinstance(shards, dict) or not described:
         rule = "It has a weight_map, and metadata with checkpoint, total_size and shards."
         raise invalid("index", path.name, rule, AGAIN)
     for name in [*shards, *weight_map.values()]:

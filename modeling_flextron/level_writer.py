@@ -16,8 +16,10 @@ from transformers.utils.logging import tqdm
 from .families import layer_of
 from .frontier import held
 from .level_blocks import DTYPES, Box, block_name, blocks_of, index_name, inside, volume
-from .level_reader import stored_state
+from .level_reader import empty_model, stored_state
 from .subnetwork import SubNetwork
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # of torch -> of safetensors
 
 
 @dataclass
@@ -54,10 +56,8 @@ def _shapes_at(model: Any, subnetwork: SubNetwork) -> dict[str, tuple[int, ...]]
     """The shapes that a model loaded at a sub-network has, under the layer numbers of the whole one."""
     config = deepcopy(model.config)
     config.flextron_budget = subnetwork.to_dict()
-    with torch.device("meta"):
-        small = type(model)(config)
     shapes = {}
-    for name, tensor in stored_state(small).items():
+    for name, tensor in stored_state(empty_model(type(model), config)).items():
         layer = layer_of(name)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{subnetwork.layers[layer]}.", 1)
@@ -132,7 +132,7 @@ def _write_shard(
     for piece in pieces:
         shape = [high - low for low, high in piece.box]
         header[piece.key] = {
-            "dtype": DTYPES[state[piece.name].dtype], "shape": shape, "data_offsets": [begin, begin + piece.size],
+            "dtype": NAMES[state[piece.name].dtype], "shape": shape, "data_offsets": [begin, begin + piece.size],
         }  # fmt: skip
         begin += piece.size
     text = json.dumps(header, separators=(",", ":")).encode()

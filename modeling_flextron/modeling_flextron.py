@@ -11,26 +11,12 @@ Loading at a budget builds the small shape at once and reads only the leading pa
 (`level_reader.py`).
 """
 
-import copy
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from itertools import chain
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, create_repo
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
-from transformers import (
-    ContinuousBatchingConfig,
-    GenerationMixin,
-    GradientCheckpointingLayer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GradientCheckpointingLayer, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -44,41 +30,26 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    TransformersKwargs,
-    cached_file,
-    can_return_tuple,
-)
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import check_layers, fit_adapter, name_default_targets, read_adapter, refuse_adapters
-from .batching import generate_each, is_list, per_row
+from .adapters import check_layers, name_default_targets, refuse_adapters
 from .budgets import Resolver, resolve
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
-from .checkpoint import undisturbed, write_beside
 from .configuration_flextron import FlextronConfig
-from .drafting import Drafts, check_generation, generate_drafted
+from .drafting import Drafts
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
 from .extraction import extract
-from .frontier import FrontierRow
-from .hub import commit_written, retried
-from .latency import LatencyTable, table_of
-from .level_reader import read_index, stored_tensors
-from .level_writer import write_levels
-from .model_card import write_model_card
-from .permutation import FILE as PERMUTATION
-from .permutation import Permutation, read_permutation
+from .generation import FlextronGenerationMixin, per_row
+from .loading import LoadingMixin, fit_loaded
+from .permutation import Permutation
 from .positions import MASKS, check_positions, documents, flash_options, real_tokens
-from .subnetwork import SubNetwork
-from .switching import run_at, size_around
+from .saving import SavingMixin
+from .switching import SwitchingMixin, divided_parameters, quantization_method
 from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
 
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
 
 
@@ -175,8 +146,6 @@ class FlextronAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.kv_heads_at = config.kv_heads
-        # Of all layers; where they differ the config refuses the attribute.
-        self.most_kv_heads = config.__dict__["num_key_value_heads"]
         self.head_dim = config.head_dim
         self.num_key_value_groups = heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
@@ -382,30 +351,7 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         return residual + self.drop(routing.feed(self.mlp, mlp_input, mlp, hidden))
 
 
-def quantizer(config: FlextronConfig) -> str | None:
-    """The method by which a model is quantized when it is loaded."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    return settings["quant_method"] if isinstance(settings, dict) else settings.quant_method
-
-
-def in_parts(model: nn.Module) -> list[Any]:
-    """The parameters of which each process holds a part."""
-    return [parameter for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
-
-
-def runs_in_parts(model: nn.Module) -> bool:
-    """Whether layers run on parts of their weights (tensor parallel); FSDP gathers them before."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    parts = in_parts(model)
-    if any("tp" in (parameter.device_mesh.mesh_dim_names or ()) for parameter in parts):
-        return True
-    return bool(parts) and not any(hasattr(module, "unshard") for module in model.modules())
-
-
-class FlextronPreTrainedModel(PreTrainedModel):
+class FlextronPreTrainedModel(SwitchingMixin, LoadingMixin, SavingMixin):
     """What the decoder and its heads share: budgets, loading at a budget, saving."""
 
     config_class = FlextronConfig
@@ -430,18 +376,12 @@ class FlextronPreTrainedModel(PreTrainedModel):
         self.stored_depth = config.num_hidden_layers
         self.built, self._resolver = resolve(self.config, None), Resolver()
         # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
-        self.switchable = quantizer(self.config) in (None, "torchao")
+        self.switchable = quantization_method(self.config) in (None, "torchao")
         self._subnetwork = self.built
         self._permutation: Permutation | None = None
         self._last_routing: TokenRouting | None = None
         self._shared = False
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # `fully_shard` gives a model a class made on the spot; what is saved must name the one that has a file.
-        plain = cls.__bases__[-1]
-        if cls.__name__ == f"FSDP{plain.__name__}":
-            cls.__name__, cls.__module__ = plain.__name__, plain.__module__
+        self.register_load_state_dict_pre_hook(fit_loaded)
 
     def post_init(self) -> None:
         """As the base class does; a model loaded for token routing then runs with it."""
@@ -454,311 +394,6 @@ class FlextronPreTrainedModel(PreTrainedModel):
         if isinstance(module, TokenRouter):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
-
-    # ----------------------------------------------------------------------------------------- budgets
-
-    @property
-    def subnetwork(self) -> SubNetwork:
-        """The sub-network that runs when no budget is passed: of the `at_budget` block around, else the default."""
-        decoder = self.base_model  # one place, so that the decoder alone runs it too
-        return size_around(decoder) or decoder._subnetwork
-
-    @property
-    def last_routing(self) -> TokenRouting | None:
-        """What the tokens of the last forward pass chose, where they did; see `TokenRouting.average`.
-
-        Of the last pass of any caller: a report of what was done, from which nothing that runs is read.
-        """
-        return self.base_model._last_routing
-
-    @property
-    def permutation(self) -> Permutation | None:
-        """Where every unit was in the parent; None when that is not known."""
-        return self.base_model._permutation
-
-    @permutation.setter
-    def permutation(self, permutation: Permutation | None) -> None:
-        self.base_model._permutation = permutation
-
-    @property
-    def frontier(self) -> list[FrontierRow]:
-        """Recommended sub-networks that these weights hold, largest first, with exact costs and measured loss."""
-        return [row for row in self.config.frontier if row.subnetwork is not None]
-
-    @property
-    def latency_table(self) -> LatencyTable | None:
-        """The measured table that budgets such as `"25ms"` refer to here; None when there is none."""
-        return table_of(self.config)
-
-    def resolve_budget(self, budget: Any = None) -> SubNetwork:
-        """The sub-network that a budget means here; None means the current default.
-
-        Raises:
-            ValueError: the budget means nothing here, or more than the weights hold, or less than is built of a
-                quantized or tensor-parallel model.
-        """
-        if budget is None:
-            return self.subnetwork
-        if budget is self.built or budget is self.base_model._subnetwork:
-            return budget  # as it was found before: every token of a text asks
-        held = isinstance(budget, SubNetwork) and self.built.contains(budget)
-        subnetwork = budget if held else self._resolver(self.config, budget)
-        if not self.switchable and subnetwork != self.built:
-            rule = "The layers of a model quantized by this method exist only at the size they were built at."
-            remedy = "Load it with `flextron_budget=` and the quantization together, or quantize with torchao."
-            raise invalid("flextron_budget", budget, rule, remedy)
-        if runs_in_parts(self) and subnetwork != self.built:
-            rule = "Under a tensor-parallel plan each process holds a part of a weight, not what is leading of it."
-            remedy = "Load it with `flextron_budget=` and the plan together, which then divides weights of that size."
-            raise invalid("flextron_budget", budget, rule, remedy)
-        return subnetwork
-
-    def set_budget(self, budget: Any) -> None:
-        """Run this sub-network from now on. Nothing is copied; None goes back to everything that is loaded.
-
-        This is the default of the model object, for everyone who calls it without a budget, so it is for an object
-        with one caller. Several pass their budget with each call, use `at_budget`, or call a twin each (`share`).
-
-        Raises:
-            ValueError: as `resolve_budget`; or inside an `at_budget` block, which goes before the default.
-        """
-        if size_around(self.base_model) is not None:
-            rule = "Inside an `at_budget` block its size runs, whatever the default is."
-            raise invalid("budget", budget, rule, "Call `set_budget` outside of the block.")
-        self.base_model._subnetwork = self.built if budget is None else self.resolve_budget(budget)
-
-    @contextmanager
-    def at_budget(self, budget: Any) -> Iterator[None]:
-        """Run this sub-network inside the `with` block; None for everything that is loaded.
-
-        The block is that of one thread (or asyncio task): other callers of the model see nothing of it, and a thread
-        that is started inside, as for a streamer, does not either: pass `flextron_budget=` to what that one calls.
-        """
-        with run_at(self.base_model, self.built if budget is None else self.resolve_budget(budget)):
-            yield
-
-    def share(self, budget: Any):
-        """A second model object at `budget` on the same parameters, for instance as `assistant_model`.
-
-        Only Python objects are created. Training or moving one model moves the other; only the original can be
-        saved, or get another vocabulary, after which it must be shared again.
-        """
-        subnetwork = self.resolve_budget(budget)
-        tensors = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
-        twin = copy.deepcopy(self, tensors)
-        twin.base_model._shared = True
-        twin.set_budget(subnetwork)
-        return twin
-
-    # ---------------------------------------------------------------------------------- loading, saving
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; `flextron_budget` and `flextron_context` also beside a config object.
-
-        Only safetensors are read, and of a checkpoint in levels only those that the budget needs.
-
-        Raises:
-            ValueError: beside what other checks refuse, a folder into which something is saved at the same time.
-        """
-        source = pretrained_model_name_or_path
-        if source is None:
-            return cls._from_pretrained(source, *args, config=config, **kwargs)
-        with undisturbed(os.path.join(source, kwargs.get("subfolder") or "")):
-            return cls._from_pretrained(source, *args, config=config, **kwargs)
-
-    @classmethod
-    def _from_pretrained(cls, pretrained_model_name_or_path, *args, config, **kwargs):
-        if isinstance(config, PreTrainedConfig):
-            config.check_still_there(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-            config = copy.deepcopy(config)
-            for key in ("flextron_budget", "flextron_context"):
-                if key in kwargs:
-                    setattr(config, key, kwargs.pop(key))
-        else:
-            config, kwargs = cls._read_config(config or pretrained_model_name_or_path, kwargs)
-        # Budgets of memory are in bytes of the dtype that is loaded, and must mean the same before and after.
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        config.dtype = config.dtype if dtype in (None, "auto") else dtype
-        config.validate()
-        kwargs["use_safetensors"] = True
-        try:
-            if config.levels is not None and pretrained_model_name_or_path is not None:
-                hub = {key: kwargs[key] for key in HUB_KEYWORDS if key in kwargs}
-                name = config.transformers_weights or SAFE_WEIGHTS_INDEX_NAME
-                read_index(Path(cached_file(pretrained_model_name_or_path, name, **hub)))  # before it is followed
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        except HfHubHTTPError.__bases__ as error:  # also what its HTTP library raises where a connection breaks
-            if config.levels is None or os.path.isdir(pretrained_model_name_or_path):
-                raise
-            call = (
-                f"from_pretrained({str(pretrained_model_name_or_path)!r}, flextron_budget={config.flextron_budget!r})"
-            )
-            hint = f"If files of this budget are not in the cache, `{call}` fetches them where the Hub can be reached."
-            raise OSError(f"{error} {hint}") from error
-
-    @classmethod
-    def _read_config(cls, source: Any, kwargs: dict[str, Any]) -> tuple[FlextronConfig, dict[str, Any]]:
-        """The config of a repo with the keywords that are for it, and the keywords that are left for loading."""
-        loading = ("dtype", "torch_dtype", "quantization_config")
-        kept = {key: kwargs[key] for key in (*HUB_KEYWORDS, *loading) if key in kwargs}
-        ours = {key: value for key, value in kwargs.items() if key not in loading}
-        config, rest = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **ours)
-        return config, rest | kept
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        # The one place where the model and its files are both known: hand on lazy parts instead of whole tensors.
-        index = load_config.sharded_metadata
-        in_parts = model.stored is not None or (index is not None and "checkpoint" in index)
-        if expected_keys is not None:  # an adapter, by `load_adapter`
-            state_dict, checkpoint_files = read_adapter(state_dict, checkpoint_files), None
-            fit_adapter(model, state_dict)
-        elif state_dict is None and checkpoint_files is not None:
-            hub = load_config.download_kwargs or {}
-            model.permutation = read_permutation(model, load_config.pretrained_model_name_or_path, **hub)
-            if in_parts:
-                if getattr(load_config.hf_quantizer, "pre_quantized", False):
-                    rule = "The stored weights are quantized, and are not cut on disk."
-                    remedy = (
-                        "Load all of them and `set_budget`, or quantize an unquantized checkpoint while loading it."
-                    )
-                    raise invalid("flextron_budget", (model.stored or model.built).to_dict(), rule, remedy)
-                state_dict, checkpoint_files = stored_tensors(model, checkpoint_files, index), None
-        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
-        if load_config.hf_quantizer is not None and not load_config.hf_quantizer.pre_quantized:
-            model.config.forget_measurements()  # these are other weights
-        offloaded = loaded[1] or {}
-        for name, source in model.all_tied_weights_keys.items():  # the base class does this for whole files alone
-            if source in offloaded:
-                offloaded.setdefault(name, offloaded[source])
-        return loaded
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # Before torch hands its parts to the layers. PEFT loads an adapter with `load_state_dict`.
-        fit_adapter(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, written beside the target and moved into place when complete.
-
-        Raises:
-            ValueError: the model shares its parameters with another (`share`), which holds more than it runs.
-        """
-        if self.base_model._shared:
-            rule = "A model made by `share` runs a part of the weights of another and has none of its own."
-            raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
-        if not self._hf_peft_config_loaded:  # else the base class saves the adapter, as it does for any model
-            remedy = "Save the adapter with the PeftModel, or `merge_and_unload()` and save what that returns."
-            refuse_adapters(self, "save_directory", str(save_directory), remedy)
-        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        both = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
-        only = ("commit_message", "commit_description", "private", "create_pr", "revision", "tags")
-        hub = both | {key: kwargs.pop(key) for key in only if key in kwargs}
-        if not is_main_process:
-            return super().save_pretrained(save_directory, is_main_process=False, **kwargs)
-        levels, self.config.levels = self.config.levels, None  # those of the files that were read
-        self.config.permutation = None if self.permutation is None else self.permutation.conversion
-        try:
-            with write_beside(save_directory, kwargs.get("variant")) as folder:
-                super().save_pretrained(folder, **kwargs)
-                if self.permutation is not None and not self._hf_peft_config_loaded:
-                    self.permutation.save(folder / PERMUTATION)
-        finally:
-            self.config.levels = levels
-        if push:
-            self.push_to_hub(repo_id or os.path.basename(os.path.normpath(save_directory)), **hub)
-
-    def export(self, save_directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
-        """Write the model in levels: whoever loads it at a budget downloads and reads only what that needs.
-
-        As `save_pretrained` otherwise, which writes whole tensors; a Trainer resumes from those alone.
-
-        Args:
-            save_directory: Folder to write.
-            max_shard_size: Largest file of a level.
-
-        Raises:
-            ValueError: the model is quantized or sharded, or shares its parameters with another.
-        """
-        if in_parts(self):
-            rule = "The weights are divided among processes."
-            remedy = "`save_pretrained` on all of them, load that folder in one process, and export that."
-            raise invalid("save_directory", str(save_directory), rule, remedy)
-        if quantizer(self.config) is not None:
-            rule = "Quantized weights are not cut into levels."
-            raise invalid("save_directory", str(save_directory), rule, "Save the model with `save_pretrained`.")
-        refuse_adapters(self, "save_directory", str(save_directory), "Merge them first, with `merge_and_unload()`.")
-        with write_beside(save_directory) as folder:
-            self.save_pretrained(folder, state_dict={})  # all but the weights
-            (folder / SAFE_WEIGHTS_NAME).unlink(missing_ok=True)
-            config = copy.deepcopy(self.config)
-            config.levels = write_levels(self, folder, max_shard_size)
-            config.to_json_file(folder / CONFIG_NAME)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        tokenizer: Any = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        tags: list[str] | None = None,
-        max_shard_size: int | str = "5GB",
-        blocking: bool = True,
-        **kwargs,
-    ) -> CommitInfo | Future[CommitInfo]:
-        """Upload code, config, latency tables, weights, card and plot in one commit.
-
-        A push that fails changes nothing on the Hub and may be repeated.
-
-        Args:
-            repo_id: Repo to write, created when it is not there; its card is written anew.
-            tokenizer: Uploaded as well.
-            private: Create the repo as private; one that exists stays as it is.
-            token: Of a user who may write; by default the one of `hf auth login`.
-            tags: More tags for the card.
-            max_shard_size: Of a file of weights.
-            blocking: False returns a `Future` as soon as all that is uploaded is written beside the model.
-            kwargs: `commit_message`, `commit_description`, `revision` and `create_pr`; see `hub.commit_files`.
-
-        Raises:
-            ValueError: the model shares its parameters with another (`share`).
-            OSError, HTTPError: as `hub.commit_files`.
-        """
-
-        def write(folder: str) -> str:
-            whole = quantizer(self.config) is not None or self._hf_peft_config_loaded
-            (self.save_pretrained if whole else self.export)(folder, max_shard_size=max_shard_size)
-            repo = retried(lambda: create_repo(repo_id, private=private, token=token, exist_ok=True)).repo_id
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            write_model_card(self, folder, repo, tags)
-            return repo
-
-        return commit_written(write, blocking, token=token, **kwargs)
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date.
-
-        Raises:
-            ValueError: the model shares its parameters with another (`share`).
-        """
-        if self.base_model._shared and (new_num_tokens is not None or args or kwargs):
-            rule = "A model made by `share` has the vocabulary of the one that it was made from."
-            raise invalid("new_num_tokens", new_num_tokens, rule, "Resize the original, and call its `share` again.")
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.validate()
-        return embeddings
-
-    def _get_resized_lm_head(self, old_lm_head: nn.Linear, *args, **kwargs) -> nn.Linear:
-        # The base class builds a plain layer, which could not run a smaller hidden size. Embeddings stay the same
-        # Parameter when they are resized; so does the head, for models that share it and for optimizers.
-        resized = super()._get_resized_lm_head(old_lm_head, *args, **kwargs)
-        if type(resized) is not nn.Linear or not isinstance(old_lm_head, ElasticLinear):
-            return resized
-        old_lm_head.weight.data, old_lm_head.out_features = resized.weight.data, resized.out_features
-        return old_lm_head
 
 
 class FlextronModel(FlextronPreTrainedModel):
@@ -879,7 +514,7 @@ class FlextronModel(FlextronPreTrainedModel):
         return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
 
 
-class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
+class FlextronForCausalLM(FlextronPreTrainedModel, FlextronGenerationMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -946,59 +581,6 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _get_static_cache_init_shape(self) -> None:
-        return None  # what is allocated before the first token cannot know the budget
-
-    def generate(self, *args, flextron_budget: Any = None, draft_budget: Any = None, **kwargs):
-        """As `GenerationMixin.generate`, at `flextron_budget`; other callers of the model see nothing of it.
-
-        A list of budgets has one for each sequence; each is continued as if it were alone. A smaller `draft_budget`
-        drafts, which changes no greedy output; with `"auto"` the size and the length of drafts that are fastest by the
-        latency table and by what earlier calls kept of them, or none (`drafts.chosen`).
-
-        Raises:
-            ValueError: a budget means nothing here, or stands in a generation config; `assistant_early_exit`; or
-                `custom_generate` of a repo that is not trusted.
-        """
-        check_generation(self, args, kwargs)
-        if draft_budget is not None:
-            return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
-        if is_list(flextron_budget):
-            return generate_each(self, flextron_budget, args, kwargs)
-        subnetwork = self.resolve_budget(flextron_budget)  # once: a default that changes meanwhile is for later calls
-        if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
-            with self.at_budget(subnetwork):
-                return super().generate(*args, **kwargs)
-        return super().generate(*args, flextron_budget=subnetwork, **kwargs)
-
-    def init_continuous_batching(
-        self,
-        generation_config: Any = None,
-        continuous_batching_config: Any = None,
-        *,
-        flextron_budget: Any = None,
-        **kwargs,
-    ):
-        """As `ContinuousMixin.init_continuous_batching`: a manager of requests, all at `flextron_budget`.
-
-        The manager runs in a thread of its own and keeps the size that it begins with, so it gets a model of its own
-        (`share`); none is kept for a next call, as `persistent_manager=True` would have it.
-        """
-        model = self.share(self.resolve_budget(flextron_budget))
-        # Pages have one shape for all layers: that of the largest, which a config whose layers differ gives if allowed.
-        model.config.allow_global_per_layer_attribute_access = True
-        if is_routed(model.subnetwork) and self.device.type == "cuda":  # tokens choose where a graph cannot look
-            continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
-            continuous_batching_config.use_cuda_graph = False
-        settings = generation_config, continuous_batching_config
-        return GenerationMixin.init_continuous_batching(model, *settings, **kwargs)
-
-    def generate_batch(self, *args, flextron_budget: Any = None, **kwargs):
-        """As `ContinuousMixin.generate_batch`, with all requests at `flextron_budget`."""
-        if flextron_budget is not None:
-            return self.share(flextron_budget).generate_batch(*args, **kwargs)
-        return super().generate_batch(*args, **kwargs)
-
     def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
         """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
 
@@ -1012,7 +594,7 @@ class FlextronForCausalLM(FlextronPreTrainedModel, GenerationMixin):
             ValueError: the stock class cannot hold these sizes, for instance when layers differ.
         """
         refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
-        if in_parts(self):
+        if divided_parameters(self):
             remedy = "`save_pretrained` on all of them, load that folder in one process, and extract there."
             raise invalid("budget", budget, "The weights are divided among processes.", remedy)
         return extract(self, self.resolve_budget(budget), pad, snap)

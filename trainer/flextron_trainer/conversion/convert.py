@@ -32,7 +32,7 @@ from modeling_flextron.families import (
     from_stock,
     layer_of,
 )
-from modeling_flextron.modeling_flextron import HUB_KEYWORDS
+from modeling_flextron.loading import HUB_DEFAULTS
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES
 
@@ -126,7 +126,7 @@ def convert(
         )
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
-    hub = {key: load_kwargs[key] for key in HUB_KEYWORDS if key in load_kwargs}
+    hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
     named, origin = named_budgets(config, budgets), origin_of(dense.name_or_path, **hub)
 
     batches: list[torch.Tensor] = []

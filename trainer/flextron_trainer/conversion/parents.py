@@ -11,7 +11,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import check_supported
-from modeling_flextron.modeling_flextron import HUB_KEYWORDS
+from modeling_flextron.loading import HUB_DEFAULTS
 
 from ..models import load_stock, read_config, reading
 
@@ -90,7 +90,7 @@ def tensor_of(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.
 
 
 def _loaded(source: str, trust_remote_code: bool, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    hub = {key: load_kwargs[key] for key in HUB_KEYWORDS if key in load_kwargs}
+    hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
     adapter, place, how = adapter_of(source, **hub), source, {**load_kwargs, "trust_remote_code": trust_remote_code}
     if adapter is not None:
         place = adapter.base_model_name_or_path

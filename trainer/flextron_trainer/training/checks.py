@@ -9,7 +9,7 @@ from transformers.utils import logging
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
-from modeling_flextron.modeling_flextron import runs_in_parts
+from modeling_flextron.switching import runs_divided
 
 from .arguments import FlextronTrainingArguments
 from .sampling import check_weights
@@ -59,7 +59,7 @@ def check_model(model: Any, args: FlextronTrainingArguments) -> None:
     if hasattr(model, "peft_config") and args.stage != "elastic":
         remedy = "Train the adapters with stage='elastic', or merge them first."
         raise invalid("stage", args.stage, "Routers learn on weights without adapters.", remedy)
-    if runs_in_parts(model):
+    if runs_divided(model):
         remedy = (
             "Divide it with FSDP, as by `DistributedConfig(fsdp_size=...)`, or train each size as a `Trainer` does."
         )

@@ -1,0 +1,245 @@
+"""Text from sub-networks: at a budget, with a smaller one that drafts, or each sequence of a batch at its own.
+
+Sequences of several budgets run together with those that share their sub-network. Which draft pays, and how long it
+should be, is said by `drafting.py`; requests that come and go are batched by transformers, in a model of their own.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationMixin
+
+from .drafting import Drafts, Watch, constant, share_draft
+from .errors import invalid
+from .subnetwork import SubNetwork, parameters_of
+from .token_routing import is_routed
+
+_ROWS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+
+
+class FlextronGenerationMixin(GenerationMixin):
+    """`generate` and continuous batching at a budget, for a model with `SwitchingMixin`."""
+
+    def generate(self, *args, flextron_budget: Any = None, draft_budget: Any = None, **kwargs):
+        """As `GenerationMixin.generate`, at `flextron_budget`; other callers of the model see nothing of it.
+
+        A list of budgets has one for each sequence; each is continued as if it were alone. A smaller `draft_budget`
+        drafts, which changes no greedy output; with `"auto"` the size and the length of drafts that are fastest by the
+        latency table and by what earlier calls kept of them, or none (`drafts.chosen`).
+
+        Raises:
+            ValueError: a budget means nothing here, or stands in a generation config; `assistant_early_exit`; or
+                `custom_generate` of a repo that is not trusted.
+        """
+        check_generation(self, args, kwargs)
+        if draft_budget is not None:
+            return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
+        if is_list(flextron_budget):
+            return generate_each(self, flextron_budget, args, kwargs)
+        subnetwork = self.resolve_budget(flextron_budget)  # once: a default that changes meanwhile is for later calls
+        if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
+            with self.at_budget(subnetwork):
+                return super().generate(*args, **kwargs)
+        return super().generate(*args, flextron_budget=subnetwork, **kwargs)
+
+    def init_continuous_batching(
+        self,
+        generation_config: Any = None,
+        continuous_batching_config: Any = None,
+        *,
+        flextron_budget: Any = None,
+        **kwargs,
+    ):
+        """As `ContinuousMixin.init_continuous_batching`: a manager of requests, all at `flextron_budget`.
+
+        The manager runs in a thread of its own and keeps the size that it begins with, so it gets a model of its own
+        (`share`); none is kept for a next call, as `persistent_manager=True` would have it.
+        """
+        model = self.share(self.resolve_budget(flextron_budget))
+        # Pages have one shape for all layers: that of the largest, which a config whose layers differ gives if allowed.
+        model.config.allow_global_per_layer_attribute_access = True
+        if is_routed(model.subnetwork) and self.device.type == "cuda":  # tokens choose where a graph cannot look
+            continuous_batching_config = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+            continuous_batching_config.use_cuda_graph = False
+        settings = generation_config, continuous_batching_config
+        return GenerationMixin.init_continuous_batching(model, *settings, **kwargs)
+
+    def generate_batch(self, *args, flextron_budget: Any = None, **kwargs):
+        """As `ContinuousMixin.generate_batch`, with all requests at `flextron_budget`."""
+        if flextron_budget is not None:
+            return self.share(flextron_budget).generate_batch(*args, **kwargs)
+        return super().generate_batch(*args, **kwargs)
+
+    def _get_static_cache_init_shape(self) -> None:
+        return None  # what is allocated before the first token cannot know the budget
+
+
+def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse what a generation config cannot say here, and to run code that nobody trusts.
+
+    Raises:
+        ValueError: it has a budget, which transformers would drop; or asks to draft by leaving layers out, which
+            transformers does by changing the model; or `custom_generate` names a repo, and transformers would ask on
+            the terminal whether its code may run.
+    """
+    if isinstance(code := kwargs.get("custom_generate"), str) and not kwargs.get("trust_remote_code"):
+        remedy = "Read it, and pass `trust_remote_code=True` as well."
+        raise invalid("custom_generate", code, "This runs the code that lies there.", remedy)
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    for config in (given, model.generation_config):
+        for name in ("flextron_budget", "draft_budget"):
+            if getattr(config, name, None) is not None:
+                rule = "A budget is an argument of `generate`, and no part of a generation config."
+                remedy = f"Pass `generate(..., {name}=...)`, and set the attribute to None."
+                raise invalid(f"generation_config.{name}", getattr(config, name), rule, remedy)
+        early = kwargs.get("assistant_early_exit", getattr(config, "assistant_early_exit", None))
+        if early is not None:
+            rule = "Layers are left out by a budget."
+            remedy = "Pass `draft_budget=` with a smaller budget, for instance {'layers': N} of an elastic depth."
+            raise invalid("assistant_early_exit", early, rule, remedy)
+
+
+def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """`model.generate` at `flextron_budget` with a draft at `draft_budget`, or with the one that `"auto"` chooses.
+
+    Raises:
+        ValueError: there is an `assistant_model` as well, or more than one sequence; the budget means nothing here,
+            or a sub-network that is not smaller than the one that it is to draft for.
+    """
+    if kwargs.get("assistant_model") is not None:
+        rule = "The `assistant_model` drafts already."
+        raise invalid("draft_budget", draft_budget, rule, "Leave out one of the two.")
+    sequences = sequences_of(args, kwargs)
+    if sequences is not None and len(sequences) > 1:
+        rule = f"Drafts are written for one sequence at a time, and the batch has {len(sequences)}."
+        raise invalid("draft_budget", draft_budget, rule, "Leave it out, or make one call for each sequence.")
+    verifier = model.resolve_budget(flextron_budget)
+    if draft_budget != "auto":
+        draft = share_draft(model, _resolve(model, draft_budget, verifier), **kwargs)
+        return model.generate(*args, flextron_budget=verifier, assistant_model=draft, **kwargs)
+    drafts: Drafts = model.drafts
+    chosen = drafts.choose(model, verifier)
+    if chosen is None:
+        return model.generate(*args, flextron_budget=verifier, **kwargs)
+    subnetwork, length = chosen
+    draft = share_draft(model, subnetwork, **constant(length))
+    watch = Watch(kwargs.pop("streamer", None))
+    result = model.generate(*args, flextron_budget=verifier, assistant_model=draft, streamer=watch, **kwargs)
+    drafts.add(verifier, subnetwork, *watch.kept(length))
+    return result
+
+
+def _resolve(model: Any, budget: Any, verifier: SubNetwork) -> SubNetwork:
+    """The sub-network of a draft."""
+    try:
+        draft = model.resolve_budget(budget)
+    except ValueError as error:  # in the words of another argument
+        rule = f'It is "auto" or a budget: {error}'
+        raise invalid("draft_budget", budget, rule, "Pass for instance 0.25.") from None
+    size = parameters_of(model.config)
+    if size(draft) >= size(verifier):
+        rule = "It means a sub-network that is not smaller than the one it is to draft for."
+        raise invalid("draft_budget", budget, rule, "Pass a smaller budget, or load or run the model at a larger one.")
+    return draft
+
+
+def is_list(budget: Any) -> bool:
+    """Whether a budget is one for each row."""
+    return isinstance(budget, (list, tuple))
+
+
+def sequences_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What a call of `generate` is to continue."""
+    given = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
+    return next((value for value in (*args[:1], *given) if value is not None), None)
+
+
+def rows_of(model, budgets: list, batch: int) -> dict[SubNetwork, torch.Tensor]:
+    """Sub-network -> the rows `[n]` of the batch that ask for it.
+
+    Raises:
+        ValueError: not one budget for each row, or one that means nothing here.
+    """
+    if len(budgets) != batch:
+        rule = f"A list has one budget for each sequence, and the batch has {batch}."
+        raise invalid("flextron_budget", budgets, rule, "Pass so many, or one budget for all.")
+    rows: dict[SubNetwork, list[int]] = {}
+    for row, budget in enumerate(budgets):
+        rows.setdefault(model.resolve_budget(budget), []).append(row)
+    return {subnetwork: torch.tensor(which) for subnetwork, which in rows.items()}
+
+
+def per_row(forward: Callable) -> Callable:
+    """Let a forward pass that returns `logits` take a list of budgets, one for each sequence."""
+
+    @functools.wraps(forward)
+    def each(self, *args, flextron_budget: Any = None, **kwargs):
+        if not is_list(flextron_budget):
+            return forward(self, *args, flextron_budget=flextron_budget, **kwargs)
+        given = inspect.signature(forward).bind(self, *args).arguments | kwargs
+        given.pop("self")
+        _refuse(
+            given,
+            "labels",
+            "head_loss",
+            "past_key_values",
+            "cache",
+            "use_cache",
+            "output_hidden_states",
+            "output_attentions",
+        )
+        batch = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
+        logits: torch.Tensor | None = None
+        for subnetwork, rows in rows_of(self, flextron_budget, len(batch)).items():
+            part = {key: _pick(value, rows, len(batch)) if key in _ROWS else value for key, value in given.items()}
+            part |= {"use_cache": False, "return_dict": True}
+            output = forward(self, flextron_budget=subnetwork, **part)
+            if logits is None:
+                logits = output.logits.new_empty(len(batch), *output.logits.shape[1:])
+            logits[rows] = output.logits
+        return type(output)(logits=logits)
+
+    return each
+
+
+def generate_each(model, budgets: list, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """`model.generate` for a list of budgets, one for each sequence.
+
+    Returns:
+        Ids `[rows, longest]`, padded on the right.
+    """
+    if args:
+        kwargs = {"inputs": args[0], **dict(zip(("generation_config",), args[1:], strict=False)), **kwargs}
+    _refuse(kwargs, "past_key_values", "cache", "return_dict_in_generate", "streamer")
+    batch = sequences_of((), kwargs)
+    if batch is None:
+        raise invalid("inputs", None, "A list of budgets needs the sequences that they are for.", "Pass `input_ids`.")
+    found: dict[int, torch.Tensor] = {}
+    for subnetwork, rows in rows_of(model, budgets, len(batch)).items():
+        part = {key: _pick(value, rows, len(batch)) for key, value in kwargs.items()}
+        sequences = model.generate(**part, flextron_budget=subnetwork)
+        each = len(sequences) // len(rows)  # beams or samples that come back for one sequence
+        found |= {row * each + i: sequences[n * each + i] for n, row in enumerate(rows.tolist()) for i in range(each)}
+    settings = kwargs.get("generation_config") or model.generation_config
+    padding = kwargs.get("pad_token_id", settings.pad_token_id)
+    if padding is None:
+        padding = torch.as_tensor(settings.eos_token_id or 0).flatten()[0].item()
+    ordered = [found[row] for row in sorted(found)]
+    return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=padding)
+
+
+def _refuse(given: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if given.get(name) is not None and given[name] is not False:
+            rule = "Sequences of several budgets have no such thing in common."
+            raise invalid(name, "given", rule, "Leave it out, or make one call for each budget.")
+
+
+def _pick(value: Any, rows: torch.Tensor, batch: int) -> Any:
+    """The rows of a tensor that has one for each sequence; anything else as it is."""
+    has_rows = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == batch
+    return value[rows.to(value.device)] if has_rows else value
