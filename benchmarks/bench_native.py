@@ -3,10 +3,12 @@
     python benchmarks/bench_native.py                   # CPU, one thread, fp32 and bf16, about 15 minutes
     python benchmarks/bench_native.py --device cuda --rounds 60 --shapes 80M,1B
     python benchmarks/bench_native.py --rounds 5 --dtypes float32 --no-save     # a quick look
+    python benchmarks/bench_native.py --rounds 60 --shapes trivial --tasks decode --no-save    # what Python costs
 
 The family "80M" has 82 M parameters (hidden 768, 12 layers, 12 query heads in 4 groups, MLP 2048, vocabulary 8192,
 tied). Measured are its sub-networks "width" (MLP 1024, 8 heads) and "hidden+depth" (hidden 512, 9 layers, MLP 1024, 8
-heads); of "1B", the shape of TinyLlama, MLP 2816, 16 heads, and hidden 1536, 17 layers.
+heads); of "1B", the shape of TinyLlama, MLP 2816, 16 heads, and hidden 1536, 17 layers. "trivial" has twelve layers
+whose products cost next to nothing, so that what is left is Python; its second size keeps all of them.
     family   the switchable model with all sizes in memory
     loaded   a model loaded at that budget
 against the stock model that `extract()` returns, and
@@ -36,6 +38,11 @@ from flextron_trainer.measuring.bench import (
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 
 SHAPES = {
+    "trivial": {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+        "elastic": {"mlp": [128, 64], "heads": [8, 4], "hidden": [64, 48]},
+    },
     "80M": {
         "vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
         "num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True,
@@ -54,6 +61,10 @@ SHAPES = {
     },
 }  # fmt: skip
 SIZES = {
+    "trivial": {
+        "width": {"mlp": 64, "heads": 4},
+        "hidden": {"mlp": 64, "heads": 4, "hidden": 48},
+    },
     "80M": {
         "width": {"mlp": 1024, "heads": 8},
         "hidden+depth": {"mlp": 1024, "heads": 8, "hidden": 512, "layers": 9},
@@ -88,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--shapes", default="80M")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--tasks", default="prefill,decode,train")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -101,7 +113,7 @@ def main() -> None:
         switched = switching(model, list(SIZES[shape].values()))
         result["switching"][f"{shape} {dtype}"] = switched
         assert switched["set_budget_bytes"] == switched["share_bytes"] == BARS["extra_bytes"], switched
-        ids = torch.randint(0, 8192, (8, 512), device=options.device)
+        ids = torch.randint(0, model.config.vocab_size, (8, 512), device=options.device)
         for size, sizes in SIZES[shape].items():
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
@@ -115,6 +127,8 @@ def main() -> None:
                 "train 2 x 256": {name: training(*pair, ids[:2, :256]) for name, pair in variants.items()},
             }
             for what, functions in tasks.items():
+                if what.split()[0] not in options.tasks.split(","):
+                    continue
                 ratios = against(interleaved(functions, options.rounds, options.device), "native")
                 for owner, _ in variants.values():
                     owner.zero_grad(set_to_none=True)

@@ -21,9 +21,27 @@ from .adapters import add_adapters, check_sliceable, is_narrowed, peft_layers
 from .errors import invalid
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)` of a parameter, in a tenth of the time: `nn.Module` looks there last, in Python.
+
+    Nothing is kept: what replaces, moves or casts a parameter is seen by the next call.
+    """
+    try:
+        return module._parameters[name]
+    except KeyError:  # a parametrized or flattened one
+        return getattr(module, name)
+
+
+def corner(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
+    """The leading entries along each dimension, as a view; making one costs microseconds, which counts at batch 1."""
+    if type(tensor) is nn.Parameter and not torch.is_grad_enabled():
+        return torch.as_strided(tensor, sizes, tensor.stride())  # the same in less than half of the time
+    return tensor[tuple(map(slice, sizes))]
+
+
 def entries(vector: torch.Tensor, size: int) -> torch.Tensor:
-    """The leading entries; a view, which costs microseconds at batch 1, only where there are more."""
-    return vector if vector.shape[0] == size else vector[:size]
+    """The leading entries; a view only where there are more."""
+    return vector if vector.shape[0] == size else corner(vector, size)
 
 
 class ElasticLinear(nn.Linear):
@@ -46,9 +64,10 @@ class ElasticLinear(nn.Linear):
         """
         if block is not None:
             return self.block(input, *block, total)
-        if out_features is None and input.shape[-1] == self.in_features:
-            return F.linear(input, self.weight, self.bias)
-        weight, bias = self.leading(input.shape[-1], out_features)
+        columns = input.shape[-1]
+        if out_features is None and columns == self.in_features:
+            return F.linear(input, parameter(self, "weight"), parameter(self, "bias"))
+        weight, bias = self.leading(columns, out_features)
         return F.linear(input, weight, bias)
 
     def leading(self, in_features: int, out_features: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -57,18 +76,15 @@ class ElasticLinear(nn.Linear):
         Raises:
             ValueError: the weight is quantized in groups that end elsewhere.
         """
-        bias = self.bias
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        rows = out_features or self.out_features
         try:
-            if in_features == self.in_features:  # one index where one is enough: at batch 1 a view costs microseconds
-                weight = self.weight[:out_features]
-            else:
-                weight = self.weight[:out_features, :in_features]
+            weight = corner(weight, rows, in_features)
         except (AssertionError, NotImplementedError) as error:  # what torchao raises
-            size = (out_features or self.out_features, in_features)
-            rule = f"This quantized weight of {tuple(self.weight.shape)} has no such leading part ({error})."
+            rule = f"This quantized weight of {tuple(weight.shape)} has no such leading part ({error})."
             remedy = "Use int8 weights, or groups that divide every size, or load the model at this budget."
-            raise invalid("flextron_budget", size, rule, remedy) from error
-        return weight, bias if bias is None else bias[:out_features]
+            raise invalid("flextron_budget", (rows, in_features), rule, remedy) from error
+        return weight, bias if bias is None else corner(bias, rows)
 
     def block(
         self, input: torch.Tensor, rows: slice, columns: slice, total: torch.Tensor | None = None
@@ -111,8 +127,10 @@ class ElasticRMSNorm(nn.Module):
             mean_square = (states * gate).square().sum(-1, keepdim=True) / gate.sum()
             result = self.weight[:size] * (states * (mean_square + self.eps).rsqrt())
             return (result * gate).to(hidden_states.dtype)
-        normalised = F.rms_norm(hidden_states.float(), (size,), eps=self.eps)
-        return entries(self.weight, size) * normalised.to(hidden_states.dtype)
+        weight, dtype = entries(parameter(self, "weight"), size), hidden_states.dtype
+        if dtype == weight.dtype == torch.float32:  # the same in one step
+            return F.rms_norm(hidden_states, (size,), weight, self.eps)
+        return weight * F.rms_norm(hidden_states.float(), (size,), eps=self.eps).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -130,7 +148,8 @@ class ElasticLayerNorm(nn.LayerNorm):
             variance = (centred.square() * gate).sum(-1, keepdim=True) / count
             result = self.weight[:size] * (centred * (variance + self.eps).rsqrt()) + self.bias[:size]
             return (result * gate).to(input.dtype)
-        return F.layer_norm(input, (size,), entries(self.weight, size), entries(self.bias, size), self.eps)
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        return F.layer_norm(input, (size,), entries(weight, size), entries(bias, size), self.eps)
 
 
 def project(layer: Any, input: torch.Tensor, size: int | None) -> torch.Tensor:

@@ -54,7 +54,10 @@ Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while
 
 
 class FlextronRotaryEmbedding(nn.Module):
-    """Cosines and sines `[B, S, E]` of the rotary positions, for every `rope_type` of transformers."""
+    """Cosines and sines `[B, S, E]` of the rotary positions, for every `rope_type` of transformers.
+
+    The sines of the first half are negative, as `rotate` has them.
+    """
 
     inv_freq: torch.Tensor
 
@@ -79,18 +82,20 @@ class FlextronRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the leading channels of `[B, heads, S, E]`, as many as cosines and sines `[B, 1, S, e]` have."""
+    """Rotate the leading channels of `[B, heads, S, E]`, as many as cosines and sines `[B, 1, S, e]` have.
+
+    Channel i turns with channel i + e / 2; the sines of the first half are negative.
+    """
     size = cos.shape[-1]
     if size < states.shape[-1]:
         return torch.cat((rotate(states[..., :size], cos, sin), states[..., size:]), dim=-1)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin
+    return states * cos + states.roll(size // 2, -1) * sin
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -145,7 +150,7 @@ class FlextronAttention(nn.Module):
         heads, self.kv_heads = layer.num_attention_heads, layer.num_key_value_heads
         self.config = config
         self.layer_idx = layer_idx
-        self.kv_heads_at = config.kv_heads
+        self.grouped = config.kv_heads(0) > 0  # as many KV heads at every size
         self.head_dim = config.head_dim
         self.num_key_value_groups = heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
@@ -162,7 +167,7 @@ class FlextronAttention(nn.Module):
 
     def kv_heads_of(self, heads: int | None) -> int:
         """KV heads that so many query heads read; None means all of them."""
-        return self.kv_heads if heads is None else self.kv_heads_at(heads)
+        return self.kv_heads if heads is None or self.grouped else heads
 
     def keys_and_values(
         self,
@@ -241,8 +246,9 @@ class FlextronAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(batch, length, kv_heads, ranks, self.head_dim)
-        attn_output = attn_output.transpose(2, 3).flatten(2)  # back to rank-major [B, S, R G E]
+        if ranks > 1:  # back to rank-major
+            attn_output = attn_output.reshape(batch, length, kv_heads, ranks, self.head_dim).transpose(2, 3)
+        attn_output = attn_output.reshape(batch, length, -1)  # [B, S, R G E]
         if gate is not None:
             attn_output = attn_output * gate
         if observe is not None:
@@ -272,11 +278,11 @@ class FlextronMLP(nn.Module):
         observe: Observer | None = None,
     ) -> torch.Tensor:
         """Map `[B, S, d]` through `mlp` neurons, times `gate`, to `hidden` channels; None means all of them."""
-        neurons = project(self.up_proj, hidden_states, mlp)
-        if self.gate_proj is None:
+        neurons, gate_proj = project(self.up_proj, hidden_states, mlp), self.gate_proj
+        if gate_proj is None:
             neurons = self.act_fn(neurons)
         else:
-            neurons = self.act_fn(project(self.gate_proj, hidden_states, mlp)) * neurons
+            neurons = self.act_fn(project(gate_proj, hidden_states, mlp)) * neurons
         if gate is not None:
             neurons = neurons * gate
         if observe is not None:
@@ -378,6 +384,7 @@ class FlextronPreTrainedModel(SwitchingMixin, LoadingMixin, SavingMixin):
         # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
         self.switchable = quantization_method(self.config) in (None, "torchao")
         self._subnetwork = self.built
+        self._held = self.built  # the last one that was found to be inside: whoever runs another looks again
         self._permutation: Permutation | None = None
         self._last_routing: TokenRouting | None = None
         self._shared = False
@@ -492,8 +499,9 @@ class FlextronModel(FlextronPreTrainedModel):
         if routing is None and is_routed(subnetwork):
             routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, seen, length))
 
+        layers = list(self.layers)
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
-            hidden_states = self.layers[layer](
+            hidden_states = layers[layer](
                 hidden_states,
                 mlp=None if mlp == built.mlp[layer] else mlp,
                 heads=None if heads == built.heads[layer] else heads,

@@ -77,6 +77,8 @@ def runs_divided(model: nn.Module) -> bool:
 class SwitchingMixin(PreTrainedModel):
     """Budgets of a model that was built at `self.built` and holds every sub-network of it."""
 
+    _held: SubNetwork  # the last that was found to be inside
+
     @property
     def subnetwork(self) -> SubNetwork:
         """The sub-network that runs when no budget is passed: of the `at_budget` block around, else the default."""
@@ -110,7 +112,7 @@ class SwitchingMixin(PreTrainedModel):
         """
         if budget is None:
             return self.subnetwork
-        if budget is self.built or budget is self.base_model._subnetwork:
+        if budget is self.built or budget is self._held:
             return budget  # as it was found before: every token of a text asks
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
         subnetwork = budget if held else self._resolver(self.config, budget)
@@ -122,6 +124,7 @@ class SwitchingMixin(PreTrainedModel):
             rule = "Under a tensor-parallel plan each process holds a part of a weight, not what is leading of it."
             remedy = "Load it with `flextron_budget=` and the plan together, which then divides weights of that size."
             raise invalid("flextron_budget", budget, rule, remedy)
+        self._held = subnetwork
         return subnetwork
 
     def set_budget(self, budget: Any) -> None:
