@@ -30,6 +30,7 @@ from .config_checks import (
     full_elastic,
 )
 from .config_files import AUTO_MAP, VERSION, StoredConfig
+from .corrections import Owner, check_corrections, number_of_owner
 from .errors import invalid, require_int
 from .frontier import FrontierRow, held, read_rows
 from .latency import check_tables
@@ -77,6 +78,7 @@ class FlextronConfig(StoredConfig):
             in the order in which depth drops them.
         frontier: Recommended sub-networks, largest first: rows (`frontier.FrontierRow`), or dicts of their JSON form,
             which `validate` turns into rows. `record` writes measured figures, `forget_measurements` erases them.
+        corrections: What rows own beside the shared weights, smallest row first; see `corrections.Owner`.
         parent_non_embedding_parameters: Size that fractional budgets refer to; None for the shape above.
         flextron_budget: Which sub-network to build: a value of the budget grammar, see `budgets.py`.
         flextron_context: Tokens of KV cache that memory budgets reserve; never more than `max_position_embeddings`.
@@ -145,6 +147,7 @@ class FlextronConfig(StoredConfig):
     layer_types: list[str] = None  # type: ignore[assignment]
     elastic: dict = None  # type: ignore[assignment]
     frontier: list[FrontierRow] = None  # type: ignore[assignment]
+    corrections: list | None = None
     parent_non_embedding_parameters: int | None = None
     flextron_budget: Any = None
     flextron_context: int = 4096
@@ -222,6 +225,10 @@ class FlextronConfig(StoredConfig):
         """The sub-network that a budget means; see `budgets.resolve`."""
         return resolve(self, budget)
 
+    def owners(self) -> tuple[Owner, ...]:
+        """The sub-networks with corrections of their own, smallest first."""
+        return tuple(Owner.from_dict(entry, resolve(self, entry["subnetwork"])) for entry in self.corrections or ())
+
     @property
     def transformers_weights(self) -> str | None:
         """The index that transformers loads: in levels that of the first one which has the budget, else its default."""
@@ -294,6 +301,9 @@ class FlextronConfig(StoredConfig):
             }
         if self.token_routing is not None:
             new.token_routing = narrowed_routing(self, new, subnetwork.layers)
+        owners, folded = self.owners(), number_of_owner(self.owners(), subnetwork)
+        beside, inner = (None, owners) if folded is None else (owners[int(folded)], owners[: int(folded)])
+        new.corrections = [owner.within(subnetwork, beside).to_dict() for owner in inner] or None
         if new.built not in held(new.frontier).values():
             others = [row for row in new.frontier if row.name != "built"]
             rows = [new.row("built", new.built), *others]
@@ -334,6 +344,8 @@ class FlextronConfig(StoredConfig):
         if self.parent_non_embedding_parameters is not None:
             require_int("parent_non_embedding_parameters", self.parent_non_embedding_parameters)
         self._check_rows()
+        if self.corrections is not None:
+            check_corrections(self.corrections, lambda sizes: len(resolve(self, sizes).layers))
         if self.levels is not None:
             check_levels(self, self.levels)
         self.flextron_budget = plain_budget(self.flextron_budget)

@@ -13,10 +13,11 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
+from .corrections import folded, number_of_owner, owned_names
 from .errors import invalid
-from .families import axes, by_stock_name, family_of, layer_of, stock_name, to_stock
+from .families import axes, by_stock_name, family_of, is_shared, layer_of, stock_name, to_stock
 from .permutation import Permutation
-from .subnetwork import SubNetwork, count_parameters, uniform_subnetworks
+from .subnetwork import SubNetwork, axis_sizes, count_parameters, uniform_subnetworks
 from .token_routing import is_routed
 
 logger = logging.get_logger(__name__)
@@ -171,19 +172,26 @@ def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator
     config, family = model.config, family_of(model.config.base_model_type)
     position: dict[int | None, int] = {layer: i for i, layer in enumerate(subnetwork.layers)}
     device = _device(model)
-    names = [name for name in model.state_dict() if layer_of(name) in (None, *position) and ".router." not in name]
+    names = [name for name in model.state_dict() if layer_of(name) in (None, *position) and is_shared(name)]
     if config.tie_word_embeddings:
         names.remove("lm_head.weight")
 
     state = model.state_dict()
+
+    def read(name: str) -> torch.Tensor:
+        return (load_offloaded_parameter(model, name) if state[name].is_meta else state[name]).to(device)
+
+    owner = number_of_owner(model.base_model.owners, subnetwork)
     order = (model.permutation or Permutation.unsorted(config)).narrowed(subnetwork)
     groups = config.kv_heads(1)  # of heads that lie together; 1 where every head has a KV head of its own
     for group in by_stock_name(family, names).values():
         at = position.get(layer_of(group[0]), 0)
-        used, size = _axis_sizes(config, subnetwork, at), _axis_sizes(config, target, at)
+        used, size = axis_sizes(config, subnetwork, at), axis_sizes(config, target, at)
         parts = []
         for name in group:
-            tensor = (load_offloaded_parameter(model, name) if state[name].is_meta else state[name]).to(device)
+            tensor = read(name)
+            if owner is not None and (own := [part for part in owned_names(name, owner) if part in state]):
+                tensor = read(own[0]) if len(own) == 1 else folded(tensor, *map(read, own))
             tensor = order.to_parent(tensor, axes(name), at)
             for dim, axis in enumerate(axes(name)):
                 if axis in used:
@@ -195,17 +203,6 @@ def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator
 
 def _device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device  # meta: all of it is on disk
-
-
-def _axis_sizes(config, subnetwork: SubNetwork, at: int) -> dict[str, int]:
-    """Length of each axis in the kept layer number `at`."""
-    heads = subnetwork.heads[at]
-    return {
-        "hidden": subnetwork.hidden,
-        "mlp": subnetwork.mlp[at],
-        "heads": heads * config.head_dim,
-        "kv_heads": config.kv_heads(heads) * config.head_dim,
-    }
 
 
 def _zeros_behind(tensor: torch.Tensor, dim: int, count: int, groups: int) -> torch.Tensor:

@@ -158,6 +158,8 @@ _AXES = {
     "k_proj": ("kv_heads", "hidden"),
     "v_proj": ("kv_heads", "hidden"),
     "o_proj": ("hidden", "heads"),
+    "o_correction": ("hidden", "heads"),
+    "down_correction": ("hidden", "mlp"),
     "q_norm": ("head_dim",),
     "k_norm": ("head_dim",),
     "gate_proj": ("mlp", "hidden"),
@@ -177,7 +179,15 @@ _FUSED = ("q_proj", "k_proj", "v_proj")
 def axes(name: str) -> tuple[str, ...]:
     """What each dimension of one of our tensors counts: an axis of `ELASTIC`, or what never shrinks."""
     *_, module, kind = name.split(".")
-    return _AXES[module][:1] if kind == "bias" else _AXES[module]
+    output, *inputs = _AXES[module]
+    if kind in ("up", "down"):  # of `corrections.LowRankCorrection`
+        return (output, "rank") if kind == "up" else ("rank", *inputs)
+    return (output,) if kind == "bias" else (output, *inputs)
+
+
+def is_shared(name: str) -> bool:
+    """Whether the parent has the tensor of this name too: it is neither of a router nor of a correction."""
+    return not {"router", "corrections"} & {*name.split(".")}
 
 
 def layer_of(name: str) -> int | None:

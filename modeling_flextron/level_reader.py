@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .corrections import folded, owned_names, owner_number
 from .errors import invalid
 from .families import ELASTIC, axes
 from .level_blocks import AGAIN, DTYPES, Box, index_name, overlap, parse_block, volume
@@ -73,7 +75,25 @@ class StoredTensor:
         return whole if index is ... else whole[index].clone(memory_format=torch.contiguous_format)
 
 
-def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None = None) -> dict[str, StoredTensor]:
+class LazyTensor:
+    """A tensor that is computed when it is indexed, with the methods of a safetensors slice."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, read: Callable[[], torch.Tensor]):
+        self.shape, self.dtype, self.read = shape, dtype, read
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: EllipsisType | slice | int | tuple) -> torch.Tensor:
+        return self.read()[index]
+
+
+def stored_tensors(
+    model: Any, files: list[str], metadata: dict[str, Any] | None = None
+) -> dict[str, StoredTensor | LazyTensor]:
     """The stored tensors that a model needs, each cut to the model's size, under the model's layer numbers.
 
     Args:
@@ -113,9 +133,11 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
     if index is not None and total != index["total_size"]:
         rule = f"Its blocks have {total:,} bytes, and it says {index['total_size']}."
         raise invalid("index", index["checkpoint"], rule, AGAIN)
-    found = {}
+    found: dict[str, StoredTensor | LazyTensor] = {}
+    if model.folded is not None:
+        found = _corrected_tensors(model, blocks, dtypes, shapes)
     for name, parts in blocks.items():
-        whole = tuple(max(part.box[dim][1] for part in parts) for dim in range(len(parts[0].box)))
+        whole = _whole(parts)
         aliases = (name, name.removeprefix(prefix), prefix + name)
         ours = next((alias for alias in aliases if alias in shapes), None)
         # What does not fit stays as it is: transformers then says which tensor that is. Only a budget takes parts.
@@ -124,14 +146,68 @@ def stored_tensors(model: Any, files: list[str], metadata: dict[str, Any] | None
         if index is not None and ours is not None and not fits:
             rule = f"The files hold {whole} of it, and this model needs {shapes[ours]}."
             raise invalid("tensor", name, rule, AGAIN)
-        found[name] = StoredTensor(parts, shapes[ours] if fits and ours is not None else whole, dtypes[name])
-        _check_tiles(name, found[name])
+        tensor = StoredTensor(parts, shapes[ours] if fits and ours is not None else whole, dtypes[name])
+        _check_tiles(name, tensor)
+        found[name] = tensor
     if index is not None:
         held = {name.removeprefix(prefix) for name in found}
         decoder = [name for name in stored_state(model) if model.base_model is model or name.startswith(prefix)]
         if lacking := [name for name in decoder if name.removeprefix(prefix) not in held]:
             raise invalid("index", index["checkpoint"], f"It does not name the tensor {lacking[0]!r}.", AGAIN)
     return found
+
+
+def _whole(parts: list[Block]) -> tuple[int, ...]:
+    """Shape of the tensor that blocks make."""
+    return tuple(max(part.box[dim][1] for part in parts) for dim in range(len(parts[0].box)))
+
+
+def _corrected_tensors(
+    model: Any, blocks: dict[str, list[Block]], dtypes: dict[str, str], shapes: dict[str, tuple[int, ...]]
+) -> dict[str, StoredTensor | LazyTensor]:
+    """What is not stored as a model has it that was loaded at a size with corrections: they are folded in.
+
+    Args:
+        blocks: Name -> blocks of what is stored; what these tensors are made of is taken out.
+    """
+    prefix, own = model.base_model_prefix + ".", model.folded
+    found: dict[str, StoredTensor | LazyTensor] = {}
+
+    def stored(name: str, *sizes: int | None) -> StoredTensor:
+        shape = tuple(had if size is None else size for size, had in zip(sizes, _whole(blocks[name]), strict=True))
+        tensor = StoredTensor(blocks[name], shape, dtypes[name])
+        _check_tiles(name, tensor)
+        return tensor
+
+    for ours, shape in shapes.items():
+        name = next((alias for alias in (ours, ours.removeprefix(prefix), prefix + ours) if alias in blocks), ours)
+        number, kind = owner_number(name), name.rpartition(".")[2]
+        if number is None and (names := [part for part in owned_names(name, own) if part in blocks]):
+            if len(names) == 1:
+                found[name] = stored(names[0], *shape)
+            else:
+                up, down = stored(names[0], shape[0], None), stored(names[1], None, shape[1])
+                found[name] = LazyTensor(shape, dtypes[name], partial(_read_folded, stored(name, *shape), up, down))
+        elif number is not None and kind in ("up", "down"):
+            beside = name.replace(f".corrections.{number}.", f".corrections.{own}.")
+            if beside in blocks:
+                sizes = (shape[0], None) if kind == "up" else (None, shape[1])
+                parts = tuple(stored(part, *sizes) for part in (name, beside) if part in blocks)
+                found[name] = LazyTensor(shape, dtypes[beside], partial(_read_joined, parts, kind))
+    for name in list(blocks):
+        if name in found or ((number := owner_number(name)) is not None and int(number) >= int(own)):
+            del blocks[name]
+    return found
+
+
+def _read_folded(weight: StoredTensor, up: StoredTensor, down: StoredTensor) -> torch.Tensor:
+    return folded(weight[...], up[...], down[...])
+
+
+def _read_joined(parts: tuple[StoredTensor, ...], kind: str) -> torch.Tensor:
+    """What a smaller owner corrects beside what is folded in, which it takes back."""
+    *mine, beside = (part[...] for part in parts)
+    return torch.cat((*mine, -beside), 1) if kind == "up" else torch.cat((*mine, beside), 0)
 
 
 def _check_files(config: Any, files: list[str], index: dict[str, Any]) -> dict[str, set[str]]:

@@ -13,11 +13,12 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils.hub import convert_file_size_to_int
 from transformers.utils.logging import tqdm
 
-from .families import layer_of
+from .corrections import number_of_owner, owner_number
+from .families import axes, layer_of
 from .frontier import held
 from .level_blocks import DTYPES, Box, block_name, blocks_of, index_name, inside, volume
 from .level_reader import empty_model, stored_state
-from .subnetwork import SubNetwork
+from .subnetwork import SubNetwork, axis_sizes
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # of torch -> of safetensors
 
@@ -58,10 +59,22 @@ def _shapes_at(model: Any, subnetwork: SubNetwork) -> dict[str, tuple[int, ...]]
     config.flextron_budget = subnetwork.to_dict()
     shapes = {}
     for name, tensor in stored_state(empty_model(type(model), config)).items():
+        if owner_number(name) is not None:
+            continue
         layer = layer_of(name)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{subnetwork.layers[layer]}.", 1)
         shapes[name] = tuple(tensor.shape)
+    owner = number_of_owner(model.base_model.owners, subnetwork)
+    for name, tensor in model.state_dict().items():
+        number = owner_number(name)
+        if number is None or (owner is not None and int(number) > int(owner)):
+            continue
+        if (layer := layer_of(name)) in (None, *subnetwork.layers):
+            sizes = axis_sizes(model.config, subnetwork, 0 if layer is None else subnetwork.layers.index(layer))
+            shapes[name] = tuple(
+                min(size, sizes.get(axis, size)) for size, axis in zip(tensor.shape, axes(name), strict=True)
+            )
     return shapes
 
 

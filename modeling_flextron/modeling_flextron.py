@@ -11,7 +11,7 @@ Loading at a budget builds the small shape at once and reads only the leading pa
 (`level_reader.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from .adapters import check_layers, name_default_targets, refuse_adapters
 from .budgets import Resolver, resolve
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
 from .configuration_flextron import FlextronConfig
+from .corrections import NORMS, LayerCorrections, LowRankCorrection, Owner, number_of_owner
 from .drafting import Drafts
 from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
 from .errors import invalid
@@ -110,9 +111,24 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-def norm(config: FlextronConfig) -> nn.Module:
-    """The kind of norm that a model has between its layers."""
-    return {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type](config.hidden_size, config.norm_eps)
+def norm(config: FlextronConfig, size: int | None = None) -> nn.Module:
+    """The kind of norm that a model has between its layers, over `size` channels; None for all of them."""
+    kind = {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type]
+    return kind(config.hidden_size if size is None else size, config.norm_eps)
+
+
+def layer_corrections(config: FlextronConfig, owner: Owner, layer: int) -> LayerCorrections:
+    """What an owner has in a layer that it keeps."""
+    subnetwork = owner.subnetwork
+    at, hidden = subnetwork.layers.index(layer), subnetwork.hidden
+    inputs = {"o_proj": subnetwork.heads[at] * config.head_dim, "down_proj": subnetwork.mlp[at]}
+    return LayerCorrections(
+        {name: norm(config, hidden) for name in NORMS},
+        {
+            name: LowRankCorrection(size, hidden, rank) if (rank := owner.ranks[name][at]) else None
+            for name, size in inputs.items()
+        },
+    )
 
 
 def token_router(config: FlextronConfig) -> TokenRouter | None:
@@ -208,6 +224,7 @@ class FlextronAttention(nn.Module):
         hidden: int | None = None,
         keys_and_values: tuple[torch.Tensor, torch.Tensor] | None = None,
         gate: torch.Tensor | None = None,
+        correction: LowRankCorrection | None = None,
         observe: Observer | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -216,6 +233,7 @@ class FlextronAttention(nn.Module):
         Args:
             keys_and_values: What to read instead of the keys and values of `hidden_states`.
             gate: Factors `[..., H E]` of what the heads read.
+            correction: Of the output projection.
         """
         # vLLM looks for the call of the attention interface in the source of this very method.
         if keys_and_values is None:
@@ -253,7 +271,8 @@ class FlextronAttention(nn.Module):
             attn_output = attn_output * gate
         if observe is not None:
             observe("heads", self.layer_idx, attn_output)
-        return project(self.o_proj, attn_output, hidden), attn_weights
+        output = project(self.o_proj, attn_output, hidden)
+        return output if correction is None else correction(attn_output, output), attn_weights
 
 
 class FlextronMLP(nn.Module):
@@ -275,9 +294,13 @@ class FlextronMLP(nn.Module):
         mlp: int | None = None,
         hidden: int | None = None,
         gate: torch.Tensor | None = None,
+        correction: LowRankCorrection | None = None,
         observe: Observer | None = None,
     ) -> torch.Tensor:
-        """Map `[B, S, d]` through `mlp` neurons, times `gate`, to `hidden` channels; None means all of them."""
+        """Map `[B, S, d]` through `mlp` neurons, times `gate`, to `hidden` channels; None means all of them.
+
+        `correction` is of the down projection.
+        """
         neurons, gate_proj = project(self.up_proj, hidden_states, mlp), self.gate_proj
         if gate_proj is None:
             neurons = self.act_fn(neurons)
@@ -287,7 +310,8 @@ class FlextronMLP(nn.Module):
             neurons = neurons * gate
         if observe is not None:
             observe("mlp", self.layer_idx, neurons)
-        return project(self.down_proj, neurons, hidden)
+        output = project(self.down_proj, neurons, hidden)
+        return output if correction is None else correction(neurons, output)
 
     def increment(
         self,
@@ -317,6 +341,7 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         self.mlp = FlextronMLP(config, layer_idx, linear)
         self.input_layernorm = norm(config)
         self.post_attention_layernorm = norm(config)
+        self.corrections = nn.ModuleDict()  # place of an owner -> what it has here
         self.parallel_residual = config.parallel_residual
         self.residual_dropout = config.residual_dropout
 
@@ -326,18 +351,28 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         mlp: int | None = None,
         hidden: int | None = None,
         routing: Routing | None = None,
+        owner: str | None = None,
         observe: Observer | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Run the layer with `mlp` neurons and `hidden` channels; the rest goes to the attention."""
+        """Run the layer with `mlp` neurons and `hidden` channels; the rest goes to the attention.
+
+        Args:
+            owner: Whose corrections it runs with.
+        """
         if routing is not None:
             return self._route(routing, hidden_states, mlp, hidden, **kwargs)
-        attn_input = self.input_layernorm(hidden_states)
-        attn_output, _ = self.self_attn(attn_input, hidden=hidden, observe=observe, **kwargs)
+        norms: Any = self
+        of_attention = of_mlp = None
+        if owner is not None:
+            norms = self.corrections[owner]
+            of_attention, of_mlp = norms.o_correction, norms.down_correction
+        attn_input = norms.input_layernorm(hidden_states)
+        attn_output, _ = self.self_attn(attn_input, hidden=hidden, correction=of_attention, observe=observe, **kwargs)
         residual = hidden_states + self.drop(attn_output)
 
-        mlp_input = self.post_attention_layernorm(hidden_states if self.parallel_residual else residual)
-        output = residual + self.drop(self.mlp(mlp_input, mlp, hidden, observe=observe))
+        mlp_input = norms.post_attention_layernorm(hidden_states if self.parallel_residual else residual)
+        output = residual + self.drop(self.mlp(mlp_input, mlp, hidden, correction=of_mlp, observe=observe))
         if observe is not None:
             observe("layer", self.layer_idx, hidden_states, output)
             observe("hidden", self.layer_idx, attn_input, mlp_input)
@@ -379,6 +414,8 @@ class FlextronPreTrainedModel(SwitchingMixin, LoadingMixin, SavingMixin):
         super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
         name_default_targets()
         self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
+        # Whose corrections are in the weights then; those of what is not stored smaller are beside them.
+        self.folded = None if self.stored is None else number_of_owner(config.owners(), stored)
         self.stored_depth = config.num_hidden_layers
         self.built, self._resolver = resolve(self.config, None), Resolver()
         # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
@@ -401,6 +438,9 @@ class FlextronPreTrainedModel(SwitchingMixin, LoadingMixin, SavingMixin):
         if isinstance(module, TokenRouter):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        if isinstance(module, LowRankCorrection):
+            init.zeros_(module.up)
+            init.normal_(module.down, std=module.down.shape[1] ** -0.5)
 
 
 class FlextronModel(FlextronPreTrainedModel):
@@ -416,6 +456,7 @@ class FlextronModel(FlextronPreTrainedModel):
         self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FlextronDecoderLayer(config, i, linear) for i in range(config.num_hidden_layers))
         self.norm = norm(config)
+        self.set_owners(config.owners())
         learned = config.learned_positions
         self.embed_positions = ElasticEmbedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.rotary_emb = None if learned else FlextronRotaryEmbedding(config)
@@ -424,6 +465,17 @@ class FlextronModel(FlextronPreTrainedModel):
         self.post_init()
         if not config.gated_mlp:
             self._tp_plan.pop("layers.*.mlp.gate_proj", None)
+
+    def set_owners(self, owners: Sequence[Owner]) -> None:
+        """Let these have corrections of their own, which change nothing yet, instead of those that had."""
+        self.owners = tuple(owners)
+        held = {str(number): owner for number, owner in enumerate(self.owners)}
+        for place, layer in enumerate(self.layers):
+            kept = {number: owner for number, owner in held.items() if place in owner.subnetwork.layers}
+            own = {number: layer_corrections(self.config, owner, place) for number, owner in kept.items()}
+            layer.corrections = nn.ModuleDict(own)
+        lasts = {number: norm(self.config, owner.subnetwork.hidden) for number, owner in held.items()}
+        self.corrections = nn.ModuleDict({number: nn.ModuleDict({"norm": last}) for number, last in lasts.items()})
 
     @merge_with_config_defaults
     @capture_outputs
@@ -498,6 +550,7 @@ class FlextronModel(FlextronPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         if routing is None and is_routed(subnetwork):
             routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, seen, length))
+        owner = number_of_owner(self.owners, subnetwork) if routing is None else None
 
         layers = list(self.layers)
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
@@ -507,6 +560,7 @@ class FlextronModel(FlextronPreTrainedModel):
                 heads=None if heads == built.heads[layer] else heads,
                 hidden=hidden,
                 routing=routing,
+                owner=owner,
                 attention_mask=masks[kinds[layer]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids if places is None else places,
@@ -518,7 +572,9 @@ class FlextronModel(FlextronPreTrainedModel):
             fill_skipped(past_key_values, subnetwork.layers)
         if isinstance(routing, TokenRouting):
             self._last_routing = routing  # now that it is complete: others may be looking
-        hidden_states = self.norm(hidden_states) if routing is None else routing.norm(self.norm, hidden_states)
+        ends: Any = self if owner is None else self.corrections[owner]
+        last = ends.norm
+        hidden_states = last(hidden_states) if routing is None else routing.norm(last, hidden_states)
         return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
 
 

@@ -17,7 +17,7 @@ from .static_router import narrowed_router
 from .subnetwork import AXES, Shape, SubNetwork
 
 logger = logging.get_logger(__name__)
-MADE_FOR_CHOICES = ("frontier", "static_router", "token_routing")
+MADE_FOR_CHOICES = ("frontier", "corrections", "static_router", "token_routing")
 
 
 def nothing_made(levels: Any) -> dict[str, Any]:

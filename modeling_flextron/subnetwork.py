@@ -57,6 +57,16 @@ class SubNetwork:
         at = {layer: i for i, layer in enumerate(outer.layers)}
         return SubNetwork(self.hidden, tuple(at[layer] for layer in self.layers), self.mlp, self.heads)
 
+    def intersection(self, other: "SubNetwork") -> "SubNetwork":
+        """The largest network that both contain, with its layers counted as in both."""
+        mine, theirs = (
+            {layer: sizes for layer, *sizes in zip(network.layers, network.mlp, network.heads, strict=True)}
+            for network in (self, other)
+        )
+        layers = tuple(layer for layer in self.layers if layer in theirs)
+        mlp, heads = (tuple(min(mine[layer][i], theirs[layer][i]) for layer in layers) for i in (0, 1))
+        return SubNetwork(min(self.hidden, other.hidden), layers, mlp, heads)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form: one number where all kept layers agree, a list where they differ."""
         return {
@@ -107,6 +117,17 @@ class Shape(Protocol):
 
     def parent_size(self) -> int:
         """Non-embedding parameters of the parent."""
+
+
+def axis_sizes(shape: Shape, subnetwork: SubNetwork, at: int) -> dict[str, int]:
+    """Length of each axis of `families.ELASTIC` in the kept layer number `at`."""
+    heads = subnetwork.heads[at]
+    return {
+        "hidden": subnetwork.hidden,
+        "mlp": subnetwork.mlp[at],
+        "heads": heads * shape.head_dim,
+        "kv_heads": shape.kv_heads(heads) * shape.head_dim,
+    }
 
 
 def uniform_subnetworks(shape: Shape) -> list[SubNetwork]:

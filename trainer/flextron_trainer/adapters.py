@@ -15,7 +15,7 @@ from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronPreTr
 from modeling_flextron.adapters import PART, WHOLE, in_our_order, mark, part_dims
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import axes, family_of, from_stock, layer_of, stock_name
+from modeling_flextron.families import axes, family_of, from_stock, is_shared, layer_of, stock_name
 from modeling_flextron.permutation import read_permutation
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -104,7 +104,7 @@ def _modules(model: Any) -> dict[str, list[str]]:
     modules: dict[str, list[str]] = {"score": ["score"]}  # of a classifier, which the tables leave out
     for name in model.state_dict():
         ours, _, kind = name.rpartition(".")
-        if kind != "weight" or ".router." in name or ours == "score" or layer_of(name) not in (None, 0):
+        if kind != "weight" or not is_shared(name) or ours == "score" or layer_of(name) not in (None, 0):
             continue
         for layer in range(model.permutation.sizes["layers"]) if layer_of(name) == 0 else (None,):
             held = modules.setdefault(stock_name(family, name, layer).removesuffix(".weight"), [])

@@ -1,0 +1,162 @@
+"""What a row of the frontier owns beside the weights that all sizes share: corrections of its projections, and norms.
+
+A slice of a projection is not the best small matrix: what the missing inputs did can in part be done by those that are
+left. The difference to the best one, in a metric of what these inputs are like, has a quickly falling spectrum, so a
+product of two thin matrices holds most of it: `(W[:, :k] + U V) h[:k]`. A row that has such corrections is their
+`Owner`; the full network has none.
+
+A sub-network runs with the corrections of the first owner that contains it (owners are listed smallest first), cut to
+its size like any weight. So an owner is the full network of a family of its own, and what is loaded, extracted or
+exported at a size has them folded in: it is an ordinary dense network. Owners inside of a loaded size then get what
+they have more than that size, so that every size is the same function however it was loaded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import invalid
+from .subnetwork import SubNetwork
+
+# And their corrections, whose names no pattern of PEFT for the projections matches.
+PROJECTIONS = {"o_proj": "o_correction", "down_proj": "down_correction"}
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A sub-network with corrections of its own.
+
+    Args:
+        name: Of the row.
+        subnetwork: Its sizes.
+        ranks: Projection -> rank of its correction in each kept layer; 0 for none.
+    """
+
+    name: str
+    subnetwork: SubNetwork
+    ranks: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any], subnetwork: SubNetwork) -> "Owner":
+        """Read the form in `config.json`, with the sub-network that it names."""
+        return cls(entry["name"], subnetwork, {name: tuple(entry[name]) for name in PROJECTIONS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form in `config.json`."""
+        return {
+            "name": self.name,
+            "subnetwork": self.subnetwork.to_dict(),
+            **{projection: list(ranks) for projection, ranks in self.ranks.items()},
+        }
+
+    def within(self, outer: SubNetwork, beside: "Owner | None") -> "Owner":
+        """This owner as a model that holds only `outer` has it, with the corrections of `beside` folded in."""
+        common = self.subnetwork.intersection(outer)
+        ranks = {}
+        for projection, own in self.ranks.items():
+            at = dict(zip(self.subnetwork.layers, own, strict=True))
+            more = {} if beside is None else dict(zip(beside.subnetwork.layers, beside.ranks[projection], strict=True))
+            ranks[projection] = tuple(at[layer] + more.get(layer, 0) for layer in common.layers)
+        return Owner(self.name, common.within(outer), ranks)
+
+
+def number_of_owner(owners: Sequence[Owner], subnetwork: SubNetwork) -> str | None:
+    """The owner whose corrections a sub-network runs with, by its place; None for the shared weights alone."""
+    return next((str(number) for number, owner in enumerate(owners) if owner.subnetwork.contains(subnetwork)), None)
+
+
+def owner_number(name: str) -> str | None:
+    """The place of the owner whose tensor has this name; None for a shared tensor."""
+    _, _, owned = name.partition("corrections.")
+    return owned.partition(".")[0] or None
+
+
+def owned_names(name: str, number: str) -> list[str]:
+    """The tensors of an owner that take the place of a shared norm, or that correct a shared projection.
+
+    Args:
+        name: Of a shared tensor.
+        number: Place of the owner.
+
+    Returns:
+        The name of its own norm; those of the matrices U and V; or nothing, where a tensor is as it is for all.
+    """
+    *place, module, kind = name.split(".")
+    if module in (*NORMS, "norm"):
+        return [".".join((*place, "corrections", number, module, kind))]
+    if module in PROJECTIONS and kind == "weight":
+        return [".".join((*place[:-1], "corrections", number, PROJECTIONS[module], part)) for part in ("up", "down")]
+    return []
+
+
+def folded(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The leading part of a weight that a correction is for, `[up rows, down columns]`, with the correction in it."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    leading = weight[: up.shape[0], : down.shape[1]].to(wide)
+    return torch.addmm(leading, up.to(wide), down.to(wide)).to(weight.dtype)
+
+
+def check_corrections(entries: Any, layers: Callable[[Any], int]) -> None:
+    """Refuse what is no list of owners.
+
+    Args:
+        entries: The `corrections` of a config.
+        layers: Sizes of an owner -> how many layers it keeps; refuses sizes that the model does not have.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    names = ("name", "subnetwork", *PROJECTIONS)
+    remedy = "Leave them as `convert` wrote them, or pass None for none."
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and set(entry) == {*names} for entry in entries
+    ):
+        raise invalid("corrections", entries, f"It is a list of dicts with {', '.join(names)}.", remedy)
+    for number, entry in enumerate(entries):
+        at = f"corrections[{number}]"
+        if not isinstance(entry["name"], str) or not isinstance(entry["subnetwork"], dict):
+            raise invalid(at, entry, "It has the name of a row and its sizes.", remedy)
+        depth = layers(entry["subnetwork"])
+        for projection in PROJECTIONS:
+            ranks = entry[projection]
+            if not isinstance(ranks, list) or len(ranks) != depth or any(type(r) is not int or r < 0 for r in ranks):
+                rule = f"It is the rank in each of the {depth} kept layers, 0 for none."
+                raise invalid(f"{at}[{projection!r}]", ranks, rule, remedy)
+
+
+class LowRankCorrection(nn.Module):
+    """`U V` beside a projection, on leading channels; nothing at first, as U is zero.
+
+    Attributes:
+        down: V, `[rank, in_features]`.
+        up: U, `[out_features, rank]`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, in_features) / in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(out_features, rank))
+
+    def forward(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add to `output` `[..., o]` of the projection what is corrected for its `input` `[..., i]`."""
+        down: torch.Tensor = self.down
+        up: torch.Tensor = self.up
+        if input.shape[-1] != down.shape[1]:  # a view costs microseconds at batch 1
+            down = down[:, : input.shape[-1]]
+        if output.shape[-1] != up.shape[0]:
+            up = up[: output.shape[-1]]
+        return F.linear(F.linear(input, down), up).add_(output)
+
+
+class LayerCorrections(nn.Module):
+    """What an owner has in one layer: a correction of each projection, or None, and norms."""
+
+    def __init__(self, norms: Mapping[str, nn.Module], projections: Mapping[str, LowRankCorrection | None]):
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = (norms[name] for name in NORMS)
+        self.o_correction, self.down_correction = (projections[name] for name in PROJECTIONS)

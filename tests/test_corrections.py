@@ -1,0 +1,164 @@
+"""Corrections of a row's own: every size is one function, however it is run, loaded, extracted or exported."""
+
+import copy
+
+import pytest
+import torch
+from helpers import all_sizes, difference, elastic_of, random_subnetworks
+from training import trainer, with_adapter
+
+from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron.corrections import Owner, number_of_owner
+from modeling_flextron.families import is_shared
+
+IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def corrected(variant: str, **changes):
+    """An elastic model, all rows of which but the full one have random corrections."""
+    model = elastic_of(variant, **changes)
+    owners = []
+    for row in reversed(model.frontier[1:]):
+        subnetwork = model.resolve_budget(row["subnetwork"])
+        ranks = [(i + len(owners)) % 4 for i in range(len(subnetwork.layers))]
+        owners.append(Owner(row["name"], subnetwork, {"o_proj": tuple(ranks), "down_proj": tuple(ranks[::-1])}))
+    model.config.corrections = [owner.to_dict() for owner in owners]
+    model.model.set_owners(model.config.owners())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not is_shared(name):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model(variant):
+    return corrected(variant)
+
+
+@torch.no_grad()
+def logits(model, budget=None):
+    return model(IDS, flextron_budget=budget).logits
+
+
+@pytest.fixture(scope="module")
+def one():
+    """Of one family."""
+    return corrected("gqa-wide-heads")
+
+
+def own_parameters(model):
+    return {name: parameter for name, parameter in model.named_parameters() if not is_shared(name)}
+
+
+def test_the_full_network_has_none(model, variant):
+    plain = elastic_of(variant)
+    assert torch.equal(logits(model), logits(plain))
+    for row in model.frontier[1:]:
+        assert difference(logits(model, row["name"]), logits(plain, row["name"])) > 1e-3
+
+
+def test_a_size_is_one_function_however_it_is_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path / "plain")
+    model.export(tmp_path / "levels")
+    for folder in ("plain", "levels"):
+        for size in all_sizes(model, 3):
+            small = FlextronForCausalLM.from_pretrained(tmp_path / folder, flextron_budget=size)
+            assert small.built.to_dict() | {"layers": 0} == size.to_dict() | {"layers": 0}
+            assert difference(logits(small), logits(model, size)) < 1e-5
+            for inner in random_subnetworks(small, 2):
+                outer = type(inner)(inner.hidden, tuple(size.layers[i] for i in inner.layers), inner.mlp, inner.heads)
+                assert difference(logits(small, inner), logits(model, outer)) < 1e-5
+            for name in (row["name"] for row in small.frontier):
+                assert difference(logits(small, name), logits(model, size if name == "built" else name)) < 1e-5
+
+
+def test_what_was_loaded_small_is_saved_and_loaded_again(model, tmp_path):
+    model.save_pretrained(tmp_path / "all")
+    small = FlextronForCausalLM.from_pretrained(tmp_path / "all", flextron_budget="0.6")
+    small.export(tmp_path / "small")
+    for name in ("0.6", "0.35", "0.15"):
+        again = FlextronForCausalLM.from_pretrained(tmp_path / "small", flextron_budget=name)
+        assert difference(logits(again), logits(model, name)) < 1e-5
+
+
+def test_extracted(model, variant):
+    for row in model.frontier:
+        size = model.resolve_budget(row["name"])
+        stock = model.extract(size, pad=True)
+        with torch.no_grad():
+            assert difference(stock(IDS).logits, logits(model, size)) < 1e-5
+
+
+def test_generation_with_a_cache_is_that_without(one):
+    for row in one.frontier:
+        settings = {"flextron_budget": row["name"], "max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(one.generate(IDS, **settings), one.generate(IDS, use_cache=False, **settings))
+
+
+def test_a_row_trains_what_it_owns(one, tmp_path):
+    model = copy.deepcopy(one)
+    before = {name: parameter.clone() for name, parameter in own_parameters(model).items()}
+    model(IDS, labels=IDS, flextron_budget="0.35").loss.backward()
+    number = number_of_owner(model.model.owners, model.resolve_budget("0.35"))
+    for name, parameter in own_parameters(model).items():
+        assert (parameter.grad is not None and parameter.grad.any()) == (f"corrections.{number}." in name), name
+    model.zero_grad()
+    run = trainer(tmp_path, model=model, save_strategy="steps", save_steps=4)
+    run.train()
+    assert all(difference(parameter, before[name]) > 0 for name, parameter in own_parameters(run.model).items())
+    resumed = trainer(tmp_path, model=copy.deepcopy(one), save_strategy="steps", save_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, parameter in own_parameters(run.model).items():
+        assert difference(parameter, own_parameters(resumed.model)[name]) < 1e-6, name
+    small = FlextronForCausalLM.from_pretrained(tmp_path / "checkpoint-8", flextron_budget="0.35")
+    assert difference(logits(small), logits(run.model, "0.35")) < 1e-5
+
+
+def test_an_adapter_beside_corrections(one, tmp_path):
+    pytest.importorskip("peft")
+    one.save_pretrained(tmp_path / "model")
+    adapted = with_adapter(FlextronForCausalLM.from_pretrained(tmp_path / "model"), init_lora_weights=False)
+    assert not [name for name, _ in adapted.named_parameters() if "lora" in name and "corrections" in name]
+    with torch.no_grad():
+        expected = {row["name"]: adapted(IDS, flextron_budget=row["name"]).logits for row in one.frontier}
+    adapted.save_pretrained(tmp_path / "adapter")
+    for name, logit in expected.items():
+        small = FlextronForCausalLM.from_pretrained(tmp_path / "model", flextron_budget=name)
+        small.load_adapter(tmp_path / "adapter")
+        assert difference(logits(small), logit) < 1e-5
+    merged = adapted.merge_and_unload()
+    assert all(difference(logits(merged, name), logit) < 1e-5 for name, logit in expected.items())
+
+
+def test_compiled(one):
+    torch._dynamo.reset()
+    compiled = torch.compile(one, backend="eager", fullgraph=True)
+    for row in one.frontier[:2]:
+        size = one.resolve_budget(row["name"])
+        with torch.no_grad():
+            assert difference(compiled(IDS, flextron_budget=size).logits, logits(one, size)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"o_proj": [1]}, "rank in each of the"),
+        ({"down_proj": [-1] * 4}, "rank in each of the"),
+        ({"subnetwork": {"mlp": 7}}, "choices on the `mlp` axis"),
+        ({"name": 3}, "name of a row"),
+        ({"more": 3}, "list of dicts"),
+    ],
+)
+def test_other_things_are_no_owners(one, change, message):
+    config = one.config.to_dict()
+    config["corrections"] = [{**config["corrections"][0], **change}]
+    with pytest.raises(ValueError, match=message):
+        FlextronConfig(**config)
+
+
+def test_another_choice_of_sizes_drops_them(one, tmp_path):
+    one.save_pretrained(tmp_path)
+    config = FlextronConfig.from_pretrained(tmp_path, elastic={"mlp": [96, 48]})
+    assert config.corrections is None
