@@ -39,7 +39,7 @@ def test_a_model_given_by_the_user_stays_as_it_is(parent, ids):
     assert all(torch.equal(tensor, before[name]) for name, tensor in parent.state_dict().items())
 
 
-@pytest.mark.parametrize("order", ["importance", "random", "reverse"])
+@pytest.mark.parametrize("order", ["importance", "norms", "variance", "obs", "random", "reverse"])
 @torch.no_grad()
 def test_every_order_keeps_the_function(parent, ids, order):
     expected = parent(ids).logits  # of which the largest are above 1, and rounding is relative
@@ -58,7 +58,7 @@ def test_by_weights_only_when_asked_for(parent, ids):
 def test_scores_sort_every_axis():
     """The stored order is descending in the scores that the finished model itself measures."""
     for variant in ("mha", "gqa-wide-heads"):
-        elastic = elastic_of(variant, sequence_length=24)
+        elastic = elastic_of(variant, sequence_length=24, order="importance")
         scores = measure(elastic, [DATA])
         kv_heads = elastic.config.num_key_value_heads
         assert (scores.mlp.diff(dim=1) <= 1e-4).all()
@@ -109,10 +109,10 @@ def test_heads_are_ranked_inside_their_groups():
 
 def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
     path = tmp_path / "scores" / "importance.safetensors"
-    first = convert(parent, DATA, importance=path, mlp=[1, 0.5], depth=[1, 0.75])
+    first = convert(parent, DATA, importance=path, order="importance", mlp=[1, 0.5], depth=[1, 0.75])
     monkeypatch.setattr("flextron_trainer.conversion.importance.measure", None)  # a second measurement would fail
     monkeypatch.setattr("flextron_trainer.conversion.importance.rank_layers", None)
-    again = convert(parent, DATA, importance=path, mlp=[1, 0.25], depth=[1, 0.75])
+    again = convert(parent, DATA, importance=path, order="importance", mlp=[1, 0.25], depth=[1, 0.75])
     for (name, a), (_, b) in zip(first.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert again.config.choices("mlp") == [96, 24]
@@ -179,8 +179,8 @@ def test_fingerprints_differ():
 )
 def test_kinds_of_calibration_data(data):
     parent = parent_of("mha")
-    expected = convert(parent, DATA, sequence_length=24)
-    found = convert(parent, data, sequence_length=24)
+    expected = convert(parent, DATA, sequence_length=24, order="importance")
+    found = convert(parent, data, sequence_length=24, order="importance")
     assert torch.equal(expected.model.layers[0].mlp.up_proj.weight, found.model.layers[0].mlp.up_proj.weight)
 
 

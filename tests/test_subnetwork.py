@@ -10,7 +10,7 @@ import torch
 from helpers import all_sizes, elastic_of
 from transformers import DynamicCache, StaticCache
 
-from flextron_trainer.router_stage import add_token_routers
+from flextron_trainer.training.router_stage import add_token_routers
 from modeling_flextron import (
     FlextronConfig,
     LatencyTable,

@@ -38,7 +38,13 @@ def convert(
     max_samples: Annotated[int | None, typer.Option(help="Calibration samples: 1024")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 512")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in a forward pass: 8")] = None,
-    order: Annotated[str | None, typer.Option(help="importance; random or reverse are controls.")] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(
+            help="Of neurons and heads: importance, norms, variance or obs; random and reverse are controls."
+            " Default: auto, what loses least."
+        ),
+    ] = None,
     search_evaluations: Annotated[
         int | None,
         typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),

@@ -27,7 +27,7 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.families import stored_heads
 from modeling_flextron.subnetwork import SubNetwork
 
-ORDERS = ("importance", "random", "reverse")
+CONTROLS = ("random", "reverse")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,11 @@ class Importance:
         return cls(**tensors), owner.get("data", "")
 
     def reordered(self, order: str, seed: int) -> "Importance":
-        """The same scores for an ablation: `"random"` draws new ones, `"reverse"` turns every ranking around."""
-        if order == "importance":
+        """The same scores for an ablation: `"random"` draws new ones, `"reverse"` turns every ranking around.
+
+        Any other order leaves them as they are.
+        """
+        if order not in CONTROLS:
             return self
         generator = torch.Generator().manual_seed(seed)
         change: Callable[[torch.Tensor], torch.Tensor] = (

@@ -1,0 +1,226 @@
+"""The algebra of reconstruction, on random numbers and on tiny models of every family."""
+
+import pytest
+import torch
+from helpers import VARIANTS, difference, parent_of
+from safetensors.torch import load_file, save_file
+
+from flextron_trainer import convert
+from flextron_trainer.conversion.convert import _elastic_config, _take
+from flextron_trainer.conversion.importance import measure
+from flextron_trainer.conversion.orders import RANKINGS, best_order, rankings
+from flextron_trainer.conversion.reconstruction import (
+    Corrections,
+    Moments,
+    allocate,
+    corrected,
+    input_moments,
+    least_squares,
+    low_rank,
+    norm_scale,
+    reconstruct,
+    regularised,
+    removal_order,
+    within,
+)
+from modeling_flextron import SubNetwork, count_parameters
+from modeling_flextron.subnetwork import smallest_subnetwork
+
+DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
+D, K = 6, 10
+
+
+@pytest.fixture
+def moments():
+    torch.manual_seed(0)
+    h = torch.randn(400, K, dtype=torch.double) @ torch.randn(K, K, dtype=torch.double) + 1
+    y = h @ torch.randn(K, D, dtype=torch.double) + torch.randn(400, D, dtype=torch.double)
+    found = Moments.zeros(K, D, dtype=torch.double)
+    for part in range(0, 400, 100):
+        found.add(h[part : part + 100], y[part : part + 100])
+    return found, h, y
+
+
+def test_the_row_optimum_is_that_of_a_solver(moments):
+    found, h, y = moments
+    weight = torch.randn(D, K, dtype=torch.double)
+    expected = torch.linalg.lstsq(h, y).solution.T
+    torch.testing.assert_close(weight + least_squares(found, weight, 1e-12), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.error(expected), (y - h @ expected.T).square().sum(1).mean().item())
+    assert least_squares(found, weight, 1e9).abs().max() < 1e-6  # ridge pulls towards no change
+
+
+def test_weights_of_tokens_count_them(moments):
+    found, h, y = moments
+    twice, weighted = Moments.zeros(K, D, dtype=torch.double), Moments.zeros(K, D, dtype=torch.double)
+    for _ in range(2):
+        twice.add(h, y)
+    weighted.add(h, y, torch.full((400,), 2.0))
+    torch.testing.assert_close(twice.inputs, weighted.inputs)
+    torch.testing.assert_close(twice.error(y[:D, :1].expand(D, K)), found.error(y[:D, :1].expand(D, K)))
+
+
+def test_a_bias_is_fitted_by_centred_moments(moments):
+    found, h, y = moments
+    change = least_squares(found.centred(), torch.zeros(D, K), 1e-12)
+    expected = torch.linalg.lstsq(torch.cat((h, torch.ones(400, 1, dtype=torch.double)), 1), y).solution.T
+    torch.testing.assert_close(change, expected[:, :K], rtol=1e-6, atol=1e-6)
+
+
+def test_each_rank_takes_away_its_gain_and_no_other_does_better(moments):
+    found, *_ = moments
+    weight = torch.randn(D, K, dtype=torch.double)
+    change = least_squares(found, weight, 1e-12)
+    up, down, gains = low_rank(change, found.inputs, 1e-12)
+    torch.testing.assert_close(up @ down, change)
+    errors = [found.error(weight + up[:, :r] @ down[:r]) for r in range(D + 1)]
+    for rank in range(D):
+        assert errors[rank] - errors[rank + 1] == pytest.approx(gains[rank].item() / found.tokens, rel=1e-6)
+    root = torch.linalg.cholesky(regularised(found.inputs, 1e-12))
+    singular = torch.linalg.svdvals(change @ root).square()  # Eckart-Young: no change of a rank does better
+    torch.testing.assert_close(gains, singular)
+
+
+def test_ranks_go_where_they_take_away_most_for_their_cost():
+    gains = {"a": torch.tensor([8.0, 4.0, 0.0]), "b": torch.tensor([9.0, 1.0])}
+    assert allocate(gains, {"a": 1, "b": 3}, 4) == {"a": 2, "b": 0}  # 2 are left, and b costs 3
+    assert allocate(gains, {"a": 1, "b": 3}, 5) == {"a": 2, "b": 1}
+    assert allocate(gains, {"a": 1, "b": 3}, 100) == {"a": 2, "b": 2}  # nothing for no gain
+    assert allocate(gains, {"a": 1, "b": 3}, 0) == {"a": 0, "b": 0}
+
+
+def test_norms_are_scaled_to_the_parent():
+    torch.manual_seed(0)
+    reduced, true = torch.randn(50, 4), torch.tensor([2.0, 0.5, 1.0, -1.0])
+    scale = norm_scale((reduced * true * reduced).sum(0), reduced.square().sum(0))
+    torch.testing.assert_close(scale, true)
+    assert norm_scale(torch.zeros(1), torch.zeros(1)) == 1
+
+
+def brute_force(inputs, weight, units):
+    """The same order, every candidate fitted anew at every step."""
+    c, kept, gone = regularised(inputs), list(range(len(units))), []
+
+    def loss(left):
+        columns = units[left].flatten()
+        fitted = weight.double() @ c[:, columns] @ torch.linalg.inv(c[columns][:, columns])
+        rest = torch.zeros_like(weight.double())
+        rest[:, columns] = fitted
+        difference = weight.double() - rest
+        return (difference @ c * difference).sum()
+
+    while len(kept) > 1:
+        worst = min(kept, key=lambda unit: loss([other for other in kept if other != unit]))
+        kept.remove(worst)
+        gone.append(worst)
+    return [*kept, *reversed(gone)]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_units_are_removed_in_the_order_of_least_loss(moments, size):
+    found, *_ = moments
+    weight, units = torch.randn(D, K), torch.randperm(K).view(-1, size)
+    assert removal_order(found.inputs, weight, units).tolist() == brute_force(found.inputs, weight, units)
+    if size == 1:
+        assert sorted(removal_order(found.inputs, weight, units, chunk=3).tolist()) == list(range(K))
+
+
+def unsorted_of(variant):
+    parent = parent_of(variant)
+    choices = {"mlp": [1, 0.5], "heads": [1, 0.5], "hidden": None, "depth": [1, 0.75]}
+    return _take(parent, _elastic_config(parent.config, choices), release=False), parent
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_whole_row_needs_no_correction(variant):
+    """Running halves of layers one by one is running the model, whatever the family."""
+    model, _ = unsorted_of(variant)
+    corrections, gains = reconstruct(model, model.built, [DATA[:4]], norms=True)
+    assert all(up.shape[1] == len(gains[name]) for name, (up, _) in corrections.low_rank.items())
+    for name, (up, down) in corrections.low_rank.items():
+        assert (up @ down).abs().max() < 2e-3, name
+    before = model(DATA[:2]).logits
+    with corrected(model, corrections):
+        assert difference(model(DATA[:2]).logits, before) < 2e-2 * before.abs().max()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("variant", ["gqa-tied-llama3", "gpt2", "neox", "qwen3"])
+@torch.no_grad()
+def test_a_row_is_nearer_to_the_parent_and_the_model_is_not_changed(variant, sequential):
+    model, parent = unsorted_of(variant)
+    row = smallest_subnetwork(model.config)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batches = list(DATA.split(8))
+    corrections, _ = reconstruct(model, row, batches, sequential=sequential, norms=sequential)
+
+    def distance():
+        return (model(DATA, flextron_budget=row).logits - parent(DATA).logits).square().mean()
+
+    plain = distance()
+    with corrected(model, corrections):
+        assert distance() < plain
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    if sequential:
+        norms = {name for name in state if "norm" in name and "q_norm" not in name and "k_norm" not in name}
+        dropped = set(range(4)) - set(row.layers)
+        assert corrections.vectors.keys() == {n for n in norms if not any(f"layers.{i}." in n for i in dropped)}
+    cut = corrections.cut(dict.fromkeys(corrections.low_rank, 2))
+    assert cut.parameters() < corrections.parameters()
+    assert all(up.shape[1] == 2 == len(down) for up, down in cut.low_rank.values())
+
+
+@torch.no_grad()
+def test_corrections_keep_their_budget_and_fit_into_a_file(tmp_path):
+    model, _ = unsorted_of("gqa-wide-heads")
+    row = smallest_subnetwork(model.config)
+    for how in ({}, {"norms": True}, {"sequential": False}):
+        found = within(model, row, [DATA], share=0.05, **how)
+        assert found.low_rank and found.parameters() <= 0.05 * count_parameters(model.config, row, embeddings=False)
+        save_file(found.tensors(), tmp_path / "row.safetensors")
+        again = Corrections.from_tensors(load_file(tmp_path / "row.safetensors"))
+        assert again.parameters() == found.parameters() and again.vectors.keys() == found.vectors.keys()
+        for name, pair in found.low_rank.items():
+            assert all(map(torch.equal, pair, again.low_rank[name])), name
+
+
+@torch.no_grad()
+def test_moments_of_the_model_are_those_of_its_layers():
+    model, parent = unsorted_of("mha")
+    seen = {}
+    for i, layer in enumerate(parent.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, i=i: seen.update({i: inputs[0]}))
+    states = parent(DATA, output_hidden_states=True).hidden_states
+    for layer, axis, weight, moments in input_moments(model, list(DATA.split(5))):
+        if axis == "mlp" and layer < 3:  # the last states are normed
+            size = 1 / states[layer + 1].square().mean(-1, keepdim=True)
+            h = seen[layer]
+            expected = (h * size).flatten(0, 1).T @ h.flatten(0, 1)
+            torch.testing.assert_close(moments.inputs, expected, rtol=1e-3, atol=1e-2)
+            assert weight.shape == (64, 96)
+
+
+def test_the_order_is_the_one_whose_slices_lose_least():
+    model, _ = unsorted_of("gqa-wide-heads")
+    found = rankings(model, measure(model, [DATA]), [DATA], RANKINGS)
+    assert list(found) == list(RANKINGS)
+    assert all(scores.mlp.shape == (4, 96) and scores.heads.shape == (4, 8) for scores in found.values())
+    losses = dict(zip(RANKINGS, (3.0, 2.0, 1.0, 2.5), strict=True))
+    now = []
+
+    def permute(scores):
+        now[:] = [name for name, each in found.items() if each is scores]
+
+    rows = [model.built, SubNetwork(64, (0, 1), (48, 48), (4, 4))]
+    name, sums = best_order(found, rows, permute, lambda _: losses[now[0]])
+    assert name == "variance" and sums == {key: 2 * loss for key, loss in losses.items()}
+
+
+@pytest.mark.parametrize("order", ["auto", *RANKINGS])
+@torch.no_grad()
+def test_conversion_in_every_order_is_the_parent(order):
+    parent = parent_of("gqa-wide-heads")
+    expected = parent(DATA).logits
+    elastic = convert(parent, DATA, order=order, budgets=[1, 0.8, 0.6], sequence_length=24, batch_size=4)
+    assert difference(elastic(DATA).logits, expected) < 1e-5 * expected.abs().max()

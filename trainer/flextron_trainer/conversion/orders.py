@@ -1,0 +1,100 @@
+"""Orders in which neurons and heads are kept, and the choice among them by the loss of the slices.
+
+* `importance`: by activation alone (`importance.py`);
+* `norms`: times the norm of the outgoing weights;
+* `variance`: variance of the activation times the squared norm of the outgoing weights (FLAP, arXiv 2312.11983);
+* `obs`: greedy Optimal Brain Surgeon, the others making up for each unit that goes (`reconstruction.removal_order`).
+
+Which of them is best differs between models, so `best_order` asks the slices themselves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from modeling_flextron.families import stored_heads
+from modeling_flextron.subnetwork import SubNetwork
+
+from .importance import Importance
+from .reconstruction import Moments, input_moments, removal_order
+
+RANKINGS = ("importance", "norms", "variance", "obs")
+
+
+@torch.no_grad()
+def rankings(model: Any, scores: Importance, batches: Sequence[torch.Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """Scores of neurons and heads by several rules; those of channels and layers are `scores` in all of them.
+
+    Args:
+        model: A `FlextronForCausalLM` whose weights are still in the parent's order.
+        scores: Of `importance.measure`, for this model.
+        batches: Token ids `[B, S]`.
+        names: Of `RANKINGS`.
+
+    Returns:
+        Name -> `Importance`.
+    """
+    found = {name: scores for name in names if name == "importance"}
+    rules = [name for name in names if name != "importance"]
+    if not rules:
+        return found
+    config = model.config
+    heads, size = config.num_attention_heads, config.head_dim
+    stored = torch.tensor(stored_heads(heads, config.num_key_value_heads))
+    in_parent = stored.argsort()
+    columns = {axis: [dict[str, torch.Tensor]() for _ in scores.layers] for axis in ("mlp", "heads")}
+    for layer, axis, weight, moments in input_moments(model, batches):
+        if axis == "mlp":
+            units, activation = torch.arange(weight.shape[1])[:, None], scores.mlp[layer]
+        else:
+            units, activation = torch.arange(heads * size).view(heads, size), scores.heads[layer][stored]
+        for rule in rules:
+            values = _score(rule, weight.cpu(), moments, units, activation)
+            columns[axis][layer][rule] = values if axis == "mlp" else values[in_parent]
+    for rule in rules:
+        mlp, by_head = (torch.stack([layer[rule] for layer in columns[axis]]) for axis in ("mlp", "heads"))
+        found[rule] = replace(scores, mlp=mlp, heads=by_head)
+    return found
+
+
+def _score(
+    rule: str, weight: torch.Tensor, moments: Moments, units: torch.Tensor, activation: torch.Tensor
+) -> torch.Tensor:
+    """`[U]` float32: what each unit is worth to the matrix that reads it, in stored order."""
+    norms = weight.float().square().sum(0)
+    if rule == "norms":
+        return activation * norms[units].sum(1).sqrt()
+    if rule == "variance":
+        mean = moments.input_sum / moments.tokens
+        variance = (moments.inputs.diagonal() / moments.tokens - mean.square()).clamp_min(0)
+        return (variance.cpu() * norms)[units].sum(1)
+    order = removal_order(moments.inputs.cpu(), weight, units)
+    worth = torch.empty(len(units))
+    worth[order] = torch.arange(len(units), 0, -1).float()
+    return worth
+
+
+def best_order(
+    candidates: Mapping[str, Importance],
+    rows: Sequence[SubNetwork],
+    permute: Callable[[Importance], None],
+    loss: Callable[[SubNetwork], float],
+) -> tuple[str, dict[str, float]]:
+    """The order whose slices lose least, summed over the rows.
+
+    Args:
+        candidates: Of `rankings`.
+        rows: The slices to compare.
+        permute: Sorts the model by some scores.
+        loss: Of a slice, on text that was not used to measure the scores.
+
+    Returns:
+        Its name, and the sum of the losses of each.
+    """
+    sums = {}
+    for name, scores in candidates.items():
+        permute(scores)
+        sums[name] = sum(map(loss, rows))
+    return min(sums, key=lambda name: sums[name]), sums
