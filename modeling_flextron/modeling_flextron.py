@@ -467,15 +467,17 @@ class FlextronModel(FlextronPreTrainedModel):
             self._tp_plan.pop("layers.*.mlp.gate_proj", None)
 
     def set_owners(self, owners: Sequence[Owner]) -> None:
-        """Let these have corrections of their own, which change nothing yet, instead of those that had."""
+        """Make room for what these own, instead of those that owned something; whoever calls it fills it."""
         self.owners = tuple(owners)
+        like: Any = self.norm.weight
         held = {str(number): owner for number, owner in enumerate(self.owners)}
         for place, layer in enumerate(self.layers):
             kept = {number: owner for number, owner in held.items() if place in owner.subnetwork.layers}
             own = {number: layer_corrections(self.config, owner, place) for number, owner in kept.items()}
-            layer.corrections = nn.ModuleDict(own)
+            layer.corrections = nn.ModuleDict(own).to(like)
         lasts = {number: norm(self.config, owner.subnetwork.hidden) for number, owner in held.items()}
-        self.corrections = nn.ModuleDict({number: nn.ModuleDict({"norm": last}) for number, last in lasts.items()})
+        ends = {number: nn.ModuleDict({"norm": last}) for number, last in lasts.items()}
+        self.corrections = nn.ModuleDict(ends).to(like)  # place of an owner -> its last norm
 
     @merge_with_config_defaults
     @capture_outputs

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from helpers import all_sizes, difference, elastic_of, random_subnetworks
+from helpers import all_sizes, difference, elastic_of, parent_of, random_subnetworks
 from training import trainer, with_adapter
 
+from flextron_trainer.conversion.rows import mean_loss
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.corrections import Owner, number_of_owner
 from modeling_flextron.families import is_shared
+from modeling_flextron.subnetwork import count_parameters
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -162,3 +164,23 @@ def test_another_choice_of_sizes_drops_them(one, tmp_path):
     one.save_pretrained(tmp_path)
     config = FlextronConfig.from_pretrained(tmp_path, elastic={"mlp": [96, 48]})
     assert config.corrections is None
+
+
+@pytest.mark.parametrize("family", ["gqa-wide-heads", "gpt2"])
+def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
+    data = torch.randint(0, 96, (32, 24), generator=torch.Generator().manual_seed(2))
+    parent = parent_of(family)
+    plain, model = (elastic_of(family, parent, order="norms", corrections=share) for share in (0, 0.05))
+    assert difference(logits(model), parent(IDS).logits) < 1e-5
+    for row in model.frontier[1:]:
+        loss, before = (mean_loss(one, one.resolve_budget(row.name), [data]) for one in (model, plain))
+        assert loss < before or row.name not in {owner.name for owner in model.model.owners}
+    assert len(model.model.owners) >= 2
+    for owner in model.model.owners:
+        own = sum(
+            p.numel() for n, p in own_parameters(model).items() if f"corrections.{model.model.owners.index(owner)}" in n
+        )
+        assert own <= 0.07 * count_parameters(model.config, owner.subnetwork, embeddings=False)
+    model.export(tmp_path)
+    small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="0.6")
+    assert difference(logits(small), logits(model, "0.6")) < 1e-5

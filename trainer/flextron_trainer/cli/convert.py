@@ -45,6 +45,10 @@ def convert(
             " Default: auto, what loses least."
         ),
     ] = None,
+    corrections: Annotated[
+        float | None,
+        typer.Option(help="Part of its parameters that a row may own to make up for what it lacks: 0.03; default: 0."),
+    ] = None,
     search_evaluations: Annotated[
         int | None,
         typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),
@@ -92,6 +96,7 @@ def convert(
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "order": order,
+        "corrections": corrections,
         "search_evaluations": search_evaluations,
         "nested": None if nested else False,
         "seed": seed,

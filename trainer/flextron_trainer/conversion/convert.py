@@ -38,6 +38,7 @@ from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES, SubNetwork
 
 from ..data import calibration_batches, load_tokenizer
+from .corrections import add_corrections
 from .importance import CONTROLS, Importance, read_or_measure
 from .orders import RANKINGS, best_order, rankings
 from .parents import place_of, plain_parent, tensor_of
@@ -64,6 +65,7 @@ def convert(
     order: str = "auto",
     search_evaluations: int = 0,
     nested: bool = True,
+    corrections: float = 0.0,
     max_samples: int = 1024,
     sequence_length: int = 512,
     batch_size: int = 8,
@@ -104,6 +106,9 @@ def convert(
             `--pad` for these. 0 for uniform rows.
         nested: Choose rows of which each contains the next, so that a model loaded at one can go down to the smaller
             ones. False chooses each by itself, where sizes are too few for both that and the budgets.
+        corrections: Part of its non-embedding parameters that a row may own beside the shared weights, such as 0.03:
+            low-rank corrections of what its layers write, fitted to the parent where that lowers the loss on the last
+            eighth of the calibration data (docs/method.md). They are folded in where the row is loaded or extracted.
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"` and the search.
         device: Where to run; by default where the parent is.
@@ -132,6 +137,9 @@ def convert(
         raise invalid(
             "search_evaluations", search_evaluations, rule, "Pass `calibration=` with some text, or leave it."
         )
+    if not 0 <= corrections < 1 or (corrections and by_weights):
+        rule = "It is the part of a row's parameters that it may own, fitted to calibration data."
+        raise invalid("corrections", corrections, rule, "Pass 0.03 with some text for `calibration`, or 0 for none.")
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
@@ -153,7 +161,7 @@ def convert(
     here = "cpu" if dense.device.type == "meta" else dense.device  # meta: its first weights were offloaded
     elastic = _take(dense, config, release=dense is not parent).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
-    held_out = batches[-max(1, len(batches) // 8) :] if order == "auto" else []
+    held_out = batches[-max(1, len(batches) // 8) :] if order == "auto" or corrections else []
     seen = batches[: -len(held_out)] or batches if held_out else batches
     scores = read_or_measure(importance, elastic, seen, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
@@ -170,6 +178,8 @@ def convert(
     few = batches[: -(-64 // batch_size)]
     loss = partial(mean_loss, elastic, batches=few) if few else None
     elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
+    if corrections:
+        add_corrections(elastic, seen, held_out, corrections)
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic
