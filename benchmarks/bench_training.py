@@ -34,7 +34,7 @@ from torch import nn
 from transformers import Trainer
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments
-from flextron_trainer.training.losses import chunked_loss
+from flextron_trainer.losses import chunked_loss
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 
 SIZES = {"0.5": {"mlp": 1024, "heads": 4}, "0.25": {"mlp": 512, "heads": 4}}

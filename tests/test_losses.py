@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flextron_trainer.training.losses import HeadLoss, Teacher, chunked_loss
+from flextron_trainer.losses import HeadLoss, Teacher, chunked_loss
 from modeling_flextron.elastic import ElasticLinear
 
 

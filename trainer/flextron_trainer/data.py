@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.hub import retried
 
+from .losses import IGNORED
 from .reading import load_text
-from .training.losses import IGNORED
 
 __all__ = [
     "blocks_of", "calibration_batches", "collator", "load_text", "load_tokenizer", "pack", "text_column", "tokens_of",

@@ -99,6 +99,6 @@ def _fill(model: Any, number: str, found: Corrections) -> None:
     parameters = dict(model.named_parameters())
     for name, shared in parameters.items():
         own = [parameters[part] for part in owned_names(name, number) if part in parameters] if is_shared(name) else []
-        values = found.low_rank[name] if len(own) == 2 else (found.vectors.get(name, shared),)
+        values: Any = found.low_rank[name] if len(own) == 2 else (found.vectors.get(name, shared),)
         for part, value in zip(own, values, strict=False):
             part.copy_(value[: len(part)])

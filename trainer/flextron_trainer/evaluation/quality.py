@@ -17,7 +17,7 @@ from modeling_flextron.frontier import held
 from modeling_flextron.token_routing import figures_of_targets
 
 from ..data import collator
-from ..training.losses import RowScores
+from ..losses import RowScores
 
 FIGURES = ("loss", "accuracy")  # that a config keeps
 

@@ -9,7 +9,7 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
 
 from ..data import load_tokenizer
-from .losses import Teacher
+from ..losses import Teacher
 
 logger = logging.get_logger(__name__)
 SAME = "Teach with the parent, or with another model of the same tokenizer."

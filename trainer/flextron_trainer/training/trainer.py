@@ -33,6 +33,7 @@ from modeling_flextron.positions import places_in_documents
 
 from ..data import collator
 from ..evaluation.quality import FIGURES, measured_sizes, quality, score_sizes
+from ..losses import HeadLoss, Teacher
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
 from .checks import (
@@ -45,7 +46,6 @@ from .checks import (
     check_saved_whole,
     warn_about_untrained_sizes,
 )
-from .losses import HeadLoss, Teacher
 from .plan import MemoryPlan, plan_memory
 from .precision import in_float32
 from .router_stage import GAP_IN_NATS, RouterStage, first_batches
