@@ -91,6 +91,7 @@ CHOICES = {
     "hidden": [1, 0.75, 0.5],
     "depth": [1, 0.75, 0.5],
     "budgets": [1, 0.6, 0.35, 0.15],
+    "order": "importance",  # choosing one takes four passes
 }
 
 
