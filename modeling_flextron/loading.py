@@ -29,6 +29,7 @@ from .level_blocks import AGAIN, DTYPES
 from .level_reader import empty_model, read_index, stored_tensors
 from .permutation import Permutation, read_permutation
 from .switching import quantization_method
+from .token_routing import is_routed
 
 HUB_DEFAULTS = {
     "cache_dir": None, "force_download": False, "local_files_only": False, "proxies": None, "revision": None,
@@ -99,6 +100,9 @@ class LoadingMixin(PreTrainedModel):
         adapter, base, adapter_kwargs = maybe_load_adapters(source, hub, **(kwargs.pop("adapter_kwargs", None) or {}))
         hub["revision"] = resolve_revision(base, revision, **{key: hub[key] for key in where})
         files, index = find_files(base, config, kwargs.pop("variant", None), hub)
+        if config.flextron_budget is not None:  # a latency budget is looked up beside a repo, which is not named below
+            wanted = resolve(config, config.flextron_budget)
+            config.flextron_budget = f"auto:{wanted.target}" if is_routed(wanted) else wanted.to_dict()
         empty = empty_model(cls, config)
         tensors = stored_tensors(empty, files, index)
         if kwargs.get("offload_folder") is not None:  # where each name is looked up
