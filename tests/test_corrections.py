@@ -7,6 +7,7 @@ import torch
 from helpers import all_sizes, difference, elastic_of, parent_of, random_subnetworks
 from training import trainer, with_adapter
 
+from flextron_trainer import convert
 from flextron_trainer.conversion.rows import mean_loss
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.corrections import Owner, number_of_owner
@@ -184,3 +185,9 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
     model.export(tmp_path)
     small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="0.6")
     assert difference(logits(small), logits(model, "0.6")) < 1e-5
+
+
+@pytest.mark.parametrize(("data", "share"), [("weights", 0.03), (IDS, -0.1), (IDS, 1.0)])
+def test_corrections_need_text_and_a_fraction(data, share):
+    with pytest.raises(ValueError, match="fitted to calibration data"):
+        convert(parent_of("mha"), data, corrections=share)
