@@ -298,6 +298,11 @@ def _notes(model, plotted: bool) -> str:
     notes = [f"Bytes are for {str(model.dtype).removeprefix('torch.')}; losses are in nats per token."]
     if model.config.latency_tables:
         notes.append("Tokens per second are those of decoding, from the measured latency tables in `latency/`.")
+    if model.config.corrections:
+        names = ", ".join(code(entry["name"]) for entry in model.config.corrections)
+        notes.append(
+            f"Beside the shared weights {names} own corrections, which loading at a size folds into its weights."
+        )
     routed = figures_of_targets(model.config.token_routing)
     for name, figures in routed.items():
         loss = "not measured"

@@ -9,9 +9,11 @@ from training import trainer, with_adapter
 
 from flextron_trainer import convert
 from flextron_trainer.conversion.rows import mean_loss
+from flextron_trainer.export.verify import verify
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.corrections import Owner, number_of_owner
 from modeling_flextron.families import is_shared
+from modeling_flextron.model_card import write_model_card
 from modeling_flextron.subnetwork import count_parameters
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -183,8 +185,11 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
         )
         assert own <= 0.07 * count_parameters(model.config, owner.subnetwork, embeddings=False)
     model.export(tmp_path)
+    assert verify(tmp_path)["rows"] == ["0.15", "0.35", "0.6", "everything"]
     small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="0.6")
     assert difference(logits(small), logits(model, "0.6")) < 1e-5
+    write_model_card(model, tmp_path)
+    assert "own corrections, which loading at a size folds into its weights" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("data", "share"), [("weights", 0.03), (IDS, -0.1), (IDS, 1.0)])
