@@ -318,6 +318,6 @@ def test_demo_in_small(work):
     assert len(result["rows"]) >= 3
     for row in result["rows"]:
         assert row["tokens_per_second"] > 0 and row["bytes"] == 4 * row["parameters"]
-        assert all(row[key] > 0 for key in ("parent_loss", "sliced_loss", "trained_loss"))
+        assert all(row[key] > 0 for key in ("parent_loss", "sliced_loss", "repaired_loss", "trained_loss"))
     sizes = [row["parameters"] for row in result["rows"]]
     assert sizes == sorted(sizes, reverse=True)
