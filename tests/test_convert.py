@@ -1,6 +1,7 @@
 """Conversion: ranking, permutation, choices, the frontier. What it refuses is in test_bad_input.py."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import datasets
@@ -8,13 +9,14 @@ import pytest
 import torch
 from helpers import CHOICES, difference, elastic_of, parent_of, run_python
 
-from flextron_trainer import convert
+from flextron_trainer import convert as convert_in_any_order
 from flextron_trainer.conversion.convert import _elastic_config, _ranked_heads, _take, origin_of
 from flextron_trainer.conversion.importance import Importance, fingerprint, measure
 from flextron_trainer.conversion.rows import mean_loss
 from modeling_flextron import count_parameters
 from modeling_flextron.subnetwork import smallest_subnetwork
 
+convert = partial(convert_in_any_order, order="importance")  # to choose an order takes four passes
 DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
 
 
@@ -58,7 +60,7 @@ def test_by_weights_only_when_asked_for(parent, ids):
 def test_scores_sort_every_axis():
     """The stored order is descending in the scores that the finished model itself measures."""
     for variant in ("mha", "gqa-wide-heads"):
-        elastic = elastic_of(variant, sequence_length=24, order="importance")
+        elastic = elastic_of(variant, sequence_length=24)
         scores = measure(elastic, [DATA])
         kv_heads = elastic.config.num_key_value_heads
         assert (scores.mlp.diff(dim=1) <= 1e-4).all()
@@ -109,10 +111,10 @@ def test_heads_are_ranked_inside_their_groups():
 
 def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
     path = tmp_path / "scores" / "importance.safetensors"
-    first = convert(parent, DATA, importance=path, order="importance", mlp=[1, 0.5], depth=[1, 0.75])
+    first = convert(parent, DATA, importance=path, mlp=[1, 0.5], depth=[1, 0.75])
     monkeypatch.setattr("flextron_trainer.conversion.importance.measure", None)  # a second measurement would fail
     monkeypatch.setattr("flextron_trainer.conversion.importance.rank_layers", None)
-    again = convert(parent, DATA, importance=path, order="importance", mlp=[1, 0.25], depth=[1, 0.75])
+    again = convert(parent, DATA, importance=path, mlp=[1, 0.25], depth=[1, 0.75])
     for (name, a), (_, b) in zip(first.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert again.config.choices("mlp") == [96, 24]
@@ -179,8 +181,8 @@ def test_fingerprints_differ():
 )
 def test_kinds_of_calibration_data(data):
     parent = parent_of("mha")
-    expected = convert(parent, DATA, sequence_length=24, order="importance")
-    found = convert(parent, data, sequence_length=24, order="importance")
+    expected = convert(parent, DATA, sequence_length=24)
+    found = convert(parent, data, sequence_length=24)
     assert torch.equal(expected.model.layers[0].mlp.up_proj.weight, found.model.layers[0].mlp.up_proj.weight)
 
 
@@ -261,7 +263,7 @@ def test_conversion_of_a_folder_holds_one_copy(tmp_path):
 import threading, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from flextron_trainer import convert
+from flextron_trainer import convert as convert_in_any_order
 folder = sys.argv[1]
 shape = dict(vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
 def memory():

@@ -60,7 +60,7 @@ def with_table(model, monkeypatch):
 
     def give(**changes) -> None:
         model.drafts.seen.clear()
-        monkeypatch.setattr("modeling_flextron.modeling_flextron.table_of", lambda config: table_of(config, **changes))
+        monkeypatch.setattr("modeling_flextron.switching.table_of", lambda config: table_of(config, **changes))
 
     return give
 
@@ -149,7 +149,7 @@ def test_a_budget_drafts_and_changes_nothing(model, prompt, plain):
 def test_auto_drafts_only_where_that_pays(model, prompt, plain, with_table, monkeypatch, how):
     with_table(more=5.0 if how == "slow cycles" else 0.0, **({"drafting": {}} if how == "no times" else {}))
     if how == "no table":
-        monkeypatch.setattr("modeling_flextron.modeling_flextron.table_of", lambda config: None)
+        monkeypatch.setattr("modeling_flextron.switching.table_of", lambda config: None)
     if how == "refused":
         for row in model.frontier[1:]:
             model.drafts.add(model.built, model.resolve_budget(row["name"]), 0, 100000)
