@@ -68,10 +68,12 @@ def peft_layers() -> PeftLayers:
 
 @functools.cache
 def _peft_layers() -> PeftLayers:
-    from peft.tuners.lora import Embedding, Linear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
+    try:
+        from peft.tuners.lora import Embedding, Linear
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+    except ImportError:  # something else of this name
+        return PeftLayers()
     return PeftLayers((Linear, Embedding), (BaseTunerLayer,), (ModulesToSaveWrapper,))
 
 

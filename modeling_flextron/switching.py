@@ -112,7 +112,8 @@ class SwitchingMixin(PreTrainedModel):
         """
         if budget is None:
             return self.subnetwork
-        if budget is self.built or budget is self._held:
+        compiling = torch.compiler.is_compiling()  # a graph would be one for the size that was asked for before, too
+        if budget is self.built or (budget is self._held and not compiling):
             return budget  # as it was found before: every token of a text asks
         held = isinstance(budget, SubNetwork) and self.built.contains(budget)
         subnetwork = budget if held else self._resolver(self.config, budget)
@@ -124,7 +125,8 @@ class SwitchingMixin(PreTrainedModel):
             rule = "Under a tensor-parallel plan each process holds a part of a weight, not what is leading of it."
             remedy = "Load it with `flextron_budget=` and the plan together, which then divides weights of that size."
             raise invalid("flextron_budget", budget, rule, remedy)
-        self._held = subnetwork
+        if not compiling:
+            self._held = subnetwork
         return subnetwork
 
     def set_budget(self, budget: Any) -> None:

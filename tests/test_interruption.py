@@ -7,6 +7,7 @@ import torch
 import transformers.modeling_utils
 from training import losses, trainer
 
+from flextron_trainer.training.run_folder import last_complete_checkpoint
 from modeling_flextron.checkpoint import MARK
 
 SAVES = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "sampler": "random"}
@@ -30,7 +31,7 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_stays(tmp_path, monke
             trainer(tmp_path / "run", **SAVES).train()
     assert (tmp_path / "run" / "checkpoint-4" / "config.json").exists() == (where == "optimizer")  # never half
     run = trainer(tmp_path / "run", **SAVES)
-    assert run._last_complete_checkpoint().endswith("checkpoint-2")
+    assert last_complete_checkpoint(run.args.output_dir).endswith("checkpoint-2")
     run.train(resume_from_checkpoint=True)
     assert losses(run) == losses(whole)
 

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -110,15 +111,16 @@ def convert(
         settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
         sizes = {name: settings[name] for name in ("mlp", "heads", "hidden", "depth")}
         passes = ("max_samples", "sequence_length", "batch_size", "search_evaluations")
-        planned = plan_conversion(
-            elastic_config(parent_config, **sizes, budgets=[1]),
-            dtype=None if kind == "auto" else kind,
-            device=where,
-            calibrated=text is not None,
-            budgets=len(settings["budgets"]),
-            **{name: settings[name] for name in passes},
-        )
-        print(planned, file=sys.stderr)
+        with suppress(ValueError):  # the conversion itself says what is wrong
+            planned = plan_conversion(
+                elastic_config(parent_config, **sizes, budgets=[1]),
+                dtype=None if kind == "auto" else kind,
+                device=where,
+                calibrated=text is not None,
+                budgets=len(settings["budgets"]),
+                **{name: settings[name] for name in passes},
+            )
+            print(planned, file=sys.stderr)
     with measured(where) as took:
         elastic = run(
             parent,

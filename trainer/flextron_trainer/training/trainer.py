@@ -206,7 +206,6 @@ class FlextronTrainer(Trainer):
     ) -> torch.Tensor:
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
         inputs = self._read(inputs)
-        self._count()
         if self.routers is not None:
             self.routers.begin(self.state.global_step)
         if self.args.stage == "router" and self.args.router_method == "surrogate":
@@ -272,18 +271,15 @@ class FlextronTrainer(Trainer):
             self._losses["router"].append(objective.detach() / steps)
         return nats[1:].mean() / tokens / steps
 
-    def _count(self) -> None:
-        """Keep the steps and tokens of the run in the config, where they stay with the weights."""
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count what the step reads, also in the config, where it stays with the weights."""
+        if "attention_mask" not in inputs:  # nothing is padding; the base class would look for its token
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
         counts = {"steps": self.state.global_step + 1}
         if self.state.num_input_tokens_seen:
             counts["tokens"] = self.state.num_input_tokens_seen
         self.model.config.training_runs[-1].update(counts)
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        # Without a mask nothing is padding; the base class would look for its token, which may be that of an end.
-        if "attention_mask" not in inputs:
-            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-        super()._track_num_input_tokens(inputs)
 
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
