@@ -21,6 +21,7 @@ from torch import nn
 
 from .errors import invalid
 from .subnetwork import SubNetwork
+from .token_routing import is_routed
 
 # And their corrections, whose names no pattern of PEFT for the projections matches.
 PROJECTIONS = {"o_proj": "o_correction", "down_proj": "down_correction"}
@@ -66,7 +67,12 @@ class Owner:
 
 
 def number_of_owner(owners: Sequence[Owner], subnetwork: SubNetwork) -> str | None:
-    """The owner whose corrections a sub-network runs with, by its place; None for the shared weights alone."""
+    """The owner whose corrections a sub-network runs with, by its place; None for the shared weights alone.
+
+    Tokens that choose their sizes share one set of weights.
+    """
+    if is_routed(subnetwork):
+        return None
     return next((str(number) for number, owner in enumerate(owners) if owner.subnetwork.contains(subnetwork)), None)
 
 

@@ -552,7 +552,7 @@ class FlextronModel(FlextronPreTrainedModel):
         hidden_states = self.dropout(hidden_states)
         if routing is None and is_routed(subnetwork):
             routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, seen, length))
-        owner = number_of_owner(self.owners, subnetwork) if routing is None else None
+        owner = None if routing is not None else number_of_owner(self.owners, subnetwork)
 
         layers = list(self.layers)
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import all_sizes, difference, elastic_of, parent_of, random_subnetworks
+from helpers import all_sizes, difference, elastic_of, let_tokens_choose, parent_of, random_subnetworks
 from training import trainer, with_adapter
 
 from flextron_trainer import convert
@@ -94,6 +94,18 @@ def test_extracted(model, variant):
         stock = model.extract(size, pad=True)
         with torch.no_grad():
             assert difference(stock(IDS).logits, logits(model, size)) < 1e-5
+
+
+def test_tokens_that_choose_share_one_set_of_weights(tmp_path):
+    model = let_tokens_choose(corrected("gqa-wide-heads"))
+    assert (
+        difference(logits(model, "auto:0.6"), logits(let_tokens_choose(elastic_of("gqa-wide-heads")), "auto:0.6"))
+        < 1e-5
+    )
+    model.save_pretrained(tmp_path)
+    small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="auto:0.35")
+    for budget in ("auto:0.35", "0.35", "0.15"):
+        assert difference(logits(small, budget), logits(model, budget)) < 1e-5
 
 
 def test_generation_with_a_cache_is_that_without(one):
