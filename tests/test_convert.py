@@ -263,7 +263,7 @@ def test_conversion_of_a_folder_holds_one_copy(tmp_path):
 import threading, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from flextron_trainer import convert as convert_in_any_order
+from flextron_trainer import convert
 folder = sys.argv[1]
 shape = dict(vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8)
 def memory():
@@ -279,10 +279,10 @@ if sys.argv[2] == "save":
 else:
     small = LlamaForCausalLM(LlamaConfig(**{**shape, "num_hidden_layers": 1, "intermediate_size": 64}))
     data = torch.randint(0, 2000, (4, 16))
-    convert(small, data)
+    convert(small, data, order="variance")
     before = memory()
     threading.Thread(target=watch, daemon=True).start()
-    model = convert(folder, data)
+    model = convert(folder, data, order="variance")
     print("PEAK", peak - before, sum(p.numel() * 4 for p in model.parameters()))
 """
     run_python(code, tmp_path, "save")
