@@ -37,6 +37,12 @@ def corrected(variant: str, **changes):
     return model.eval()
 
 
+@pytest.fixture(scope="module", params=["mha-tied-biased", "gqa-wide-heads", "qwen2", "gpt2", "neox"])
+def variant(request):
+    """Families that differ in what a correction meets: biases, groups, windows, layer norms, parallel layers."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def model(variant):
     return corrected(variant)
