@@ -30,19 +30,20 @@ from common import RESULTS, machine, save
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer.conversion.convert import _elastic_config, _permute, _take
+from flextron_trainer.conversion.corrections import put_corrections
 from flextron_trainer.conversion.importance import measure
 from flextron_trainer.conversion.orders import RANKINGS, rankings
-from flextron_trainer.conversion.reconstruction import Corrections, corrected, reconstruct, within
+from flextron_trainer.conversion.reconstruction import Corrections, reconstruct, within
 from flextron_trainer.conversion.rows import choose_rows, mean_loss
 from flextron_trainer.data import load_tokenizer
 from modeling_flextron import SubNetwork, count_parameters
+from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import uniform_subnetworks
 
 WAYS = {  # how corrections are fitted
     "": {},
     " and norms": {"norms": True},
     " of the parent's moments": {"sequential": False},
-    " of outputs": {"stream": False},
     " unweighted": {"weighted": False},
 }
 
@@ -58,7 +59,7 @@ def blocks(path: Path, tokenizer: Any, length: int, count: int, seed: int) -> li
 def rows_of(config: Any, budgets: list[float]) -> dict[str, SubNetwork]:
     """Of each budget the largest uniform row that cuts neurons alone, and the one that is chosen by size."""
     size, found = config.parent_size(), {}
-    chosen = {row["name"]: config.resolve(row["subnetwork"]) for row in choose_rows(config, _named(budgets), None)}
+    chosen = held(choose_rows(config, {f"{budget:g}": budget for budget in budgets}, None))
     for budget in budgets:
         fitting = [s for s in uniform_subnetworks(config) if _size(config, s) <= budget * size]
         narrow = [s for s in fitting if s.heads[0] == config.built.heads[0] and s.layers == config.built.layers]
@@ -67,10 +68,6 @@ def rows_of(config: Any, budgets: list[float]) -> dict[str, SubNetwork]:
         if (row := chosen.get(f"{budget:g}")) is not None and row not in found.values():
             found[f"{budget:g} chosen"] = row
     return found
-
-
-def _named(budgets: list[float]) -> dict[str, Any]:
-    return {f"{budget:g}": budget for budget in budgets}
 
 
 def _size(config: Any, subnetwork: SubNetwork) -> int:
@@ -107,9 +104,10 @@ class Sample:
             place["share"] = corrections.parameters() / _size(self.model.config, subnetwork)
         elif row in self.rows:
             texts["held out"] = self.held_out
-        with corrected(self.model, corrections):
-            for name, test in texts.items():
-                place[name] = mean_loss(self.model, subnetwork, test)
+        put_corrections(self.model, {row: (subnetwork, corrections)} if make else {})
+        for name, test in texts.items():
+            place[name] = mean_loss(self.model, subnetwork, test)
+        put_corrections(self.model, {})
         self.losses.setdefault(line, {})[row] = place
         self.keep()
 

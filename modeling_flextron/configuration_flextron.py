@@ -200,9 +200,13 @@ class FlextronConfig(StoredConfig):
         A GQA parent keeps all its KV heads, so that the KV cache has the same shape at every budget; an MHA
         parent drops a KV head with its query head.
         """
+        return self.__dict__["num_key_value_heads"] if self.grouped_queries else heads
+
+    @property
+    def grouped_queries(self) -> bool:
+        """Whether query heads share KV heads, of which a layer then has as many at every size."""
         # The largest layer decides; `__dict__`, because a heterogeneous config refuses the attributes.
-        shared = self.__dict__["num_key_value_heads"]
-        return shared if self.__dict__["num_attention_heads"] > shared else heads
+        return self.__dict__["num_attention_heads"] > self.__dict__["num_key_value_heads"]
 
     def anchors(self) -> set[int]:
         """Layers that always stay: the first of each kind, from whose cache entry a cache's length is read."""
@@ -301,7 +305,8 @@ class FlextronConfig(StoredConfig):
             }
         if self.token_routing is not None:
             new.token_routing = narrowed_routing(self, new, subnetwork.layers)
-        owners, folded = self.owners(), number_of_owner(self.owners(), subnetwork)
+        owners = self.owners()
+        folded = number_of_owner(owners, subnetwork)
         beside, inner = (None, owners) if folded is None else (owners[int(folded)], owners[: int(folded)])
         new.corrections = [owner.within(subnetwork, beside).to_dict() for owner in inner] or None
         if new.built not in held(new.frontier).values():

@@ -166,7 +166,7 @@ class FlextronAttention(nn.Module):
         heads, self.kv_heads = layer.num_attention_heads, layer.num_key_value_heads
         self.config = config
         self.layer_idx = layer_idx
-        self.grouped = config.kv_heads(0) > 0  # as many KV heads at every size
+        self.grouped_queries = config.grouped_queries
         self.head_dim = config.head_dim
         self.num_key_value_groups = heads // self.kv_heads
         self.scaling = self.head_dim**-0.5
@@ -183,7 +183,7 @@ class FlextronAttention(nn.Module):
 
     def kv_heads_of(self, heads: int | None) -> int:
         """KV heads that so many query heads read; None means all of them."""
-        return self.kv_heads if heads is None or self.grouped else heads
+        return self.kv_heads if heads is None or self.grouped_queries else heads
 
     def keys_and_values(
         self,

@@ -47,7 +47,9 @@ def elastic(work):
     )  # fmt: skip
     assert [row["name"] for row in result["frontier"]] == ["1", "0.6", "0.45"]
     planned, measured = result["planned"], result["measured"]
-    assert planned["forward_tokens"]["importance"] == 16 * 32 and planned["forward_tokens"]["search"] == 0
+    tokens = planned["forward_tokens"]
+    assert tokens["importance"] == 16 * 32 and tokens["search"] == tokens["corrections"] == 0
+    assert tokens["orders"] == 16 * 32 + 4 * 3 * 2 * 32  # the moments, and slices of four orders on an eighth
     assert planned["peak_gib"] >= 0 and planned["seconds"] >= 0 and measured["seconds"] > 0
     names = {path.name for path in (work / "elastic").iterdir()}
     assert {"config.json", "importance.safetensors", "README.md", "tokenizer.json", "modeling_flextron.py"} <= names

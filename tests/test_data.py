@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training import trainer
 from transformers import PreTrainedTokenizerFast
 
-from flextron_trainer.data import calibration_batches, collator, load_text, pack, tokens_of
+from flextron_trainer.data import calibration_batches, collator, hold_out, leading_tokens, load_text, pack, tokens_of
 
 
 def words(begin: bool = False) -> PreTrainedTokenizerFast:
@@ -321,3 +321,19 @@ def test_calibration_does_not_see_padding(tokenizer):
     rows = [{"input_ids": [2, 3, 0], "attention_mask": [1, 1, 0]}, {"input_ids": torch.tensor([4, 5, 6])}]
     (batch,) = calibration_batches(rows, tokenizer=None, vocab_size=30, sequence_length=2, batch_size=4, max_samples=5)
     assert batch.tolist() == [[2, 3], [4, 5]]
+
+
+def test_an_eighth_of_the_samples_is_held_out():
+    samples = torch.arange(40).view(20, 2)
+    for size in (1, 3, 20, 64):
+        seen, held_out = hold_out(list(samples.split(size)))
+        assert torch.equal(torch.cat([*seen, *held_out]), samples) and len(torch.cat(held_out)) == 2
+        assert max(map(len, seen)) <= size
+    with pytest.warns(UserWarning, match="has one sample"):
+        seen, held_out = hold_out([samples[:1]])
+    assert torch.equal(seen[0], samples[:1]) and torch.equal(held_out[0], samples[:1])
+
+
+def test_leading_tokens():
+    batches = list(torch.zeros(10, 4).split(3))
+    assert [len(leading_tokens(batches, count)) for count in (1, 12, 23, 24, 1000)] == [1, 1, 1, 2, 4]

@@ -1,28 +1,26 @@
 """The algebra of reconstruction, on random numbers and on tiny models of every family."""
 
+import importlib
+
 import pytest
 import torch
 from helpers import VARIANTS, difference, parent_of
-from safetensors.torch import load_file, save_file
 
 from flextron_trainer import convert
 from flextron_trainer.conversion.convert import _elastic_config, _take
+from flextron_trainer.conversion.corrections import put_corrections
 from flextron_trainer.conversion.importance import measure
-from flextron_trainer.conversion.orders import RANKINGS, best_order, rankings
-from flextron_trainer.conversion.reconstruction import (
-    Corrections,
+from flextron_trainer.conversion.moments import (
     Moments,
     allocate,
-    corrected,
-    input_moments,
     least_squares,
     low_rank,
     norm_scale,
-    reconstruct,
     regularised,
     removal_order,
-    within,
 )
+from flextron_trainer.conversion.orders import RANKINGS, best_order, rankings
+from flextron_trainer.conversion.reconstruction import input_moments, reconstruct, within
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.subnetwork import smallest_subnetwork
 
@@ -58,13 +56,6 @@ def test_weights_of_tokens_count_them(moments):
     weighted.add(h, y, torch.full((400,), 2.0))
     torch.testing.assert_close(twice.inputs, weighted.inputs)
     torch.testing.assert_close(twice.error(y[:D, :1].expand(D, K)), found.error(y[:D, :1].expand(D, K)))
-
-
-def test_a_bias_is_fitted_by_centred_moments(moments):
-    found, h, y = moments
-    change = least_squares(found.centred(), torch.zeros(D, K), 1e-12)
-    expected = torch.linalg.lstsq(torch.cat((h, torch.ones(400, 1, dtype=torch.double)), 1), y).solution.T
-    torch.testing.assert_close(change, expected[:, :K], rtol=1e-6, atol=1e-6)
 
 
 def test_each_rank_takes_away_its_gain_and_no_other_does_better(moments):
@@ -141,8 +132,8 @@ def test_the_whole_row_needs_no_correction(variant):
     for name, (up, down) in corrections.low_rank.items():
         assert (up @ down).abs().max() < 2e-3, name
     before = model(DATA[:2]).logits
-    with corrected(model, corrections):
-        assert difference(model(DATA[:2]).logits, before) < 2e-2 * before.abs().max()
+    put_corrections(model, {"1": (model.built, corrections)})
+    assert difference(model(DATA[:2]).logits, before) < 2e-2 * before.abs().max()
 
 
 @pytest.mark.parametrize("sequential", [True, False])
@@ -159,8 +150,10 @@ def test_a_row_is_nearer_to_the_parent_and_the_model_is_not_changed(variant, seq
         return (model(DATA, flextron_budget=row).logits - parent(DATA).logits).square().mean()
 
     plain = distance()
-    with corrected(model, corrections):
-        assert distance() < plain
+    put_corrections(model, {"small": (row, corrections)})
+    assert distance() < plain
+    put_corrections(model, {})
+    assert distance() == plain
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     if sequential:
         norms = {name for name in state if "norm" in name and "q_norm" not in name and "k_norm" not in name}
@@ -172,17 +165,12 @@ def test_a_row_is_nearer_to_the_parent_and_the_model_is_not_changed(variant, seq
 
 
 @torch.no_grad()
-def test_corrections_keep_their_budget_and_fit_into_a_file(tmp_path):
+def test_corrections_keep_their_budget():
     model, _ = unsorted_of("gqa-wide-heads")
     row = smallest_subnetwork(model.config)
     for how in ({}, {"norms": True}, {"sequential": False}):
         found = within(model, row, [DATA], share=0.05, **how)
         assert found.low_rank and found.parameters() <= 0.05 * count_parameters(model.config, row, embeddings=False)
-        save_file(found.tensors(), tmp_path / "row.safetensors")
-        again = Corrections.from_tensors(load_file(tmp_path / "row.safetensors"))
-        assert again.parameters() == found.parameters() and again.vectors.keys() == found.vectors.keys()
-        for name, pair in found.low_rank.items():
-            assert all(map(torch.equal, pair, again.low_rank[name])), name
 
 
 @torch.no_grad()
@@ -224,3 +212,21 @@ def test_conversion_in_every_order_is_the_parent(order):
     expected = parent(DATA).logits
     elastic = convert(parent, DATA, order=order, budgets=[1, 0.8, 0.6], sequence_length=24, batch_size=4)
     assert difference(elastic(DATA).logits, expected) < 1e-5 * expected.abs().max()
+
+
+def test_moments_are_taken_of_no_more_tokens_than_fit_into_memory(monkeypatch):
+    """The hidden states of all of them are there at the same time."""
+    module, seen = importlib.import_module("flextron_trainer.conversion.convert"), []
+    monkeypatch.setattr(module, "MOMENT_TOKENS", 100)
+
+    def watched(name, original):
+        def call(model, *args):
+            batches = next(value for value in args if isinstance(value, list) and isinstance(value[0], torch.Tensor))
+            seen.append((name, sum(batch.numel() for batch in batches)))
+            return original(model, *args)
+
+        monkeypatch.setattr(module, name, call)
+
+    watched("rankings", module.rankings), watched("add_corrections", module.add_corrections)
+    convert(parent_of("mha"), DATA, order="norms", corrections=0.05, budgets=[1, 0.6], sequence_length=24, batch_size=4)
+    assert seen == [("rankings", 96), ("add_corrections", 96)]

@@ -1,9 +1,11 @@
 """Text in, blocks of token ids out: for calibration, training and evaluation. Caching is left to `datasets`."""
 
 import os
+import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import datasets
@@ -239,6 +241,29 @@ def calibration_batches(
         rule = f"The parent has {vocab_size} tokens, and the data has the ids {samples.min()} to {samples.max()}."
         raise invalid("calibration", data, rule, "Tokenize it with the parent's own tokenizer.")
     return list(samples.split(batch_size))
+
+
+def hold_out(batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Part the last eighth of the samples from the rest; a single sample is on both sides, with a warning.
+
+    Args:
+        batches: Of `calibration_batches`.
+    """
+    samples, size = torch.cat(batches), len(batches[0])
+    if len(samples) == 1:
+        warnings.warn(
+            "The calibration has one sample, so what fits it best is chosen by that sample, too. Pass more text.",
+            stacklevel=3,
+        )
+        return batches, batches
+    count = max(1, len(samples) // 8)
+    return list(samples[:-count].split(size)), list(samples[-count:].split(size))
+
+
+def leading_tokens(batches: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    """The first batches, at least one, that have no more than so many tokens together."""
+    ends = list(accumulate(batch.numel() for batch in batches))
+    return batches[: max(1, bisect_right(ends, count))]
 
 
 def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:

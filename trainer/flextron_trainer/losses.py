@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from modeling_flextron.elastic import project
 from modeling_flextron.errors import invalid
 
+CHUNK_SIZE = 512  # tokens whose logits exist at the same time, unless somebody says otherwise
+
 IGNORED = -100
 
 
@@ -55,7 +57,7 @@ class HeadLoss:
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
-    chunk_size: int = 512
+    chunk_size: int = CHUNK_SIZE
     normalizer: torch.Tensor | float | None = None
     hidden_states: torch.Tensor | None = field(default=None, init=False)  # of the last call, for in-place distillation
 
@@ -98,7 +100,7 @@ class RowScores:
     """
 
     labels: torch.Tensor
-    chunk_size: int = 512
+    chunk_size: int = CHUNK_SIZE
     rows: torch.Tensor | None = field(default=None, init=False)
 
     @torch.compiler.disable  # as `HeadLoss`
@@ -129,7 +131,7 @@ def chunked_loss(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     normalizer: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """The loss above, summed over tokens and divided by `normalizer`; differentiable in `hidden` and `weight`.

@@ -33,16 +33,18 @@ from modeling_flextron.families import (
     from_stock,
     layer_of,
 )
+from modeling_flextron.frontier import held
 from modeling_flextron.loading import HUB_DEFAULTS
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES, SubNetwork
 
-from ..data import calibration_batches, load_tokenizer
+from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
 from .corrections import add_corrections
 from .importance import CONTROLS, Importance, read_or_measure
+from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
 from .parents import place_of, plain_parent, tensor_of
-from .rows import choose_rows, mean_loss, named_budgets
+from .rows import ROW_SAMPLES, choose_rows, mean_loss, named_budgets
 
 logger = logging.get_logger(__name__)
 LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
@@ -161,25 +163,25 @@ def convert(
     here = "cpu" if dense.device.type == "meta" else dense.device  # meta: its first weights were offloaded
     elastic = _take(dense, config, release=dense is not parent).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
-    held_out = batches[-max(1, len(batches) // 8) :] if order == "auto" or corrections else []
-    seen = batches[: -len(held_out)] or batches if held_out else batches
+    seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
+    fitted = leading_tokens(seen, MOMENT_TOKENS) if seen else []
     scores = read_or_measure(importance, elastic, seen, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
     if order in CONTROLS or not batches:
         _permute(elastic, scores.reordered(order, seed))
     else:
-        found = rankings(elastic, scores, seen, RANKINGS if order == "auto" else [order])
+        found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order])
         if order == "auto":
             rows = _rows_by_size(elastic.config, named, nested)
             permute, on_held_out = partial(_permute, elastic), partial(mean_loss, elastic, batches=held_out)
             order, sums = best_order(found, rows, permute, on_held_out)
             logger.info(f"Order of units: {order!r}. Losses of the slices, summed over the rows: {sums}.")
         _permute(elastic, found[order])
-    few = batches[: -(-64 // batch_size)]
+    few = batches[: -(-ROW_SAMPLES // batch_size)]
     loss = partial(mean_loss, elastic, batches=few) if few else None
     elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
     if corrections:
-        add_corrections(elastic, seen, held_out, corrections)
+        add_corrections(elastic, fitted, held_out, corrections)
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic
@@ -190,8 +192,7 @@ def _rows_by_size(config: FlextronConfig, named: dict[str, Any], nested: bool) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rows that are kept say what is wrong with the budgets
         rows = choose_rows(config, named, None, nested=nested)
-    found = [config.resolve(row["subnetwork"]) for row in rows]
-    return [subnetwork for subnetwork in found if subnetwork != config.built]
+    return [subnetwork for subnetwork in held(rows).values() if subnetwork != config.built]
 
 
 def elastic_config(

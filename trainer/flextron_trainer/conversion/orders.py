@@ -3,7 +3,7 @@
 * `importance`: by activation alone (`importance.py`);
 * `norms`: times the norm of the outgoing weights;
 * `variance`: variance of the activation times the squared norm of the outgoing weights (FLAP, arXiv 2312.11983);
-* `obs`: greedy Optimal Brain Surgeon, the others making up for each unit that goes (`reconstruction.removal_order`).
+* `obs`: greedy Optimal Brain Surgeon, the others making up for each unit that goes (`moments.removal_order`).
 
 Which of them is best differs between models, so `best_order` asks the slices themselves.
 """
@@ -18,7 +18,8 @@ from modeling_flextron.families import stored_heads
 from modeling_flextron.subnetwork import SubNetwork
 
 from .importance import Importance
-from .reconstruction import Moments, input_moments, removal_order
+from .moments import Moments, removal_order
+from .reconstruction import input_moments
 
 RANKINGS = ("importance", "norms", "variance", "obs")
 

@@ -11,13 +11,19 @@ import torch
 from modeling_flextron import FlextronConfig, count_parameters, flops_per_token
 from modeling_flextron.subnetwork import bytes_per_value
 
+from ..losses import CHUNK_SIZE
 from ..measuring.memory import forget_peak, process_bytes
-from .rows import TRIED
+from .corrections import WAYS
+from .moments import MOMENT_TOKENS
+from .orders import RANKINGS
+from .rows import ROW_SAMPLES, TRIED
 
 GIB = 2**30
-LOGIT_ARRAYS = 4  # [batch, sequence, vocabulary] in float32 while layers are ranked: two, their difference, its square
-LOSS_CHUNK = 512  # tokens whose logits exist at the same time while rows are chosen
-ROW_SAMPLES = 64  # on which the losses of rows are measured
+RANKING_LOGITS = (
+    4  # [batch, sequence, vocabulary] in float32 while layers are ranked: two, their difference, its square
+)
+STATES = 3  # of all tokens that moments are taken of: before a layer, between its halves, behind it
+SQUARES = 4  # [K, K] in float64 while the units that a matrix reads are ordered
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class ConversionPlan:
             f"Expected peak memory {(self.weights + self.passes) / GIB:.2f} GiB beside Python and its libraries"
             f" (weights {self.weights / GIB:.2f}, passes {self.passes / GIB:.2f}). Forward tokens, at most: {tokens}."
             f" Rough estimate of the time that they take: {self.seconds / 60:.1f} minutes, from the speed of one matrix"
-            " product just now; reading and writing files comes on top."
+            " product just now; the algebra of orders and corrections, and reading and writing files, come on top."
         )
 
 
@@ -63,6 +69,8 @@ def plan_conversion(
     sequence_length: int,
     batch_size: int,
     search_evaluations: int,
+    order: str,
+    corrections: float,
 ) -> ConversionPlan:
     """Estimate what `convert` will take.
 
@@ -72,7 +80,7 @@ def plan_conversion(
         device: Where it runs.
         calibrated: Whether there is text; without, no pass is made.
         budgets: Number of rows.
-        max_samples, sequence_length, batch_size, search_evaluations: as in `convert`.
+        max_samples, sequence_length, batch_size, search_evaluations, order, corrections: as in `convert`.
     """
     built, size = config.built, bytes_per_value(dtype or config.dtype)
     length = min(sequence_length, config.max_position_embeddings)
@@ -80,24 +88,34 @@ def plan_conversion(
     candidates = sum(config.num_hidden_layers - anchors - i for i in range(drops))
     ranked = max(1, -(-max_samples // batch_size) // 16) * batch_size * length
     few = min(ROW_SAMPLES, max_samples) * length
+    names = RANKINGS if order == "auto" else [order]
+    moments, held_out = min(max_samples * length, MOMENT_TOKENS), -(-max_samples // 8) * length
+    ordered = any(name in RANKINGS[1:] for name in names)
     tokens = {
         "importance": max_samples * length,
+        "orders": ordered * moments + (len(names) * budgets * held_out if order == "auto" else 0),
         "layer ranking": 2 * candidates * ranked,
         "rows": budgets * TRIED * few,
         "search": budgets * search_evaluations * few,
+        # Both the parent and the row are run; the second way to fit goes through the text twice.
+        "corrections": budgets * (6 * moments + (1 + len(WAYS)) * held_out) if corrections else 0,
     }
     batch = min(batch_size, max_samples) * length
     largest = size * max(config.vocab_size, config.intermediate_size) * config.hidden_size
     layer = batch * (size * (4 * config.hidden_size + 3 * config.intermediate_size) + 2 * 4 * config.intermediate_size)
-    logits = 4 * config.vocab_size * (LOGIT_ARRAYS * batch if drops else 3 * min(LOSS_CHUNK, batch))
+    logits = 4 * config.vocab_size * (RANKING_LOGITS * batch if drops else 3 * min(CHUNK_SIZE, batch))
+    algebra = 0
+    if ordered or corrections:
+        read = max(config.intermediate_size, built.heads[0] * config.head_dim)
+        algebra = STATES * size * moments * config.hidden_size + SQUARES * 8 * read**2
     if not calibrated:
-        tokens, layer, logits = dict.fromkeys(tokens, 0), 0, 0
+        tokens, layer, logits, algebra = dict.fromkeys(tokens, 0), 0, 0, 0
     seconds = 0.0
     if calibrated:
         work = flops_per_token(config, built, length // 2) * sum(tokens.values())
         seconds = work / product_speed(dtype if isinstance(dtype, torch.dtype) else torch.float32, device)
     return ConversionPlan(
-        size * count_parameters(config, built), max(largest, layer, logits), tokens, round(seconds, 1)
+        size * count_parameters(config, built), max(largest, layer, logits, algebra), tokens, round(seconds, 1)
     )
 
 

@@ -27,6 +27,7 @@ from .search import search
 
 _UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}
 USED = 0.95  # of a budget: what a row saves beyond that is lost before any training
+ROW_SAMPLES = 64  # of the calibration, on which losses of rows are measured
 TRIED = 16  # sub-networks of a budget of which losses are measured
 
 

@@ -17,7 +17,7 @@ from modeling_flextron.frontier import held
 from modeling_flextron.token_routing import figures_of_targets
 
 from ..data import collator
-from ..losses import RowScores
+from ..losses import CHUNK_SIZE, RowScores
 
 FIGURES = ("loss", "accuracy")  # that a config keeps
 
@@ -63,7 +63,7 @@ def quality(rows: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_size: int = 512) -> torch.Tensor:
+def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
     """How well a model foretells a batch: `RowScores.rows` `[B, 3]`. The one place where quality is measured.
 
     Args:
@@ -83,7 +83,7 @@ def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_si
 
 
 def score_sizes(
-    model, batch: Mapping[str, torch.Tensor], sizes: Mapping[Any, Any], chunk_size: int = 512
+    model, batch: Mapping[str, torch.Tensor], sizes: Mapping[Any, Any], chunk_size: int = CHUNK_SIZE
 ) -> torch.Tensor:
     """`score` every size on a batch, one after the other: `[B, sizes, 3]`. The one loop over rows of a frontier.
 

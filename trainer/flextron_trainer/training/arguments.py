@@ -9,6 +9,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_flextron.errors import invalid, require_int
 
+from ..losses import CHUNK_SIZE
 from .sampling import SAMPLERS
 
 STAGES = ("elastic", "router", "joint")
@@ -82,7 +83,7 @@ class FlextronTrainingArguments(TrainingArguments):
             " away. Without, the weights stay as they were loaded."
         },
     )
-    loss_chunk_size: int = field(default=512, metadata={"help": "Tokens whose logits exist at the same time."})
+    loss_chunk_size: int = field(default=CHUNK_SIZE, metadata={"help": "Tokens whose logits exist at the same time."})
     router_method: str = field(
         default="surrogate",
         metadata={

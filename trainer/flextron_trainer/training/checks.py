@@ -16,7 +16,7 @@ from .sampling import check_weights
 
 logger = logging.get_logger(__name__)
 # Arguments of the base class that elastic training cannot honour: why, and what to do instead.
-REFUSED = {
+REFUSED_KEYWORDS = {
     "model_init": (
         "An elastic model is not drawn anew: it comes from a trained one, and training goes on from what it is.",
         "Pass the model, and build a trainer with a model of its own for every trial.",
@@ -38,7 +38,7 @@ def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: either of them.
     """
-    for name, (rule, remedy) in REFUSED.items():
+    for name, (rule, remedy) in REFUSED_KEYWORDS.items():
         if given.get(name) is not None:
             raise invalid(name, given[name], rule, remedy)
     if not isinstance(args, FlextronTrainingArguments):

@@ -37,7 +37,7 @@ from ..losses import HeadLoss, Teacher
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
 from .checks import (
-    REFUSED,
+    REFUSED_KEYWORDS,
     check_arguments,
     check_batch,
     check_finite,
@@ -598,7 +598,7 @@ class FlextronTrainer(Trainer):
         Raises:
             ValueError: always.
         """
-        raise invalid("hyperparameter_search", kwargs.get("backend"), *REFUSED["model_init"])
+        raise invalid("hyperparameter_search", kwargs.get("backend"), *REFUSED_KEYWORDS["model_init"])
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""

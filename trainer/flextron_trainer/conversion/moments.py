@@ -1,0 +1,185 @@
+"""Least squares on second moments: the best matrix for what is left, its best low rank, the order of removal.
+
+From second moments on calibration text of what a matrix reads, `C = E[h h^T]`, and of what it should write from that,
+`T = E[y h^T]`, follow
+
+* the matrix that writes `y` best, `W* = T C^-1` (ridge regression towards the old matrix);
+* its best approximation `W + up down` of a low rank, best in the error of the output: `up` holds leading eigenvectors
+  of `D C D^T` with `D = W* - W`, and `down = up^T D`; the eigenvalues say how much error each rank takes away;
+* an order in which units are best removed, each time with the others making up for it (`removal_order`).
+"""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+RIDGE = 1e-2  # of the mean of the diagonal
+MOMENT_TOKENS = 32768  # that moments are taken of: the hidden states of all of them are in memory
+
+
+@dataclass
+class Moments:
+    """Running sums over tokens of what a matrix reads, `h` `[K]`, and of what it should write, `y` `[D]`.
+
+    Args:
+        inputs: `[K, K]`, sum of `h h^T`.
+        cross: `[D, K]`, sum of `y h^T`.
+        input_sum: `[K]`, sum of `h`.
+        output_sum: `[D]`, sum of `y`.
+        energy: Sum of `|y|^2`.
+        tokens: Sum of the weights of the tokens.
+    """
+
+    inputs: torch.Tensor
+    cross: torch.Tensor
+    input_sum: torch.Tensor
+    output_sum: torch.Tensor
+    energy: float = 0.0
+    tokens: float = 0.0
+
+    @classmethod
+    def zeros(cls, read: int, written: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> "Moments":
+        """Of no tokens yet: `read` is `K` and `written` is `D`."""
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(empty(read, read), empty(written, read), empty(read), empty(written))
+
+    def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Count tokens: inputs `[..., K]`, outputs `[..., D]` and how much each token counts, `[...]`."""
+        h = inputs.flatten(0, -2).to(self.inputs.dtype)
+        y = outputs.flatten(0, -2).to(self.inputs.dtype)
+        w = torch.ones_like(h[:, 0]) if weights is None else weights.flatten().to(h.dtype)
+        self.inputs += (h * w[:, None]).T @ h
+        self.cross += (y * w[:, None]).T @ h
+        self.input_sum += w @ h
+        self.output_sum += w @ y
+        self.energy += float((w * y.square().sum(-1)).sum())
+        self.tokens += float(w.sum())
+
+    def error(self, weight: torch.Tensor) -> float:
+        """Mean of `|y - W h|^2` over tokens, of a matrix `[D, K]`."""
+        w = weight.double()
+        fitted = 2 * (w * self.cross.double()).sum() - ((w @ self.inputs.double()) * w).sum()
+        return (self.energy - float(fitted)) / self.tokens
+
+
+def regularised(inputs: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
+    """Second moments in float64 with `ridge` times the mean of the diagonal added to it."""
+    c = inputs.double()
+    return c + (ridge * c.diagonal().mean().clamp_min(1e-30)) * torch.eye(len(c), dtype=c.dtype, device=c.device)
+
+
+def least_squares(moments: Moments, weight: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
+    """The change `[D, K]` of a matrix `weight` `[D, K]` that brings its outputs nearest to what they should be.
+
+    `ridge` pulls the change towards none. The result is in float64.
+    """
+    missing = moments.cross.double() - weight.double() @ moments.inputs.double()
+    factor = torch.linalg.cholesky(regularised(moments.inputs, ridge))
+    return torch.cholesky_solve(missing.T, factor).T
+
+
+def low_rank(
+    change: torch.Tensor, inputs: torch.Tensor, ridge: float = RIDGE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Factors of a change of a matrix, best first.
+
+    Args:
+        change: `[D, K]`, of `least_squares`.
+        inputs: `[K, K]`, second moments of what the matrix reads.
+        ridge: That of `least_squares`.
+
+    Returns:
+        `up` `[D, D]`, `down` `[D, K]` and `gains` `[D]`: the leading `r` columns and rows are the best change of rank
+        `r`, and the sum of the leading `r` gains is the error that it takes away.
+    """
+    taken = change @ regularised(inputs, ridge) @ change.T
+    gains, up = torch.linalg.eigh((taken + taken.T) / 2)
+    up = up.flip(1)
+    return up, up.T @ change, gains.flip(0).clamp_min(0)
+
+
+def allocate(gains: Mapping[str, torch.Tensor], costs: Mapping[str, int], budget: float) -> dict[str, int]:
+    """A rank for every matrix: the next one goes where it takes away the most error for what it costs.
+
+    Args:
+        gains: Name of a matrix -> the error that each of its ranks takes away, descending.
+        costs: Name -> what one rank costs.
+        budget: What all may cost together.
+    """
+    ranks = dict.fromkeys(gains, 0)
+    values = {name: found.tolist() for name, found in gains.items()}
+    queue = [(-value[0] / costs[name], name) for name, value in values.items() if value]
+    heapq.heapify(queue)
+    while queue:
+        gain, name = heapq.heappop(queue)
+        if gain >= 0 or costs[name] > budget:
+            continue
+        budget -= costs[name]
+        ranks[name] += 1
+        if ranks[name] < len(values[name]):
+            heapq.heappush(queue, (-values[name][ranks[name]] / costs[name], name))
+    return ranks
+
+
+def norm_scale(parent: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
+    """The factor on the weight of a norm `[d]` that brings its outputs nearest to those of the parent.
+
+    Args:
+        parent, reduced: Sums over tokens, per channel, of products of the outputs of both norms and of squares of
+            those of the reduced one.
+    """
+    return torch.where(reduced > 0, parent / reduced.clamp_min(1e-30), 1.0)
+
+
+def removal_order(
+    inputs: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, ridge: float = RIDGE, chunk: int = 0
+) -> torch.Tensor:
+    """Units in the order in which they are best kept: greedy, with the others making up for each that goes.
+
+    Removing the columns `b` of `W` costs `tr(W_b (C^-1_bb)^-1 W_b^T)` when all others are fitted anew (Optimal Brain
+    Surgeon). What goes is taken out of `C^-1` and `W` before the next one is chosen, so one order serves every size.
+
+    Args:
+        inputs: `[K, K]`, second moments of the columns.
+        weight: `[D, K]`.
+        units: `[U, e]`, the columns of each unit.
+        ridge: See `regularised`.
+        chunk: Remove so many at once, cheapest first, which is nearly the same and takes fewer passes; by default one
+            in 96, and one by one where units have several columns.
+
+    Returns:
+        `[U]`, numbers of units, the best one first.
+    """
+    w = weight.double().clone()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised(inputs, ridge)))
+    size = units.shape[1]
+    chunk = chunk or (max(1, len(units) // 96) if size == 1 else 1)
+    alive = torch.arange(len(units), device=units.device)
+    columns = units.flatten()
+    inverse, w = inverse[columns][:, columns], w[:, columns]  # unit after unit
+    gone: list[torch.Tensor] = []
+    while len(alive):
+        count = min(chunk, len(alive))
+        if size == 1:
+            costs = w.square().sum(0) / inverse.diagonal()
+        else:
+            blocks = inverse.view(len(alive), size, len(alive), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            parts = w.view(len(w), len(alive), size).permute(1, 2, 0)  # [U, e, D]
+            costs = (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+        order = costs.argsort(stable=True)
+        out, kept = order[:count], order[count:].sort().values
+        gone.append(alive[out])
+        places = torch.arange(len(alive) * size, device=units.device).view(-1, size)
+        b, rest = places[out].flatten(), places[kept].flatten()
+        # Those left make up for what goes, and the inverse becomes that of their own moments.
+        solved = torch.linalg.solve(inverse[b][:, b], inverse[b][:, rest])
+        w = w[:, rest] - w[:, b] @ solved
+        inverse = inverse[rest][:, rest] - inverse[rest][:, b] @ solved
+        alive = alive[kept]
+    return torch.cat(gone).flip(0)
