@@ -50,6 +50,10 @@ def convert(
         float | None,
         typer.Option(help="Part of its parameters that a row may own to make up for what it lacks: 0.03; default: 0."),
     ] = None,
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Turn the residual stream into its principal axes; for smaller sizes of hidden."),
+    ] = False,
     search_evaluations: Annotated[
         int | None,
         typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),
@@ -98,6 +102,7 @@ def convert(
         "batch_size": batch_size,
         "order": order,
         "corrections": corrections,
+        "rotate": rotate or None,
         "search_evaluations": search_evaluations,
         "nested": None if nested else False,
         "seed": seed,

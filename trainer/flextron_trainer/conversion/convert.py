@@ -44,6 +44,7 @@ from .importance import CONTROLS, Importance, read_or_measure
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
 from .parents import place_of, plain_parent, tensor_of
+from .rotation import rotate as turn
 from .rows import ROW_SAMPLES, choose_rows, mean_loss, named_budgets
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,7 @@ def convert(
     search_evaluations: int = 0,
     nested: bool = True,
     corrections: float = 0.0,
+    rotate: bool = False,
     max_samples: int = 1024,
     sequence_length: int = 512,
     batch_size: int = 8,
@@ -111,6 +113,9 @@ def convert(
         corrections: Part of its non-embedding parameters that a row may own beside the shared weights, such as 0.03:
             low-rank corrections of what its layers write, fitted to the parent where that lowers the loss on the last
             eighth of the calibration data (docs/method.md). They are folded in where the row is loaded or extracted.
+        rotate: Turn the residual stream into its principal axes first, so that smaller sizes of `hidden` keep more of
+            it. For models with RMS norms; embeddings that are tied to the output are untied, and adapters of the
+            parent do not fit. The full network stays the same but for rounding.
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"` and the search.
         device: Where to run; by default where the parent is.
@@ -142,6 +147,9 @@ def convert(
     if not 0 <= corrections < 1 or (corrections and by_weights):
         rule = "It is the part of a row's parameters that it may own, fitted to calibration data."
         raise invalid("corrections", corrections, rule, "Pass 0.03 with some text for `calibration`, or 0 for none.")
+    if rotate and (by_weights or hidden is None or len(hidden) < 2):
+        rule = "It sorts what the residual stream holds on some text, for smaller sizes of `hidden`."
+        raise invalid("rotate", rotate, rule, "Pass such sizes and some text for `calibration`, or leave it out.")
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
@@ -165,6 +173,8 @@ def convert(
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
     fitted = leading_tokens(seen, MOMENT_TOKENS) if seen else []
+    if rotate:
+        turn(elastic, fitted)
     scores = read_or_measure(importance, elastic, seen, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
     if order in CONTROLS or not batches:
@@ -174,14 +184,16 @@ def convert(
         if order == "auto":
             rows = _rows_by_size(elastic.config, named, nested)
             permute, on_held_out = partial(_permute, elastic), partial(mean_loss, elastic, batches=held_out)
-            order, sums = best_order(found, rows, permute, on_held_out)
-            logger.info(f"Order of units: {order!r}. Losses of the slices, summed over the rows: {sums}.")
+            order, lost = best_order(found, rows, permute, on_held_out, on_held_out(elastic.config.built))
+            logger.info(f"Order of units: {order!r}. What the slices lose in each, in nats, mean of the rows: {lost}.")
         _permute(elastic, found[order])
     few = batches[: -(-ROW_SAMPLES // batch_size)]
     loss = partial(mean_loss, elastic, batches=few) if few else None
     elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
     if corrections:
         add_corrections(elastic, fitted, held_out, corrections)
+    if rotate:  # no channel of the parent is left that an adapter could be for
+        elastic.permutation = None
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic

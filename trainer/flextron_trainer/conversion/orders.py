@@ -82,20 +82,25 @@ def best_order(
     rows: Sequence[SubNetwork],
     permute: Callable[[Importance], None],
     loss: Callable[[SubNetwork], float],
+    full: float,
 ) -> tuple[str, dict[str, float]]:
-    """The order whose slices lose least, summed over the rows.
+    """The order whose slices lose least: by the geometric mean over the rows of what each loses to the full network.
+
+    A smallest row that is far from usable under every order then counts no more than the others.
 
     Args:
         candidates: Of `rankings`.
         rows: The slices to compare.
         permute: Sorts the model by some scores.
         loss: Of a slice, on text that was not used to measure the scores.
+        full: Loss of the full network on that text.
 
     Returns:
-        Its name, and the sum of the losses of each.
+        Its name, and the mean of each in nats.
     """
-    sums = {}
+    means = {}
     for name, scores in candidates.items():
         permute(scores)
-        sums[name] = sum(map(loss, rows))
-    return min(sums, key=lambda name: sums[name]), sums
+        lost = torch.tensor([loss(row) - full for row in rows], dtype=torch.double)
+        means[name] = lost.clamp_min(1e-6).log().mean().exp().item()
+    return min(means, key=lambda name: means[name]), means
