@@ -50,6 +50,10 @@ def convert(
         float | None,
         typer.Option(help="Part of its parameters that a row may own to make up for what it lacks: 0.03; default: 0."),
     ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform/--no-uniform", help="Rows whose layers are alike, or each layer as loses least."),
+    ] = True,
     rotate: Annotated[
         bool,
         typer.Option("--rotate", help="Turn the residual stream into its principal axes; for smaller sizes of hidden."),
@@ -103,6 +107,7 @@ def convert(
         "order": order,
         "corrections": corrections,
         "rotate": rotate or None,
+        "uniform": None if uniform else False,
         "search_evaluations": search_evaluations,
         "nested": None if nested else False,
         "seed": seed,

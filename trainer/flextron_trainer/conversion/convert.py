@@ -46,6 +46,7 @@ from .orders import RANKINGS, best_order, rankings
 from .parents import place_of, plain_parent, tensor_of
 from .rotation import rotate as turn
 from .rows import ROW_SAMPLES, choose_rows, mean_loss, named_budgets
+from .sensitivity import SENSITIVITY_TOKENS, predicted_losses, rows_by_prediction, sensitivities
 
 logger = logging.get_logger(__name__)
 LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
@@ -66,6 +67,7 @@ def convert(
     tokenizer: Any = None,
     importance: str | os.PathLike | None = None,
     order: str = "auto",
+    uniform: bool = True,
     search_evaluations: int = 0,
     nested: bool = True,
     corrections: float = 0.0,
@@ -104,6 +106,9 @@ def convert(
             the other, the rest making up for each). `"auto"` takes the one whose slices lose least on the last eighth
             of the calibration data, which is held out for that. `"random"` and `"reverse"` are controls that show what
             the ranking by importance is worth.
+        uniform: All layers of a row have the same sizes, as stock classes need. False gives each layer sizes of its
+            own, those with which least will be lost by a second-order prediction (docs/method.md); stock classes cannot
+            hold them: `export` with `--snap` or `--pad` for these.
         search_evaluations: For each budget, an evolutionary search over the sizes of every layer asks for so many
             losses on the calibration data (200 are enough for eight layers). Elastic training of such rows ends at
             lower losses than that of uniform ones, and stock classes cannot hold them: `export` with `--snap` or
@@ -139,6 +144,9 @@ def convert(
     if order not in ORDERS:
         raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'auto' to get a good model.")
     require_int("search_evaluations", search_evaluations, minimum=0)
+    if not uniform and (by_weights or search_evaluations):
+        rule = "Sizes of each layer come from a prediction on calibration data, or from a search."
+        raise invalid("uniform", uniform, rule, "Pass some text for `calibration`, and no `search_evaluations`.")
     if search_evaluations and by_weights:
         rule = "The search asks for losses on calibration data, and there is none."
         raise invalid(
@@ -187,11 +195,18 @@ def convert(
             order, lost = best_order(found, rows, permute, on_held_out, on_held_out(elastic.config.built))
             logger.info(f"Order of units: {order!r}. What the slices lose in each, in nats, mean of the rows: {lost}.")
         _permute(elastic, found[order])
+    metrics = None
+    if corrections or not uniform:
+        metrics = sensitivities(elastic, leading_tokens(fitted, SENSITIVITY_TOKENS), seed)
     few = batches[: -(-ROW_SAMPLES // batch_size)]
     loss = partial(mean_loss, elastic, batches=few) if few else None
-    elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
+    if uniform or metrics is None:
+        elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
+    else:
+        losses = predicted_losses(elastic, fitted, metrics)
+        elastic.config.frontier = rows_by_prediction(elastic.config, named, losses)
     if corrections:
-        add_corrections(elastic, fitted, held_out, corrections)
+        add_corrections(elastic, fitted, held_out, corrections, metrics)
     if rotate:  # no channel of the parent is left that an adapter could be for
         elastic.permutation = None
     elastic.config.parent_name, elastic.config.parent_license = origin

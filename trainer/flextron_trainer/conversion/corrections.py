@@ -30,6 +30,7 @@ def best_corrections(
     batches: Sequence[torch.Tensor],
     held_out: list[torch.Tensor],
     share: float,
+    metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[Corrections | None, float, float]:
     """The corrections of a row that lose least; None where none of them helps.
 
@@ -40,6 +41,7 @@ def best_corrections(
         batches: Token ids `[B, S]` to fit to.
         held_out: Others, to choose by.
         share: Of the non-embedding parameters of the row that it may own.
+        metrics: Of `sensitivities`.
 
     Returns:
         The corrections, and the losses of the row without and with them.
@@ -48,7 +50,7 @@ def best_corrections(
     best, plain = None, mean_loss(model, subnetwork, held_out)
     least = plain
     for way in WAYS:
-        found = within(model, subnetwork, batches, share, **way)
+        found = within(model, subnetwork, batches, share, metrics=metrics, **way)
         put_corrections(model, {name: (subnetwork, found)})
         loss = mean_loss(model, subnetwork, held_out)
         if loss < least:
@@ -58,7 +60,11 @@ def best_corrections(
 
 @torch.no_grad()
 def add_corrections(
-    model: Any, batches: Sequence[torch.Tensor], held_out: list[torch.Tensor], share: float
+    model: Any,
+    batches: Sequence[torch.Tensor],
+    held_out: list[torch.Tensor],
+    share: float,
+    metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Fit corrections for every row but the full one, and put them into the model.
 
@@ -67,6 +73,7 @@ def add_corrections(
         batches: Token ids `[B, S]` to fit to, whose hidden states are in memory.
         held_out: Others, to choose by.
         share: Of the non-embedding parameters of a row that it may own.
+        metrics: Of `sensitivities`.
 
     Returns:
         Name of a row -> its loss without and with corrections.
@@ -76,7 +83,7 @@ def add_corrections(
     for name, subnetwork in reversed(held(model.config.frontier).items()):
         if subnetwork == model.built:
             continue
-        found, plain, least = best_corrections(model, name, subnetwork, batches, held_out, share)
+        found, plain, least = best_corrections(model, name, subnetwork, batches, held_out, share, metrics)
         losses[name] = plain, least
         if found is not None:
             fitted[name] = subnetwork, found

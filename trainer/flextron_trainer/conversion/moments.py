@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 RIDGE = 1e-2  # of the mean of the diagonal
+METRIC_RIDGE = 0.1  # the same, of a metric of outputs: no direction is free
 MOMENT_TOKENS = 32768  # that moments are taken of: the hidden states of all of them are in memory
 
 
@@ -31,6 +32,7 @@ class Moments:
         output_sum: `[D]`, sum of `y`.
         energy: Sum of `|y|^2`.
         tokens: Sum of the weights of the tokens.
+        count: Number of the tokens.
     """
 
     inputs: torch.Tensor
@@ -39,6 +41,7 @@ class Moments:
     output_sum: torch.Tensor
     energy: float = 0.0
     tokens: float = 0.0
+    count: int = 0
 
     @classmethod
     def zeros(cls, read: int, written: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> "Moments":
@@ -60,6 +63,7 @@ class Moments:
         self.output_sum += w @ y
         self.energy += float((w * y.square().sum(-1)).sum())
         self.tokens += float(w.sum())
+        self.count += len(h)
 
     def error(self, weight: torch.Tensor) -> float:
         """Mean of `|y - W h|^2` over tokens, of a matrix `[D, K]`."""
@@ -85,7 +89,7 @@ def least_squares(moments: Moments, weight: torch.Tensor, ridge: float = RIDGE) 
 
 
 def low_rank(
-    change: torch.Tensor, inputs: torch.Tensor, ridge: float = RIDGE
+    change: torch.Tensor, inputs: torch.Tensor, ridge: float = RIDGE, metric: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Factors of a change of a matrix, best first.
 
@@ -93,15 +97,19 @@ def low_rank(
         change: `[D, K]`, of `least_squares`.
         inputs: `[K, K]`, second moments of what the matrix reads.
         ridge: That of `least_squares`.
+        metric: `[D, D]`, how much errors of the output count; None for their squares. See `sensitivity.py`.
 
     Returns:
         `up` `[D, D]`, `down` `[D, K]` and `gains` `[D]`: the leading `r` columns and rows are the best change of rank
         `r`, and the sum of the leading `r` gains is the error that it takes away.
     """
-    taken = change @ regularised(inputs, ridge) @ change.T
-    gains, up = torch.linalg.eigh((taken + taken.T) / 2)
-    up = up.flip(1)
-    return up, up.T @ change, gains.flip(0).clamp_min(0)
+    root = None if metric is None else torch.linalg.cholesky(regularised(metric, METRIC_RIDGE), upper=True)
+    counted = change if root is None else root @ change
+    taken = counted @ regularised(inputs, ridge) @ counted.T
+    gains, directions = torch.linalg.eigh((taken + taken.T) / 2)
+    directions = directions.flip(1)
+    up = directions if root is None else torch.linalg.solve_triangular(root, directions, upper=True)
+    return up, directions.T @ counted, gains.flip(0).clamp_min(0)
 
 
 def allocate(gains: Mapping[str, torch.Tensor], costs: Mapping[str, int], budget: float) -> dict[str, int]:

@@ -123,12 +123,12 @@ def input_moments(model: Any, batches: Sequence[torch.Tensor]) -> Iterator[tuple
                     normed = layer.post_attention_layernorm(first if layer.parallel_residual else x)
                     h = halves.read_by_down(i, normed, built.mlp[i], built.hidden)
                 following.append(x + matrix(h))
-                moments.add(h, h[..., :0], _token_weights(following[-1]))
+                moments.add(h, h[..., :0], token_weights(following[-1]))
             states = following
             yield i, axis, matrix.weight, moments
 
 
-def _token_weights(stream: torch.Tensor) -> torch.Tensor:
+def token_weights(stream: torch.Tensor) -> torch.Tensor:
     """`[B, S]`: makes squared errors of states `[B, S, D]` relative to their size, which the next norm takes away."""
     return 1 / stream.float().square().mean(-1).clamp_min(1e-12)
 
@@ -202,7 +202,7 @@ def _fits(
             bias = 0 if module.bias is None else module.bias[:d]
             for aim, states, h in zip(aims, reduced, reads, strict=True):
                 aimed = aim[..., :d] - states
-                size = _token_weights(aim) if weighted else None
+                size = token_weights(aim) if weighted else None
                 moments.add(h, aimed - bias, size)
             yield f"{name}.weight", moments, weight
             weight = answers.pop(f"{name}.weight", weight).to(weight.dtype)
@@ -227,6 +227,7 @@ def reconstruct(
     sequential: bool = True,
     weighted: bool = True,
     norms: bool = False,
+    metrics: Mapping[str, torch.Tensor] | None = None,
     ridge: float = RIDGE,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Corrections, dict[str, torch.Tensor]]:
@@ -241,6 +242,7 @@ def reconstruct(
         weighted: Count errors relative to the residual stream of each token.
         norms: Fit the weights of the norms, too, channel by channel to the parent's outputs. It helps some parents much
             and harms others.
+        metrics: Name of a matrix -> how much errors of its output count, `[D, D]`; see `sensitivity.py`.
         ridge: See `least_squares`.
         dtype: Of the corrections.
 
@@ -257,7 +259,8 @@ def reconstruct(
         rank, fitted = (ranks or {}).get(name, 0), weight.double()
         if ranks is None or rank:
             change = least_squares(moments, weight, ridge)
-            up, down, worth = low_rank(change, moments.inputs, ridge)
+            metric = None if metrics is None else metrics[name][: len(weight), : len(weight)]
+            up, down, worth = low_rank(change, moments.inputs, ridge, metric)
             gains[name] = worth.float().cpu()
             up, down = (up, down) if ranks is None else (up[:, :rank], down[:rank])
             low[name] = up.to(dtype), down.to(dtype)

@@ -53,7 +53,7 @@ def named_budgets(config: FlextronConfig, budgets: Sequence[Any] | Mapping[str, 
         if parse_budget(budget).kind not in ("fraction", "parameters", "memory"):
             rule = "A row of the frontier has a budget of parameters or memory."
             raise invalid(f"budgets[{name!r}]", budget, rule, "Pass a fraction, a count or a size in bytes.")
-        cost, limit = _limit(config, budget)
+        cost, limit = limit_of(config, budget)
         least = cost(smallest_subnetwork(config))
         if unnamed and least > limit and parse_budget(budget).kind != "fraction":
             rule = f"The smallest sub-network costs {least:,} {_UNITS[parse_budget(budget).kind]}."
@@ -87,7 +87,7 @@ def choose_rows(
         nested: False chooses each row by itself.
     """
     uniform = uniform_subnetworks(config)
-    limits = {name: _limit(config, budget) for name, budget in budgets.items()}
+    limits = {name: limit_of(config, budget) for name, budget in budgets.items()}
     names = sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built))  # the largest first
     uses = []
     for name in names:
@@ -99,7 +99,7 @@ def choose_rows(
     for name, best, use in zip(names, chosen, uses, strict=True):
         cost, limit = limits[name]
         if use[best] > TOLERANCE:
-            name = _name_of_smallest(config, name, budgets[name], best)
+            name = name_of_smallest(config, name, budgets[name], best)
         elif use[best] < USED and best != config.built:
             _warn_of_unused(config, name, use[best])
         if evaluations and loss is not None and best != config.built and cost(best) <= limit:
@@ -109,9 +109,7 @@ def choose_rows(
             )  # fmt: skip
             best = found if value < loss(best) else best
         if any(best == row.subnetwork for row in rows):
-            warnings.warn(
-                f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=3
-            )
+            warn_of_same(name)
             continue
         rows.append(config.row(name, best))
     return rows if rows[0].subnetwork == config.built else [config.row("1", config.built), *rows]
@@ -188,7 +186,7 @@ def _chain(
     return min(best.values(), key=lambda entry: entry[0])[1] if best else None
 
 
-def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
+def name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
     """What a row is called whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
     fraction = count_parameters(config, smallest, embeddings=False) / config.parent_size()
     warnings.warn(
@@ -218,7 +216,12 @@ def _warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
     )
 
 
-def _limit(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
+def warn_of_same(name: str) -> None:
+    """Say that a budget is left out."""
+    warnings.warn(f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=4)
+
+
+def limit_of(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
     """What a budget counts, and how much of it there may be."""
     parsed = parse_budget(budget)
     whole = config.parent_size() if parsed.kind == "fraction" else 1

@@ -1,0 +1,174 @@
+"""What it costs in nats when a layer writes something else, predicted to second order before anything is cut.
+
+Where a layer writes `y + e` instead of `y` into the residual stream, the divergence from the parent's predictions is
+about `e^T F e / 2` per token, with the Fisher information `F = E[g g^T]` of the stream there: `g` is the gradient of
+the log-likelihood of a next token that the model itself draws (K-FAC, arXiv 1503.05671, section 2). With second moments
+of what a matrix reads, this says of every number of leading units what is lost when the rest goes and those left make
+up for it, and so which layers had better be narrow (`rows_by_prediction`). It also says which part of the best
+correction of a matrix is worth its parameters (`moments.low_rank`).
+
+Errors and gradients are relative to the size of the stream at each token, as in `reconstruction.py`. Tokens whose state
+is many times larger than usual (attention sinks) are left out: no error of this size reaches their predictions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from modeling_flextron import FlextronConfig
+from modeling_flextron.frontier import FrontierRow
+from modeling_flextron.static_router import Candidate, Step, repaired
+from modeling_flextron.subnetwork import smallest_subnetwork
+
+from .moments import Moments, regularised
+from .reconstruction import Halves, input_moments, token_weights
+from .rows import limit_of, name_of_smallest, warn_of_same
+
+SENSITIVITY_TOKENS = 8192
+PREDICTION_RIDGE = 1e-3
+OUTLIER = 10  # times the usual mean square of a state
+PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+
+
+def matrix_name(layer: int, axis: str) -> str:
+    """The parameter that writes what the units of an axis, `"heads"` or `"mlp"`, do in a layer."""
+    return f"model.layers.{layer}.{PLACES[axis]}.weight"
+
+
+def sensitivities(model: Any, batches: Sequence[torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Fisher information of the residual stream behind every matrix that writes into it.
+
+    Takes a forward and a backward pass; in memory are the activations of one sequence and `8 L D^2` bytes.
+
+    Args:
+        model: A `FlextronForCausalLM` at full size.
+        batches: Token ids `[B, S]`.
+        seed: Of the next tokens that the model draws.
+
+    Returns:
+        Name of a matrix -> `[D, D]` float32, per token.
+    """
+    size, device = model.config.hidden_size, model.device
+    names = [matrix_name(i, axis) for i in range(len(model.model.layers)) for axis in PLACES]
+    found = {name: torch.zeros(size, size, device=device) for name in names}
+    generator = torch.Generator(device).manual_seed(seed)
+    sequences = [ids for batch in batches for ids in batch.split(1)]
+    for ids in tqdm(sequences, desc="Sensitivity", unit="sequence"):
+        with torch.enable_grad():
+            streams = _streams(model, ids.to(device))
+            logits = model.lm_head(model.model.norm(streams[-1])).float().flatten(0, 1)
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+            loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+            gradients = torch.autograd.grad(loss, streams)
+        for name, stream, gradient in zip(names, streams, gradients, strict=True):
+            weights = token_weights(stream.detach())
+            usual = weights > weights.median() / OUTLIER
+            relative = (gradient.float() * (usual / weights.sqrt())[..., None]).flatten(0, -2)
+            found[name] += relative.T @ relative
+    tokens = sum(ids.numel() for ids in sequences)
+    return {name: total / tokens for name, total in found.items()}
+
+
+def _streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """States `[B, S, D]` behind each half of each layer, in the order of `PLACES`, with a graph between them."""
+    halves, built = Halves(model.model), model.model.built
+    states, found = halves.embed(ids).detach().requires_grad_(), list[torch.Tensor]()
+    for i, layer in enumerate(model.model.layers):
+        h = halves.read_by_output(i, layer.input_layernorm(states), built.heads[i], built.hidden)
+        middle = states + layer.self_attn.o_proj(h)
+        normed = layer.post_attention_layernorm(states if layer.parallel_residual else middle)
+        states = middle + layer.mlp.down_proj(halves.read_by_down(i, normed, built.mlp[i], built.hidden))
+        found += [middle, states]
+    return found
+
+
+@torch.no_grad()
+def predicted_losses(
+    model: Any, batches: Sequence[torch.Tensor], metrics: Mapping[str, torch.Tensor]
+) -> dict[str, list[list[float]]]:
+    """What is lost for every number of leading units that a layer may keep, the best small matrix given.
+
+    Args:
+        model: A `FlextronForCausalLM` at full size, its units sorted.
+        batches: Token ids `[B, S]`.
+        metrics: Of `sensitivities`, on this model.
+
+    Returns:
+        `"heads"` and `"mlp"` -> layer -> number of units -> nats per token.
+    """
+    units = {"heads": model.config.head_dim, "mlp": 1}
+    found: dict[str, list[list[float]]] = {axis: [] for axis in PLACES}
+    for layer, axis, weight, moments in input_moments(model, batches):
+        by_column = leading_losses(moments, weight, metrics[matrix_name(layer, axis)])
+        found[axis].append(by_column[:: units[axis]].tolist())
+    return found
+
+
+def leading_losses(
+    moments: Moments, weight: torch.Tensor, metric: torch.Tensor, ridge: float = PREDICTION_RIDGE
+) -> torch.Tensor:
+    """Nats per token that are lost when the first k columns are kept and fitted anew, `[K + 1]` float64.
+
+    With `C = L L^T` the first k inputs determine the first k of the white variables `L^-1 h`; what `W` writes from the
+    others is lost.
+
+    Args:
+        moments: Of what the matrix reads.
+        weight: `[D, K]`.
+        metric: `[D, D]`, see `sensitivities`.
+        ridge: See `regularised`: what is not repeatable is not counted on.
+    """
+    white = weight.double() @ torch.linalg.cholesky(regularised(moments.inputs, ridge) / moments.count)
+    each = ((metric.double() @ white) * white).sum(0) / 2
+    return torch.cat([each.flip(0).cumsum(0).flip(0), each.new_zeros(1)]).cpu()
+
+
+def rows_by_prediction(
+    config: FlextronConfig, budgets: Mapping[str, Any], losses: Mapping[str, list[list[float]]]
+) -> list[FrontierRow]:
+    """The full network, and for each budget the sub-network of which least is predicted to be lost.
+
+    Every layer gets sizes of its own, and layers may go; `hidden` keeps its full size. Each row contains the next.
+
+    Args:
+        config: Of the elastic model.
+        budgets: Name of a row -> its budget, see `named_budgets`.
+        losses: Of `predicted_losses`.
+    """
+
+    def lost(candidate: Candidate) -> float:
+        kept = set(config.kept_layers(candidate.depth))
+        sizes = {"mlp": candidate.mlp, "heads": candidate.heads}
+        return sum(
+            losses[axis][layer][size if layer in kept else 0]
+            for axis, every in sizes.items()
+            for layer, size in enumerate(every)
+        )
+
+    def best(candidate: Candidate, steps: list[tuple[Step, float]]) -> Step:
+        now = lost(candidate)
+        # Nothing is known of `hidden`: it goes last.
+        return min(
+            steps,
+            key=lambda s: (s[0].axis == "hidden", (lost(candidate.after(s[0])) - now) / (abs(s[1]) or 1)),
+        )[0]
+
+    limits = {name: limit_of(config, budget) for name, budget in budgets.items()}
+    smallest, outer = smallest_subnetwork(config), config.built
+    rows: list[FrontierRow] = []
+    for name in sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built)):
+        cost, limit = limits[name]
+        found = outer
+        if cost(smallest) > limit:
+            found, name = smallest, name_of_smallest(config, name, budgets[name], smallest)
+        elif cost(outer) > limit:
+            found = repaired(config, Candidate.of(config, outer), cost, limit, best).subnetwork(config)
+            found = found.intersection(outer)
+        if rows and found == outer:
+            warn_of_same(name)
+            continue
+        rows.append(config.row(name, found))
+        outer = found
+    return rows if rows[0].subnetwork == config.built else [config.row("1", config.built), *rows]
