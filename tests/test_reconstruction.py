@@ -20,7 +20,7 @@ from flextron_trainer.conversion.moments import (
     removal_order,
 )
 from flextron_trainer.conversion.orders import RANKINGS, best_order, rankings
-from flextron_trainer.conversion.reconstruction import input_moments, reconstruct, within
+from flextron_trainer.conversion.reconstruction import from_inputs, input_moments, reconstruct, within
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.subnetwork import smallest_subnetwork
 
@@ -187,6 +187,24 @@ def test_moments_of_the_model_are_those_of_its_layers():
             expected = (h * size).flatten(0, 1).T @ h.flatten(0, 1)
             torch.testing.assert_close(moments.inputs, expected, rtol=1e-3, atol=1e-2)
             assert weight.shape == (64, 96)
+
+
+@pytest.mark.parametrize("variant", ["gqa-wide-heads", "mha-tied-biased", "gpt2", "neox"])
+@torch.no_grad()
+def test_one_walk_fits_all_rows_as_walks_of_their_own_do(variant):
+    model, _ = unsorted_of(variant)
+    rows = {
+        "a": SubNetwork(64, (0, 1, 2, 3), (96, 48, 24, 96), (4, 2, 4, 2)),
+        "b": SubNetwork(64, (0, 2), (32, 48), (2, 4)),
+    }
+    found = from_inputs(model, rows, input_moments(model, [DATA]), 0.1)
+    for name, row in rows.items():
+        expected = within(model, row, [DATA], 0.1, sequential=False)
+        assert list(found[name].low_rank) == list(expected.low_rank)
+        for matrix, (up, down) in expected.low_rank.items():
+            ours = found[name].low_rank[matrix]
+            torch.testing.assert_close(ours[0] @ ours[1], up @ down, rtol=1e-2, atol=1e-3)
+        assert 0 < found[name].parameters() <= 0.1 * count_parameters(model.config, row, embeddings=False)
 
 
 def test_the_order_is_the_one_whose_slices_lose_least():

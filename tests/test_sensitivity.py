@@ -9,10 +9,9 @@ from helpers import VARIANTS, parent_of
 from flextron_trainer import convert
 from flextron_trainer.conversion.convert import _elastic_config, _take
 from flextron_trainer.conversion.moments import Moments, low_rank, regularised
-from flextron_trainer.conversion.reconstruction import input_moments, token_weights
+from flextron_trainer.conversion.reconstruction import input_moments, matrix_name, token_weights
 from flextron_trainer.conversion.sensitivity import (
     leading_losses,
-    matrix_name,
     predicted_losses,
     rows_by_prediction,
     sensitivities,

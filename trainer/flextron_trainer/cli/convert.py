@@ -120,7 +120,15 @@ def convert(
     if calibration is not None:  # else it is refused
         settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
         sizes = {name: settings[name] for name in ("mlp", "heads", "hidden", "depth")}
-        passes = ("max_samples", "sequence_length", "batch_size", "search_evaluations", "order", "corrections")
+        passes = (
+            "max_samples",
+            "sequence_length",
+            "batch_size",
+            "search_evaluations",
+            "order",
+            "corrections",
+            "uniform",
+        )
         with suppress(ValueError):  # the conversion itself says what is wrong
             planned = plan_conversion(
                 elastic_config(parent_config, **sizes, budgets=[1]),

@@ -4,7 +4,7 @@ How they are fitted best differs between parents (`reconstruction.py`), so every
 that was held out, and none where none helps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,47 +15,12 @@ from modeling_flextron.families import is_shared
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import SubNetwork
 
-from .reconstruction import Corrections, within
+from .reconstruction import Corrections, from_inputs, input_moments, within
 from .rows import mean_loss
 
 logger = logging.get_logger(__name__)
-# Each layer reads what the parent's layers write, or what the corrected ones before it do, with norms fitted as well.
-WAYS: tuple[dict[str, bool], ...] = ({"sequential": False}, {"sequential": True, "norms": True})
-
-
-def best_corrections(
-    model: Any,
-    name: str,
-    subnetwork: SubNetwork,
-    batches: Sequence[torch.Tensor],
-    held_out: list[torch.Tensor],
-    share: float,
-    metrics: Mapping[str, torch.Tensor] | None = None,
-) -> tuple[Corrections | None, float, float]:
-    """The corrections of a row that lose least; None where none of them helps.
-
-    Args:
-        model: A `FlextronForCausalLM`, whose corrections are replaced.
-        name: Of the row.
-        subnetwork: Its sizes.
-        batches: Token ids `[B, S]` to fit to.
-        held_out: Others, to choose by.
-        share: Of the non-embedding parameters of the row that it may own.
-        metrics: Of `sensitivities`.
-
-    Returns:
-        The corrections, and the losses of the row without and with them.
-    """
-    put_corrections(model, {})
-    best, plain = None, mean_loss(model, subnetwork, held_out)
-    least = plain
-    for way in WAYS:
-        found = within(model, subnetwork, batches, share, metrics=metrics, **way)
-        put_corrections(model, {name: (subnetwork, found)})
-        loss = mean_loss(model, subnetwork, held_out)
-        if loss < least:
-            best, least = found, loss
-    return best, plain, least
+# Each layer reads what the corrected layers before it write, whose norms are fitted as well.
+SEQUENTIAL = {"sequential": True, "norms": True}
 
 
 @torch.no_grad()
@@ -73,23 +38,42 @@ def add_corrections(
         batches: Token ids `[B, S]` to fit to, whose hidden states are in memory.
         held_out: Others, to choose by.
         share: Of the non-embedding parameters of a row that it may own.
-        metrics: Of `sensitivities`.
+        metrics: Of `sensitivities`; None to count errors of all channels alike.
 
     Returns:
         Name of a row -> its loss without and with corrections.
     """
+    rows = {name: row for name, row in held(model.config.frontier).items() if row != model.built}
+    wide = {name: row for name, row in rows.items() if row.hidden == model.built.hidden}
+    found = from_inputs(model, wide, input_moments(model, batches), share, metrics) if wide else {}
     fitted: dict[str, tuple[SubNetwork, Corrections]] = {}
     losses = {}
-    for name, subnetwork in reversed(held(model.config.frontier).items()):
-        if subnetwork == model.built:
-            continue
-        found, plain, least = best_corrections(model, name, subnetwork, batches, held_out, share, metrics)
-        losses[name] = plain, least
-        if found is not None:
-            fitted[name] = subnetwork, found
+    for name, row in reversed(rows.items()):
+        # Each layer reads what the parent's layers write.
+        first = found.get(name) or within(model, row, batches, share, sequential=False, metrics=metrics)
+        ways = (first, within(model, row, batches, share, metrics=metrics, **SEQUENTIAL))
+        best, losses[name] = _best(model, name, row, ways, held_out)
+        if best is not None:
+            fitted[name] = row, best
     logger.info(f"Losses of the rows without and with corrections: {losses}.")
     put_corrections(model, fitted)
     return losses
+
+
+def _best(
+    model: Any, name: str, row: SubNetwork, ways: Iterable[Corrections], held_out: list[torch.Tensor]
+) -> tuple[Corrections | None, tuple[float, float]]:
+    """The corrections of a row that lose least, None where none helps; and its losses without and with them."""
+    put_corrections(model, {})
+    best, plain = None, mean_loss(model, row, held_out)
+    least = plain
+    for found in ways:
+        put_corrections(model, {name: (row, found)})
+        loss = mean_loss(model, row, held_out)
+        if loss < least:
+            best, least = found, loss
+    put_corrections(model, {})
+    return best, (plain, least)
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from modeling_flextron.subnetwork import bytes_per_value
 
 from ..losses import CHUNK_SIZE
 from ..measuring.memory import forget_peak, process_bytes
-from .corrections import WAYS
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS
 from .rows import ROW_SAMPLES, TRIED
+from .sensitivity import SENSITIVITY_TOKENS
 
 GIB = 2**30
 RANKING_LOGITS = (
@@ -71,6 +71,7 @@ def plan_conversion(
     search_evaluations: int,
     order: str,
     corrections: float,
+    uniform: bool = True,
 ) -> ConversionPlan:
     """Estimate what `convert` will take.
 
@@ -80,7 +81,7 @@ def plan_conversion(
         device: Where it runs.
         calibrated: Whether there is text; without, no pass is made.
         budgets: Number of rows.
-        max_samples, sequence_length, batch_size, search_evaluations, order, corrections: as in `convert`.
+        max_samples, sequence_length, batch_size, search_evaluations, order, corrections, uniform: as in `convert`.
     """
     built, size = config.built, bytes_per_value(dtype or config.dtype)
     length = min(sequence_length, config.max_position_embeddings)
@@ -97,8 +98,11 @@ def plan_conversion(
         "layer ranking": 2 * candidates * ranked,
         "rows": budgets * TRIED * few,
         "search": budgets * search_evaluations * few,
-        # Both the parent and the row are run; the second way to fit goes through the text twice.
-        "corrections": budgets * (6 * moments + (1 + len(WAYS)) * held_out) if corrections else 0,
+        # A pass forward and one backward, which costs two.
+        "sensitivity": 3 * min(moments, SENSITIVITY_TOKENS) if corrections or not uniform else 0,
+        "sizes of layers": 0 if uniform else moments,
+        # One way to fit serves all rows; the other runs the parent and the row, twice.
+        "corrections": moments + budgets * (4 * moments + 3 * held_out) if corrections else 0,
     }
     batch = min(batch_size, max_samples) * length
     largest = size * max(config.vocab_size, config.intermediate_size) * config.hidden_size

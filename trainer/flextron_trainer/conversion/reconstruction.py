@@ -11,8 +11,8 @@ A row owns its corrections. The weights that it shares with the other rows stay 
 the parent.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from modeling_flextron.positions import MASKS
 from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
 from .moments import RIDGE, Moments, allocate, least_squares, low_rank, norm_scale
+
+PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
+LIKELY = 16  # times the mean rank: no matrix of a row is expected to get more
 
 
 @dataclass(frozen=True)
@@ -282,10 +285,63 @@ def within(
         how: Options of `reconstruct`.
     """
     full, gains = reconstruct(model, subnetwork, batches, **how)
-    costs = {name: len(up) + down.shape[1] for name, (up, down) in full.low_rank.items()}
-    own = sum(vector.numel() for vector in full.vectors.values())
-    budget = share * count_parameters(model.config, subnetwork, embeddings=False) - own
-    ranks = allocate(gains, costs, budget)
+    ranks = _ranks(model, subnetwork, full, gains, share)
     if not how.get("sequential", True):
         return full.cut(ranks)
     return reconstruct(model, subnetwork, batches, ranks=ranks, **how)[0]
+
+
+@torch.no_grad()
+def from_inputs(
+    model: Any,
+    rows: Mapping[str, SubNetwork],
+    moments: Iterable[tuple[int, str, torch.Tensor, Moments]],
+    share: float,
+    metrics: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, Corrections]:
+    """`within(sequential=False)` of several rows at once, which keep all of `hidden`: one walk serves all of them.
+
+    What such a row reads in a layer is a part of what the parent reads, so second moments of the latter say it all.
+
+    Args:
+        model: A `FlextronForCausalLM`, its units sorted.
+        rows: Name -> sizes.
+        moments: Of `input_moments`, on this model.
+        share, metrics: As in `within` and `reconstruct`.
+    """
+    low: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {name: {} for name in rows}
+    gains: dict[str, dict[str, torch.Tensor]] = {name: {} for name in rows}
+    sizes = {name: count_parameters(model.config, row, embeddings=False) for name, row in rows.items()}
+    for layer, axis, weight, found in moments:
+        matrix = matrix_name(layer, axis)
+        written = weight.double() @ found.inputs.double()
+        for name, row in rows.items():
+            if layer not in row.layers:
+                continue
+            at = row.layers.index(layer)
+            kept = row.mlp[at] if axis == "mlp" else row.heads[at] * model.config.head_dim
+            if kept == weight.shape[1]:
+                continue
+            part = replace(found, inputs=found.inputs[:kept, :kept], cross=written[:, :kept])
+            change = least_squares(part, weight[:, :kept])
+            up, down, worth = low_rank(change, part.inputs, metric=None if metrics is None else metrics[matrix])
+            # Several times what is likely to be kept, so that memory is a part of that of the weights.
+            most = -(-LIKELY * share * sizes[name] // (2 * len(row.layers) * (len(weight) + kept)))
+            up, down, worth = up[:, : int(most)], down[: int(most)], worth[: int(most)]
+            low[name][matrix], gains[name][matrix] = (up.float(), down.float()), worth.float().cpu()
+    fitted = {name: Corrections(found, {}) for name, found in low.items()}
+    return {name: found.cut(_ranks(model, rows[name], found, gains[name], share)) for name, found in fitted.items()}
+
+
+def _ranks(
+    model: Any, subnetwork: SubNetwork, full: Corrections, gains: Mapping[str, torch.Tensor], share: float
+) -> dict[str, int]:
+    """What of the corrections of a row is kept, so that it owns at most `share` of its parameters."""
+    costs = {name: len(up) + down.shape[1] for name, (up, down) in full.low_rank.items()}
+    own = sum(vector.numel() for vector in full.vectors.values())
+    return allocate(gains, costs, share * count_parameters(model.config, subnetwork, embeddings=False) - own)
+
+
+def matrix_name(layer: int, axis: str) -> str:
+    """The parameter that writes what the units of an axis, `"heads"` or `"mlp"`, do in a layer."""
+    return f"model.layers.{layer}.{PLACES[axis]}.weight"

@@ -23,18 +23,12 @@ from modeling_flextron.static_router import Candidate, Step, repaired
 from modeling_flextron.subnetwork import smallest_subnetwork
 
 from .moments import Moments, regularised
-from .reconstruction import Halves, input_moments, token_weights
+from .reconstruction import PLACES, Halves, input_moments, matrix_name, token_weights
 from .rows import limit_of, name_of_smallest, warn_of_same
 
 SENSITIVITY_TOKENS = 8192
 PREDICTION_RIDGE = 1e-3
 OUTLIER = 10  # times the usual mean square of a state
-PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-
-
-def matrix_name(layer: int, axis: str) -> str:
-    """The parameter that writes what the units of an axis, `"heads"` or `"mlp"`, do in a layer."""
-    return f"model.layers.{layer}.{PLACES[axis]}.weight"
 
 
 def sensitivities(model: Any, batches: Sequence[torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
