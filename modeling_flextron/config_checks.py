@@ -165,7 +165,7 @@ def _check_choices(name: str, sizes: Any, full: int) -> None:
         raise invalid(name, sizes, "The sizes must descend strictly.", "Sort them and drop repeated ones.")
 
 
-def check_origin(parent_name: Any, permutation: Any, terms: Any, runs: Any, version: Any) -> None:
+def check_origin(parent_name: Any, permutation: Any, terms: Any, made: Any, runs: Any, version: Any) -> None:
     """Refuse what a card says about where the model comes from: parent, its licence, conversion, training, code."""
     if not isinstance(parent_name, str | None):
         raise invalid("parent_name", parent_name, "It is a text.", "Pass the Hub id of the parent, or None.")
@@ -175,6 +175,9 @@ def check_origin(parent_name: Any, permutation: Any, terms: Any, runs: Any, vers
     if terms is not None and not (texts and set(terms) <= set(LICENSE_FIELDS)):
         rule = f"It holds texts under {', '.join(LICENSE_FIELDS)}."
         raise invalid("parent_license", terms, rule, "Pass for instance {'license': 'apache-2.0'}, or None.")
+    if made is not None and not (isinstance(made, dict) and isinstance(made.get("order"), str)):
+        rule = "It says the order of units, and what the conversion took."
+        raise invalid("conversion", made, rule, "Pass for instance {'order': 'norms'}, or None.")
     if runs is not None and not (isinstance(runs, list) and all(isinstance(run, dict) for run in runs)):
         raise invalid("training_runs", runs, "It lists the arguments of every run.", "Pass a list of dicts.")
     for run in runs or []:

@@ -91,6 +91,7 @@ class FlextronConfig(StoredConfig):
         parent_license: `license`, and `license_name` and `license_link` where there are any, of the parent's card.
         permutation: What tells the order of units of this conversion from that of any other; the order itself is in a
             file beside this one (`permutation.py`). None when it is not known.
+        conversion: How it was made from its parent: the `order` of its units, and what was read and planned for that.
         training_runs: Of every run since the conversion: the training arguments that differ from their defaults, and
             how many `steps` it made and `tokens` it read.
         flextron_version: Version of the code that wrote the file, and that lies beside it.
@@ -158,6 +159,7 @@ class FlextronConfig(StoredConfig):
     parent_name: str | None = None
     parent_license: dict | None = None
     permutation: str | None = None
+    conversion: dict | None = None
     training_runs: list[dict] | None = None
 
     def __post_init__(self, **kwargs):
@@ -356,8 +358,8 @@ class FlextronConfig(StoredConfig):
         self.flextron_budget = plain_budget(self.flextron_budget)
         parse_budget(self.flextron_budget)
         require_int("flextron_context", self.flextron_context, minimum=0)
-        terms, runs = self.parent_license, self.training_runs
-        check_origin(self.parent_name, self.permutation, terms, runs, self.flextron_version)
+        terms, made, runs = self.parent_license, self.conversion, self.training_runs
+        check_origin(self.parent_name, self.permutation, terms, made, runs, self.flextron_version)
 
     def _check_rows(self) -> None:
         """Read the frontier, with costs and names that are right for this shape."""

@@ -124,7 +124,7 @@ def write_model_card(
         frontier=frontier_table(model, row_bytes(folder, saved), _tables(model.config, folder)),
         notes=_notes(model, plotted),
         shapes="\n".join(map(_shape, *zip(*_rows(model), strict=True))),
-        training=_training(model.config),
+        training=_conversion(model.config) + _training(model.config),
         versions=versions(),
         **_uses(model, repo or folder.resolve().name, (folder / "tokenizer_config.json").is_file()),
     )
@@ -322,6 +322,12 @@ def _source(on: Measured) -> str:
     tokens = None if on.tokens is None else f"{on.tokens:,} tokens"
     parts = (plain(on.label), tokens, on.date and plain(on.date), on.version and f"by Flextron {plain(on.version)}")
     return ", ".join(part for part in parts if part)
+
+
+def _conversion(config) -> str:
+    if not config.conversion:
+        return ""
+    return f"Neurons and heads lie in the order {code(config.conversion['order'])}, best first.\n\n"
 
 
 def _training(config) -> str:

@@ -43,9 +43,14 @@ def work(tmp_path_factory):
 def elastic(work):
     result = flextron(
         "convert", "parent", "elastic", "--calibration", "text", "--mlp", "1,0.5,0.25", "--heads", "1,0.5",
-        "--budgets", "1,0.6,0.45", "--max-samples", 16, "--sequence-length", 32, "--device", "cpu",
+        "--budgets", "1,0.6,0.45", "--max-samples", 16, "--sequence-length", 32, "--device", "cpu", "--keep-moments",
+        "--offload",
     )  # fmt: skip
     assert [row["name"] for row in result["frontier"]] == ["1", "0.6", "0.45"]
+    assert not list(work.glob(".weights-*")) and list((work / "elastic" / "moments").iterdir())
+    kept = json.loads((work / "elastic" / "config.json").read_text())["conversion"]
+    assert kept["planned"] == result["planned"] and kept["measured"] == result["measured"]
+    assert f"in the order `{kept['order']}`" in (work / "elastic" / "README.md").read_text()
     planned, measured = result["planned"], result["measured"]
     tokens = planned["forward_tokens"]
     assert tokens["importance"] == 16 * 32 and tokens["search"] == tokens["corrections"] == 0
@@ -72,7 +77,7 @@ def test_rows_that_need_not_nest(work, monkeypatch):
     from flextron_trainer.conversion import convert
 
     choose, asked = convert.choose_rows, []
-    monkeypatch.setattr(convert, "choose_rows", lambda *given: asked.append(given[5:]) or choose(*given))
+    monkeypatch.setattr(convert, "choose_rows", lambda *given: asked.append(given[3:]) or choose(*given))
     for flags in ((), ("--no-nested",)):
         flextron("convert", "parent", "rows", "--calibration", "weights", "--mlp", "1,0.5", *flags, "--device", "cpu")
     assert [nested for nested in asked if nested] == [(True,), (False,)]

@@ -7,14 +7,16 @@ from itertools import pairwise
 import datasets
 import pytest
 import torch
-from helpers import CHOICES, difference, elastic_of, parent_of, run_python
+from helpers import CHOICES, all_sizes, difference, elastic_of, parent_of, run_python
 
 from flextron_trainer import convert as convert_in_any_order
 from flextron_trainer.conversion.convert import _elastic_config, _ranked_heads, _take, origin_of
-from flextron_trainer.conversion.importance import Importance, fingerprint, measure
+from flextron_trainer.conversion.importance import Importance, fingerprint, measure, rank_layers
+from flextron_trainer.conversion.orders import RANKINGS
 from flextron_trainer.conversion.rows import mean_loss
-from modeling_flextron import count_parameters
-from modeling_flextron.subnetwork import smallest_subnetwork
+from flextron_trainer.conversion.walk import Walk, parts_of
+from modeling_flextron import SubNetwork, count_parameters
+from modeling_flextron.subnetwork import AXES, smallest_subnetwork
 
 convert = partial(convert_in_any_order, order="importance")  # to choose an order takes four passes
 DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
@@ -143,6 +145,60 @@ def test_layers_are_dropped_in_the_order_of_the_least_error():
         assert elastic.config.elastic["layer_ranking"] == [2, 1]
 
 
+@pytest.mark.parametrize("variant", ["mha", "gqa-tied-llama3", "gpt2", "neox", "qwen2"])
+@torch.no_grad()
+def test_layers_are_ranked_by_the_logits_without_computing_them(variant, monkeypatch):
+    parent = parent_of(variant)
+    model = _take(parent, _elastic_config(parent.config, dict.fromkeys(AXES)), release=False)
+    batches = list(DATA[:6].split(4))
+    remaining, expected = list(range(4)), []
+    for _ in range(2):
+        errors = {}
+        for layer in set(remaining) - model.config.anchors():
+            kept = tuple(other for other in remaining if other != layer)
+            part = SubNetwork(64, kept, (96,) * len(kept), (model.built.heads[0],) * len(kept))
+            errors[layer] = sum(
+                (model(ids).logits - model(ids, flextron_budget=part).logits).square().sum() for ids in batches
+            )
+        expected.append(min(errors, key=errors.get))
+        remaining.remove(expected[-1])
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits"))
+    assert rank_layers(model, batches, 2).tolist() == expected
+
+
+@torch.no_grad()
+def test_running_layer_by_layer_is_running_the_model(elastic, ids):
+    for subnetwork in all_sizes(elastic, 3):
+        (states,) = Walk(elastic.model, subnetwork).all([ids])
+        torch.testing.assert_close(states, elastic.model(ids, flextron_budget=subnetwork).last_hidden_state)
+    assert [len(part) for part in parts_of([ids] * 5, 2 * ids.numel())] == [2, 2, 1]
+
+
+def test_second_moments_are_kept_and_used_again(tmp_path, monkeypatch):
+    same = {"mlp": [1, 0.5], "heads": [1, 0.5], "budgets": [1, 0.7], "order": "obs", "moments": tmp_path / "moments"}
+    first = convert(parent_of("gqa-wide-heads"), DATA, **same)
+    assert len(list((tmp_path / "moments").iterdir())) == 2 * 4
+    monkeypatch.setattr("flextron_trainer.conversion.reconstruction.Halves.read_by_down", None)  # measured no more
+    again = convert(parent_of("gqa-wide-heads"), DATA, **same)
+    for (name, a), (_, b) in zip(first.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    (tmp_path / "moments" / "layer-000-mlp.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"`moments`=.* is not a file of second moments"):
+        convert(parent_of("gqa-wide-heads"), DATA, **same)
+    with pytest.raises(TypeError):  # on other text they are measured
+        convert(parent_of("gqa-wide-heads"), DATA.flip(1), **same)
+
+
+def test_what_a_conversion_took_stays_with_the_model():
+    same = {"mlp": [1, 0.75, 0.5], "heads": [1, 0.5], "budgets": [1, 0.6], "sequence_length": 16, "batch_size": 4}
+    made = convert(parent_of("mha"), DATA, **same, order="auto", search_evaluations=5).config.conversion
+    assert made["order"] in RANKINGS and made["calibration_tokens"] == DATA.numel()
+    search = made["search"]
+    assert 0 < search["evaluations"] <= 5 and search["tokens"] == search["evaluations"] * DATA.numel()
+    assert 0.3 * search["tokens"] < search["full_size_tokens"] < search["tokens"]
+    assert convert(parent_of("mha"), "weights", **same).config.conversion == {"order": "weights"}
+
+
 def test_sizes_of_one():
     elastic = convert(parent_of("mha"), DATA, heads=[4, 2, 1], depth=[4, 2, 1])
     assert elastic.config.choices("heads") == [4, 2, 1] and elastic.config.choices("depth") == [4, 2, 1]
@@ -234,7 +290,7 @@ class TestFrontier:
         """Among the largest networks within a budget the one with the lowest measured loss is taken."""
         import importlib
 
-        module = importlib.import_module("flextron_trainer.conversion.convert")
+        module = importlib.import_module("flextron_trainer.conversion.rows")
         monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: -sub.mlp[0])
         wide = elastic_of("mha", parent_of("mha"), budgets=[1, 0.5])
         monkeypatch.setattr(module, "mean_loss", lambda model, sub, batches: sub.mlp[0])
@@ -250,7 +306,7 @@ class TestFrontier:
             large = count_parameters(model.config, sub, embeddings=False) > 0.5 * model.config.parent_size()
             return sub.mlp[0] if large else -sub.mlp[0]
 
-        monkeypatch.setattr(importlib.import_module("flextron_trainer.conversion.convert"), "mean_loss", loss)
+        monkeypatch.setattr(importlib.import_module("flextron_trainer.conversion.rows"), "mean_loss", loss)
         elastic = elastic_of("mha", parent_of("mha"), budgets=[1, 0.7, 0.45], hidden=[1], depth=[1])
         larger, smaller = (elastic.resolve_budget(name) for name in ("0.7", "0.45"))
         assert larger.mlp[0] < 96 and larger.contains(smaller)

@@ -145,3 +145,28 @@ def test_weights_on_the_disk_are_read_one_by_one(variant, tmp_path):
             assert torch.equal(a, b), key
     with pytest.raises(ValueError, match="parts of its base were offloaded"):
         convert(with_adapter(loaded), DATA)
+
+
+@pytest.mark.parametrize("variant", ["gqa-tied-llama3", "gqa-wide-heads", "gpt2"])
+@torch.no_grad()
+def test_weights_in_files_are_those_in_memory(variant, tmp_path):
+    """With every choice that asks the whole model: order, depth, rows, search, corrections."""
+    whole, folder = parent_of(variant), tmp_path / "offload"
+    whole.save_pretrained(tmp_path / "parent")
+    same = {**CHOICES, "corrections": 0.05, "search_evaluations": 3, "sequence_length": 16, "batch_size": 4}
+    expected = convert(whole, DATA, **same)
+    for parent in (whole, tmp_path / "parent"):
+        elastic = convert(parent, DATA, **same, offload_folder=folder)
+        assert elastic.config.frontier == expected.config.frontier
+        assert elastic.config.corrections == expected.config.corrections
+        for (key, a), (_, b) in zip(expected.named_parameters(), elastic.named_parameters(), strict=True):
+            assert torch.equal(a, b), key
+        assert not any(folder.iterdir())
+    half = convert(tmp_path / "parent", DATA, **CHOICES, order="importance", dtype="bfloat16")
+    placed = convert(tmp_path / "parent", DATA, **CHOICES, order="norms", dtype="bfloat16", offload_folder=folder)
+    assert half.dtype == placed.dtype == torch.bfloat16 == placed.config.dtype
+    elastic.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(IDS).logits, expected(IDS).logits)
+    with pytest.raises(ValueError, match="mapped into the memory of the CPU"):
+        convert(whole, DATA, device="cuda", offload_folder=folder)

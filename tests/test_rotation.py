@@ -67,5 +67,5 @@ def test_what_cannot_be_rotated_is_refused():
         convert(parent_of("gpt2"), DATA, rotate=True, **{**HOW, "hidden": [64, 32]})
     with pytest.raises(ValueError, match="smaller sizes of `hidden`"):
         convert(parent_of("mha"), DATA, rotate=True)
-    with pytest.raises(ValueError, match="some text for `calibration`"):
+    with pytest.raises(ValueError, match="smaller sizes of `hidden`"):
         convert(parent_of("mha"), "weights", rotate=True, hidden=[1, 0.5])

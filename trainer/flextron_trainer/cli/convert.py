@@ -65,6 +65,12 @@ def convert(
     nested: Annotated[
         bool, typer.Option("--nested/--no-nested", help="Rows that contain each other, or each chosen by itself.")
     ] = True,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the weights in files beside OUTPUT: for what is larger than memory.")
+    ] = False,
+    keep_moments: Annotated[
+        bool, typer.Option("--keep-moments", help="Keep second moments in OUTPUT/moments, for a later conversion.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
@@ -77,7 +83,9 @@ def convert(
     With a preset: `flextron convert Qwen/Qwen3-0.6B elastic --calibration ./text --preset qwen3-0.6b`
 
     The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
+    What was planned and measured stays in its `config.json`, under `conversion`.
     """
+    from modeling_flextron.checkpoint import write_config
     from modeling_flextron.model_card import write_model_card
 
     from ..conversion.convert import convert as run
@@ -115,7 +123,7 @@ def convert(
     options |= {name: value for name, value in given.items() if value is not None}
     place = place_of(parent, "tokenizer_config.json")
     text = None if calibration in (None, "weights") else load_text(calibration)
-    where, kind = device_or_default(device), dtype_named(dtype)
+    where, kind = "cpu" if offload and device is None else device_or_default(device), dtype_named(dtype)
     planned = None
     if calibration is not None:  # else it is refused
         settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
@@ -136,6 +144,8 @@ def convert(
                 device=where,
                 calibrated=text is not None,
                 budgets=len(settings["budgets"]),
+                offloaded=offload,
+                keeps_moments=keep_moments,
                 **{name: settings[name] for name in passes},
             )
             print(planned, file=sys.stderr)
@@ -145,13 +155,17 @@ def convert(
             calibration if text is None else text,
             tokenizer=None if text is None else load_tokenizer(place, trust_remote_code=trust_remote_code),
             importance=output / "importance.safetensors",
+            moments=output / "moments" if keep_moments else None,
+            offload_folder=output.parent if offload else None,
             device=where,
             dtype=kind,
             trust_remote_code=trust_remote_code,
             **options,
         )
         elastic.save_pretrained(output)
+    plan = planned and planned.summary()
+    elastic.config.conversion = {**(elastic.config.conversion or {}), "planned": plan, "measured": took}
+    write_config(elastic, output)
     copy_tokenizer(place, output, trust_remote_code)
     write_model_card(elastic, output)
-    plan = planned and planned.summary()
     print_result(output=str(output), frontier=[row.to_dict() for row in elastic.frontier], planned=plan, measured=took)

@@ -7,7 +7,7 @@ that no second copy of it exists at any time.
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -41,11 +41,14 @@ from modeling_flextron.subnetwork import AXES, SubNetwork
 from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
 from .corrections import add_corrections
 from .importance import CONTROLS, Importance, read_or_measure
+from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
 from .parents import place_of, plain_parent, tensor_of
+from .places import Place, place_in
+from .reconstruction import sorted_moments
 from .rotation import rotate as turn
-from .rows import ROW_SAMPLES, choose_rows, mean_loss, named_budgets
+from .rows import ROW_SAMPLES, TextLoss, choose_rows, mean_loss, named_budgets, search_rows
 from .sensitivity import SENSITIVITY_TOKENS, predicted_losses, rows_by_prediction, sensitivities
 
 logger = logging.get_logger(__name__)
@@ -66,6 +69,7 @@ def convert(
     budgets: Sequence[Any] | Mapping[str, Any] = DEFAULT_BUDGETS,
     tokenizer: Any = None,
     importance: str | os.PathLike | None = None,
+    moments: str | os.PathLike | None = None,
     order: str = "auto",
     uniform: bool = True,
     search_evaluations: int = 0,
@@ -77,6 +81,7 @@ def convert(
     batch_size: int = 8,
     seed: int = 0,
     device: str | torch.device | None = None,
+    offload_folder: str | os.PathLike | None = None,
     trust_remote_code: bool = False,
     **load_kwargs: Any,
 ) -> FlextronForCausalLM:
@@ -101,6 +106,8 @@ def convert(
         tokenizer: For text; by default that of `parent` when it is an id or a folder.
         importance: File to keep the scores in (`importance.safetensors`). A later conversion of the same parent
             with the same data and other choices reads them.
+        moments: Folder to keep the second moments in that orders are made from, for a later conversion, too: for every
+            layer `4 F^2` bytes for its F neurons, and `4 C^2` for the C channels of its heads.
         order: How neurons and heads are sorted: `"importance"` (mean activation), `"norms"` (times the norm of the
             outgoing weights), `"variance"` (of the activation, times that norm squared) or `"obs"` (removed one after
             the other, the rest making up for each). `"auto"` takes the one whose slices lose least on the last eighth
@@ -124,6 +131,9 @@ def convert(
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"` and the search.
         device: Where to run; by default where the parent is.
+        offload_folder: Keep the weights of the result in files there, without names, that are mapped into memory: for
+            parents that are larger than it. The result is the same. It runs on the CPU, and is saved like any other.
+            With a `device_map` beside it the parent's weights are offloaded there, too.
         trust_remote_code: Run the code that the files of an id or a folder name, where they name some.
         load_kwargs: Passed to `AutoModelForCausalLM.from_pretrained` with an id or a folder; `revision`, `token`,
             `cache_dir` and the like also to what reads its tokenizer and its card.
@@ -155,9 +165,17 @@ def convert(
     if not 0 <= corrections < 1 or (corrections and by_weights):
         rule = "It is the part of a row's parameters that it may own, fitted to calibration data."
         raise invalid("corrections", corrections, rule, "Pass 0.03 with some text for `calibration`, or 0 for none.")
-    if rotate and (by_weights or hidden is None or len(hidden) < 2):
-        rule = "It sorts what the residual stream holds on some text, for smaller sizes of `hidden`."
-        raise invalid("rotate", rotate, rule, "Pass such sizes and some text for `calibration`, or leave it out.")
+    if rotate and (by_weights or offload_folder is not None or hidden is None or len(hidden) < 2):
+        rule = "It sorts what the residual stream holds on some text, for smaller sizes of `hidden`, in memory."
+        raise invalid("rotate", rotate, rule, "Pass such sizes and text, and no `offload_folder`; or leave it out.")
+    if offload_folder is not None and device is not None and torch.device(device).type != "cpu":
+        rule = "Weights in files are mapped into the memory of the CPU."
+        raise invalid("device", str(device), rule, "Pass 'cpu', or no `offload_folder`.")
+    dtype, place = None, None if offload_folder is None else place_in(offload_folder)
+    if offload_folder is not None and "device_map" in load_kwargs:
+        load_kwargs["offload_folder"] = os.fspath(offload_folder)
+    elif offload_folder is not None and load_kwargs.get("dtype", "auto") != "auto":
+        dtype = load_kwargs.pop("dtype")  # the parent stays mapped, as it is stored
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
@@ -177,7 +195,7 @@ def convert(
         )
 
     here = "cpu" if dense.device.type == "meta" else dense.device  # meta: its first weights were offloaded
-    elastic = _take(dense, config, release=dense is not parent).to(device or here)
+    elastic = _take(dense, config, release=dense is not parent, place=place, dtype=dtype).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
     fitted = leading_tokens(seen, MOMENT_TOKENS) if seen else []
@@ -185,33 +203,70 @@ def convert(
         turn(elastic, fitted)
     scores = read_or_measure(importance, elastic, seen, depth_drops)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
-    if order in CONTROLS or not batches:
-        _permute(elastic, scores.reordered(order, seed))
-    else:
-        found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order])
-        if order == "auto":
-            rows = _rows_by_size(elastic.config, named, nested)
-            permute, on_held_out = partial(_permute, elastic), partial(mean_loss, elastic, batches=held_out)
-            order, lost = best_order(found, rows, permute, on_held_out, on_held_out(elastic.config.built))
-            logger.info(f"Order of units: {order!r}. What the slices lose in each, in nats, mean of the rows: {lost}.")
-        _permute(elastic, found[order])
-    metrics = None
-    if corrections or not uniform:
-        metrics = sensitivities(elastic, leading_tokens(fitted, SENSITIVITY_TOKENS), seed)
-    few = batches[: -(-ROW_SAMPLES // batch_size)]
-    loss = partial(mean_loss, elastic, batches=few) if few else None
-    if uniform or metrics is None:
-        elastic.config.frontier = choose_rows(elastic.config, named, loss, search_evaluations, seed, nested)
-    else:
-        losses = predicted_losses(elastic, fitted, metrics)
-        elastic.config.frontier = rows_by_prediction(elastic.config, named, losses)
-    if corrections:
-        add_corrections(elastic, fitted, held_out, corrections, metrics)
+    record: dict[str, Any] = {"order": order if batches or order in CONTROLS else "weights"}
+    rows = batches[: -(-ROW_SAMPLES // batch_size)]
+    with moment_files(moments, elastic, fitted, wanted=bool(corrections) or not uniform) as files:
+        permute = partial(_permute, elastic, place=place)
+        if order in CONTROLS or not batches:
+            permute(scores.reordered(order, seed))
+        else:
+            found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order], files)
+            if order == "auto":
+                slices = _rows_by_size(elastic.config, named, nested)
+                record["order"] = order = _best_order(elastic, found, slices, permute, held_out)
+            permute(found[order])
+        if batches:
+            record["calibration_tokens"] = sum(batch.numel() for batch in batches)
+        metrics = None
+        if corrections or not uniform:
+            metrics = sensitivities(elastic, leading_tokens(fitted, SENSITIVITY_TOKENS), seed)
+        if not uniform and metrics is not None:
+            record["rows"] = {"predicted": True}
+            losses = predicted_losses(sorted_moments(elastic, fitted, files), metrics, config)
+            elastic.config.frontier = rows_by_prediction(elastic.config, named, losses)
+        else:
+            loss = TextLoss(elastic, rows) if rows else None
+            elastic.config.frontier = choose_rows(elastic.config, named, loss, nested)
+            record |= _searched(elastic, named, loss, search_evaluations, seed)
+        elastic.config.conversion = record
+        if corrections:
+            inputs = sorted_moments(elastic, fitted, files)
+            add_corrections(elastic, inputs, fitted, held_out, corrections, metrics)
     if rotate:  # no channel of the parent is left that an adapter could be for
         elastic.permutation = None
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic
+
+
+def _best_order(
+    elastic: FlextronForCausalLM,
+    found: Mapping[str, Importance],
+    slices: Sequence[SubNetwork],
+    permute: Callable[[Importance], None],
+    held_out: Sequence[torch.Tensor],
+) -> str:
+    """The name of the order whose slices lose least on text that was held out."""
+    loss = partial(mean_loss, elastic, batches=held_out)
+    order, lost = best_order(found, slices, permute, loss, loss(elastic.config.built))
+    logger.info(f"Order of units: {order!r}. What the slices lose in each, in nats, mean of the rows: {lost}.")
+    return order
+
+
+def _searched(
+    elastic: FlextronForCausalLM, named: dict[str, Any], loss: TextLoss | None, evaluations: int, seed: int
+) -> dict[str, Any]:
+    """Give the model what a search finds that starts at its rows; return what that and the rows took, by its name."""
+    if loss is None:
+        return {}
+    if not evaluations:
+        return {"rows": loss.effort()}
+    searched = TextLoss(elastic, loss.batches, loss.known)
+    elastic.config.frontier = search_rows(elastic.config, elastic.config.frontier, named, searched, evaluations, seed)
+    effort = searched.effort()
+    logger.info("The search: {evaluations:,} evaluations of {tokens:,} tokens together, {full_size_tokens:,}"
+                " at full size.".format(**effort))  # fmt: skip
+    return {"rows": loss.effort(), "search": effort}
 
 
 def _rows_by_size(config: FlextronConfig, named: dict[str, Any], nested: bool) -> list[SubNetwork]:
@@ -353,15 +408,24 @@ def _sizes(axis: str, given: Choices | None, full: int, unit: int, head_dim: int
 
 
 @torch.no_grad()
-def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> FlextronForCausalLM:
+def _take(
+    parent: PreTrainedModel,
+    config: FlextronConfig,
+    release: bool,
+    place: Place | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> FlextronForCausalLM:
     """An elastic model with the parent's weights in the parent's order, heads rank-major.
 
     Args:
         release: Empty each of the parent's tensors as soon as it is taken.
+        place: Where the weights go; None for memory.
+        dtype: Another one than that of the parent.
     """
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     family, start = family_of(config.base_model_type), Permutation.unsorted(config)
     with no_init_weights():
-        elastic = FlextronForCausalLM._from_config(config, dtype=parent.dtype)
+        elastic = FlextronForCausalLM._from_config(config, dtype=dtype or parent.dtype)
     theirs = dict(parent.state_dict(keep_vars=True))
     names = list(elastic.state_dict())
     if config.tie_word_embeddings:
@@ -376,7 +440,9 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
         for name in ours:
             view = from_stock(family, name, source.detach(), config.num_attention_heads)
             tensor = start.to_ours(view, axes(name), layer_of(name))
-            if tensor is view and (len(ours) > 1 or not release or not view.is_contiguous()):
+            if place is not None:
+                tensor = place(tensor if dtype is None else tensor.to(dtype))
+            elif tensor is view and (len(ours) > 1 or not release or not view.is_contiguous()):
                 tensor = view.clone(memory_format=torch.contiguous_format)
             module, _, kind = name.rpartition(".")
             setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
@@ -392,13 +458,18 @@ def _take(parent: PreTrainedModel, config: FlextronConfig, release: bool) -> Fle
 
 
 @torch.no_grad()
-def _permute(elastic: FlextronForCausalLM, scores: Importance) -> None:
-    """Sort every axis that can shrink by importance, in place, one tensor at a time; the function stays the same."""
+def _permute(elastic: FlextronForCausalLM, scores: Importance, place: Place | None = None) -> None:
+    """Sort every axis that can shrink by importance, one tensor at a time; the function stays the same.
+
+    Args:
+        place: Where the sorted ones go; None for memory.
+    """
     assert elastic.permutation is not None
     permutation = _sorted(elastic.config, elastic.permutation, scores)
     change = permutation.since(elastic.permutation)
     for name, parameter in tqdm(list(elastic.named_parameters()), desc="Permuting", unit="tensor"):
-        parameter.data = change.to_ours(parameter.data, axes(name), layer_of(name))
+        tensor = change.to_ours(parameter.data, axes(name), layer_of(name))
+        parameter.data = tensor if place is None or tensor is parameter.data else place(tensor)
     elastic.permutation = permutation
 
 

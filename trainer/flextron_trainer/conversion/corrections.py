@@ -15,7 +15,8 @@ from modeling_flextron.families import is_shared
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import SubNetwork
 
-from .reconstruction import Corrections, from_inputs, input_moments, within
+from .moments import Moments
+from .reconstruction import Corrections, from_inputs, within
 from .rows import mean_loss
 
 logger = logging.get_logger(__name__)
@@ -26,6 +27,7 @@ SEQUENTIAL = {"sequential": True, "norms": True}
 @torch.no_grad()
 def add_corrections(
     model: Any,
+    inputs: Iterable[tuple[int, str, torch.Tensor, Moments]],
     batches: Sequence[torch.Tensor],
     held_out: list[torch.Tensor],
     share: float,
@@ -35,6 +37,7 @@ def add_corrections(
 
     Args:
         model: A `FlextronForCausalLM` with its rows, which it changes.
+        inputs: Of `sorted_moments`, on this model.
         batches: Token ids `[B, S]` to fit to, whose hidden states are in memory.
         held_out: Others, to choose by.
         share: Of the non-embedding parameters of a row that it may own.
@@ -45,7 +48,7 @@ def add_corrections(
     """
     rows = {name: row for name, row in held(model.config.frontier).items() if row != model.built}
     wide = {name: row for name, row in rows.items() if row.hidden == model.built.hidden}
-    found = from_inputs(model, wide, input_moments(model, batches), share, metrics) if wide else {}
+    found = from_inputs(model, wide, inputs, share, metrics) if wide else {}
     fitted: dict[str, tuple[SubNetwork, Corrections]] = {}
     losses = {}
     for name, row in reversed(rows.items()):

@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import stored_heads
-from modeling_flextron.subnetwork import SubNetwork
+
+from .moments import MOMENT_TOKENS
+from .walk import Walk, parts_of
 
 CONTROLS = ("random", "reverse")
 
@@ -97,6 +99,11 @@ def fingerprint(model) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_of_text(batches: Sequence[torch.Tensor]) -> str:
+    """A short text that tells calibration batches apart."""
+    return hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()[:16]
+
+
 class _Statistics:
     """Running sums over samples, one for every place that the decoder shows.
 
@@ -137,9 +144,9 @@ def measure(model, batches: Sequence[torch.Tensor]) -> Importance:
         model: A `FlextronForCausalLM` at full size.
         batches: Token ids `[B, S]`.
     """
-    statistics = _Statistics()
-    for batch in tqdm(batches, desc="Importance", unit="batch"):
-        model.model(batch.to(model.device), observe=statistics.observe, use_cache=False)
+    statistics, walk = _Statistics(), Walk(model.model)
+    for part in tqdm(list(parts_of(batches, MOMENT_TOKENS)), desc="Importance", unit="part"):
+        walk.all(part, statistics.observe)
     by_channel = statistics.scores("heads")
     return Importance(
         mlp=statistics.scores("mlp"),
@@ -177,7 +184,7 @@ def from_weights(model) -> Importance:
     return Importance(
         mlp=torch.stack(mlp),
         heads=_in_parent_order(model.config, torch.stack(heads)),
-        hidden=tensors["model.embed_tokens.weight"].float().norm(dim=0).cpu(),
+        hidden=tensors["model.embed_tokens.weight"].norm(dim=0, dtype=torch.float32).cpu(),
         layers=torch.stack(layers),
         layer_ranking=torch.empty(0, dtype=torch.int64),
     )
@@ -189,38 +196,41 @@ def rank_layers(model, batches: Sequence[torch.Tensor], count: int) -> torch.Ten
 
     In every round the layer goes whose absence changes the logits least:
     `sum (logits_full - logits_without)^2 / sum logits_full^2`. The first layer of each kind of attention stays.
+
+    A network without a layer begins where that layer does, on the states that the layers before it wrote, and ends
+    before the logits: their square is a quadratic form of what the head reads. So one round takes half a pass for each
+    candidate, and in memory are two states of one batch beside what the head reads of all.
     """
+    walk, square = Walk(model.model), _squared_logits(model.lm_head.weight)
+    whole = walk.all(batches)
+    energy = sum(square(states) for states in whole)
     remaining, ranking, anchors = list(model.built.layers), list[int](), model.config.anchors()
-    batches = [batch.to(model.device) for batch in batches]
-    passes = sum(len(remaining) - len(anchors) - i for i in range(count))
-    with tqdm(desc="Layer ranking", unit="layer", total=passes) as progress:
+    passes = sum(len(remaining) - len(anchors) - i for i in range(count)) * len(batches)
+    with tqdm(desc="Layer ranking", unit="network", total=passes) as progress:
         for _ in range(count):
-            errors = {}
-            for candidate in remaining:
-                if candidate in anchors:
-                    continue
-                kept = tuple(layer for layer in remaining if layer != candidate)
-                smaller = SubNetwork(
-                    model.built.hidden,
-                    kept,
-                    tuple(model.built.mlp[layer] for layer in kept),
-                    tuple(model.built.heads[layer] for layer in kept),
-                )
-                errors[candidate] = _logits_error(model, batches, smaller)
-                progress.update()
-            dropped = min(errors, key=lambda layer: errors[layer])
-            remaining.remove(dropped)
-            ranking.append(dropped)
+            errors = {layer: 0.0 for layer in remaining if layer not in anchors}
+            for ids, full in zip(batches, whole, strict=True):
+                states = walk.embed(ids.to(model.device))
+                for at, layer in enumerate(remaining):
+                    if layer in errors:
+                        without = states
+                        for later in remaining[at + 1 :]:
+                            without = walk.run(later, without)
+                        errors[layer] += square(walk.end(without).float() - full.float())
+                        progress.update()
+                    states = walk.run(layer, states)
+            progress.set_postfix(error=min(errors.values()) / energy)
+            ranking.append(min(errors, key=lambda layer: errors[layer]))
+            remaining.remove(ranking[-1])
     return torch.tensor(ranking, dtype=torch.int64)
 
 
-def _logits_error(model, batches: Sequence[torch.Tensor], smaller: SubNetwork) -> float:
-    error, energy = 0.0, 0.0
-    for batch in batches:
-        full = model(batch, use_cache=False).logits.float()
-        error += (full - model(batch, use_cache=False, flextron_budget=smaller).logits.float()).square().sum().item()
-        energy += full.square().sum().item()
-    return error / energy
+def _squared_logits(head: torch.Tensor) -> Callable[[torch.Tensor], float]:
+    """What gives the sum of the squares of the logits of states `[..., D]` under a head `[V, D]`, without logits."""
+    gram = torch.zeros(head.shape[1], head.shape[1], device=head.device)
+    for part in head.split(2**14):
+        gram.addmm_(part.float().T, part.float())
+    return lambda states: ((states.float() @ gram) * states.float()).sum().item()
 
 
 def read_or_measure(
@@ -237,7 +247,7 @@ def read_or_measure(
     parent, data, known = "", "", None
     if path is not None:
         parent = fingerprint(model)
-        data = hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()[:16]
+        data = fingerprint_of_text(batches)
         if Path(path).exists():
             known, measured_on = Importance.load(path, parent)
             if batches and measured_on != data:

@@ -74,8 +74,9 @@ class Moments:
 
 def regularised(inputs: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
     """Second moments in float64 with `ridge` times the mean of the diagonal added to it."""
-    c = inputs.double()
-    return c + (ridge * c.diagonal().mean().clamp_min(1e-30)) * torch.eye(len(c), dtype=c.dtype, device=c.device)
+    c = inputs.to(torch.float64, copy=True)
+    c.diagonal().add_(ridge * c.diagonal().mean().clamp_min(1e-30))
+    return c
 
 
 def least_squares(moments: Moments, weight: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:
@@ -170,7 +171,8 @@ def removal_order(
     chunk = chunk or (max(1, len(units) // 96) if size == 1 else 1)
     alive = torch.arange(len(units), device=units.device)
     columns = units.flatten()
-    inverse, w = inverse[columns][:, columns], w[:, columns]  # unit after unit
+    if not torch.equal(columns, torch.arange(len(columns), device=columns.device)):  # else they are unit after unit
+        inverse, w = inverse[columns][:, columns], w[:, columns]
     gone: list[torch.Tensor] = []
     while len(alive):
         count = min(chunk, len(alive))
@@ -188,6 +190,6 @@ def removal_order(
         # Those left make up for what goes, and the inverse becomes that of their own moments.
         solved = torch.linalg.solve(inverse[b][:, b], inverse[b][:, rest])
         w = w[:, rest] - w[:, b] @ solved
-        inverse = inverse[rest][:, rest] - inverse[rest][:, b] @ solved
+        inverse = inverse[rest[:, None], rest].addmm_(inverse[rest[:, None], b], solved, alpha=-1)
         alive = alive[kept]
     return torch.cat(gone).flip(0)

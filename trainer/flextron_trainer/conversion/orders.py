@@ -18,6 +18,7 @@ from modeling_flextron.families import stored_heads
 from modeling_flextron.subnetwork import SubNetwork
 
 from .importance import Importance
+from .moment_files import MomentFiles
 from .moments import Moments, removal_order
 from .reconstruction import input_moments
 
@@ -25,7 +26,13 @@ RANKINGS = ("importance", "norms", "variance", "obs")
 
 
 @torch.no_grad()
-def rankings(model: Any, scores: Importance, batches: Sequence[torch.Tensor], names: Sequence[str]) -> dict[str, Any]:
+def rankings(
+    model: Any,
+    scores: Importance,
+    batches: Sequence[torch.Tensor],
+    names: Sequence[str],
+    files: MomentFiles | None = None,
+) -> dict[str, Any]:
     """Scores of neurons and heads by several rules; those of channels and layers are `scores` in all of them.
 
     Args:
@@ -33,6 +40,7 @@ def rankings(model: Any, scores: Importance, batches: Sequence[torch.Tensor], na
         scores: Of `importance.measure`, for this model.
         batches: Token ids `[B, S]`.
         names: Of `RANKINGS`.
+        files: Where second moments are kept.
 
     Returns:
         Name -> `Importance`.
@@ -46,7 +54,7 @@ def rankings(model: Any, scores: Importance, batches: Sequence[torch.Tensor], na
     stored = torch.tensor(stored_heads(heads, config.num_key_value_heads))
     in_parent = stored.argsort()
     columns = {axis: [dict[str, torch.Tensor]() for _ in scores.layers] for axis in ("mlp", "heads")}
-    for layer, axis, weight, moments in input_moments(model, batches):
+    for layer, axis, weight, moments in input_moments(model, batches, files):
         if axis == "mlp":
             units, activation = torch.arange(weight.shape[1])[:, None], scores.mlp[layer]
         else:

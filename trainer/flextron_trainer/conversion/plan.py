@@ -11,19 +11,15 @@ import torch
 from modeling_flextron import FlextronConfig, count_parameters, flops_per_token
 from modeling_flextron.subnetwork import bytes_per_value
 
-from ..losses import CHUNK_SIZE
 from ..measuring.memory import forget_peak, process_bytes
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS
-from .rows import ROW_SAMPLES, TRIED
+from .rows import LOSS_CHUNK, ROW_SAMPLES, TRIED
 from .sensitivity import SENSITIVITY_TOKENS
 
 GIB = 2**30
-RANKING_LOGITS = (
-    4  # [batch, sequence, vocabulary] in float32 while layers are ranked: two, their difference, its square
-)
-STATES = 3  # of all tokens that moments are taken of: before a layer, between its halves, behind it
-SQUARES = 4  # [K, K] in float64 while the units that a matrix reads are ordered
+STATES = 3  # of all tokens that are walked with: before a layer, between its halves, behind it
+SQUARES = 3  # [K, K] in float64 while the units that a matrix reads are ordered
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,8 @@ class ConversionPlan:
     """An estimate; the calibration may have fewer samples than it was allowed, and rows fewer rivals.
 
     Args:
-        weights: Bytes of the weights in the dtype of the result, which exist once.
+        weights: Bytes of the weights in the dtype of the result, which exist once; none of them when they lie in files.
+        disk: Bytes of files: of the weights, when they lie there, and of second moments, when they are kept.
         passes: Bytes of the largest forward pass, or of the largest tensor, of which permuting makes a copy.
         forward_tokens: Step -> tokens that its forward passes read, at most.
         seconds: Of the forward passes at the speed of matrix products on the device, at most.
@@ -39,20 +36,22 @@ class ConversionPlan:
 
     weights: int
     passes: int
+    disk: int
     forward_tokens: dict[str, int]
     seconds: float
 
     def summary(self) -> dict[str, Any]:
         """The numbers, memory in GiB."""
         parts = asdict(self)
-        gib = {name: round(parts.pop(name) / GIB, 3) for name in ("weights", "passes")}
+        gib = {name: round(parts.pop(name) / GIB, 3) for name in ("weights", "passes", "disk")}
         return {"peak_gib": round((self.weights + self.passes) / GIB, 3), **gib, **parts}
 
     def __str__(self) -> str:
         tokens = ", ".join(f"{step} {count:,}" for step, count in self.forward_tokens.items() if count) or "none"
         return (
             f"Expected peak memory {(self.weights + self.passes) / GIB:.2f} GiB beside Python and its libraries"
-            f" (weights {self.weights / GIB:.2f}, passes {self.passes / GIB:.2f}). Forward tokens, at most: {tokens}."
+            f" (weights {self.weights / GIB:.2f}, passes {self.passes / GIB:.2f}), {self.disk / GIB:.2f} GiB of files"
+            f" beside the result. Forward tokens, at most: {tokens}."
             f" Rough estimate of the time that they take: {self.seconds / 60:.1f} minutes, from the speed of one matrix"
             " product just now; the algebra of orders and corrections, and reading and writing files, come on top."
         )
@@ -72,6 +71,8 @@ def plan_conversion(
     order: str,
     corrections: float,
     uniform: bool = True,
+    offloaded: bool = False,
+    keeps_moments: bool = False,
 ) -> ConversionPlan:
     """Estimate what `convert` will take.
 
@@ -82,6 +83,7 @@ def plan_conversion(
         calibrated: Whether there is text; without, no pass is made.
         budgets: Number of rows.
         max_samples, sequence_length, batch_size, search_evaluations, order, corrections, uniform: as in `convert`.
+        offloaded, keeps_moments: Whether weights lie in files, and whether second moments are kept.
     """
     built, size = config.built, bytes_per_value(dtype or config.dtype)
     length = min(sequence_length, config.max_position_embeddings)
@@ -95,7 +97,7 @@ def plan_conversion(
     tokens = {
         "importance": max_samples * length,
         "orders": ordered * moments + (len(names) * budgets * held_out if order == "auto" else 0),
-        "layer ranking": 2 * candidates * ranked,
+        "layer ranking": ranked * (1 + drops + candidates // 2) if drops else 0,
         "rows": budgets * TRIED * few,
         "search": budgets * search_evaluations * few,
         # A pass forward and one backward, which costs two.
@@ -107,19 +109,25 @@ def plan_conversion(
     batch = min(batch_size, max_samples) * length
     largest = size * max(config.vocab_size, config.intermediate_size) * config.hidden_size
     layer = batch * (size * (4 * config.hidden_size + 3 * config.intermediate_size) + 2 * 4 * config.intermediate_size)
-    logits = 4 * config.vocab_size * (RANKING_LOGITS * batch if drops else 3 * min(CHUNK_SIZE, batch))
-    algebra = 0
+    logits = 3 * 4 * config.vocab_size * min(LOSS_CHUNK, batch)
+    algebra, read = 0, (config.intermediate_size, built.heads[0] * config.head_dim)
+    states = STATES * size * moments * config.hidden_size
     if ordered or corrections:
-        read = max(config.intermediate_size, built.heads[0] * config.head_dim)
-        algebra = STATES * size * moments * config.hidden_size + SQUARES * 8 * read**2
+        algebra = SQUARES * 8 * max(read) ** 2
+    kept = 4 * config.num_hidden_layers * sum(size**2 for size in read) if ordered and keeps_moments else 0
     if not calibrated:
-        tokens, layer, logits, algebra = dict.fromkeys(tokens, 0), 0, 0, 0
+        tokens, layer, logits, algebra, states, kept = dict.fromkeys(tokens, 0), 0, 0, 0, 0, 0
     seconds = 0.0
     if calibrated:
         work = flops_per_token(config, built, length // 2) * sum(tokens.values())
         seconds = work / product_speed(dtype if isinstance(dtype, torch.dtype) else torch.float32, device)
+    weights = size * count_parameters(config, built)
     return ConversionPlan(
-        size * count_parameters(config, built), max(largest, layer, logits, algebra), tokens, round(seconds, 1)
+        weights=0 if offloaded else weights,
+        passes=max(largest, states + max(layer, logits, algebra)),
+        disk=kept + (weights if offloaded else 0),
+        forward_tokens=tokens,
+        seconds=round(seconds, 1),
     )
 
 

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from modeling_flextron.positions import MASKS
+from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
+from .moment_files import MomentFiles
 from .moments import RIDGE, Moments, allocate, least_squares, low_rank, norm_scale
+from .walk import Walk
 
 PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 LIKELY = 16  # times the mean rank: no matrix of a row is expected to get more
@@ -59,36 +61,16 @@ class Corrections:
         return Corrections(low_rank, self.vectors)
 
 
-class Halves:
-    """The two halves of each layer of a decoder, run one after the other on states that are given.
-
-    Args:
-        decoder: A `FlextronModel`, in the evaluation mode.
-    """
-
-    def __init__(self, decoder: Any):
-        self.decoder, self.config = decoder, decoder.config
-
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """States `[B, S, D]` before the first layer."""
-        decoder = self.decoder
-        states = decoder.embed_tokens(ids)
-        if decoder.embed_positions is None:
-            return states
-        return states + decoder.embed_positions(torch.arange(ids.shape[1], device=ids.device)[None])
+class Halves(Walk):
+    """The two halves of each layer of a decoder, run one after the other on states that are given."""
 
     def read_by_output(self, layer: int, normed: torch.Tensor, heads: int, hidden: int) -> torch.Tensor:
         """What `o_proj` reads, `[B, S, heads E]`, of states that are normed already."""
-        decoder, found = self.decoder, list[torch.Tensor]()
-        positions = torch.arange(normed.shape[1], device=normed.device)[None]
-        embeddings = None
-        if decoder.rotary_emb is not None:
-            cos, sin = decoder.rotary_emb(normed, positions)
-            embeddings = cos.unsqueeze(1), sin.unsqueeze(1)
-        mask = MASKS[self.config.layer_types[layer]](self.config, normed, None, None)
-        decoder.layers[layer].self_attn(
-            normed, embeddings, mask, heads=heads, hidden=hidden, observe=lambda _, __, states: found.append(states)
-        )
+        found: list[torch.Tensor] = []
+        self.decoder.layers[layer].self_attn(
+            normed, heads=heads, hidden=hidden, observe=lambda _, __, states: found.append(states),
+            **self.around(layer, normed),
+        )  # fmt: skip
         return found[0]
 
     def read_by_down(self, layer: int, normed: torch.Tensor, mlp: int, hidden: int) -> torch.Tensor:
@@ -99,7 +81,9 @@ class Halves:
 
 
 @torch.no_grad()
-def input_moments(model: Any, batches: Sequence[torch.Tensor]) -> Iterator[tuple[int, str, torch.Tensor, Moments]]:
+def input_moments(
+    model: Any, batches: Sequence[torch.Tensor], files: MomentFiles | None = None
+) -> Iterator[tuple[int, str, torch.Tensor, Moments]]:
     """Second moments of what `o_proj` and `down_proj` of every layer read in the whole model.
 
     One matrix at a time: in memory are `4 K^2` bytes for its `K` inputs and `4 T (2 D + K)` for the states of `T`
@@ -108,11 +92,17 @@ def input_moments(model: Any, batches: Sequence[torch.Tensor]) -> Iterator[tuple
     Args:
         model: A `FlextronForCausalLM`, at full size.
         batches: Token ids `[B, S]`.
+        files: Where they are read from, when all are there, and kept otherwise.
 
     Yields:
         Number of the layer, `"heads"` or `"mlp"`, the matrix `[D, K]`, and the moments of what it reads.
     """
     halves, built = Halves(model.model), model.model.built
+    if files is not None and files.complete(len(model.model.layers)):
+        for i, layer in enumerate(model.model.layers):
+            for axis, matrix in (("heads", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
+                yield i, axis, matrix.weight, files.load(i, axis, model.device)
+        return
     states = [halves.embed(ids.to(model.device)) for ids in batches]
     for i, layer in enumerate(tqdm(model.model.layers, desc="Second moments", unit="layer")):
         entering = states
@@ -128,7 +118,31 @@ def input_moments(model: Any, batches: Sequence[torch.Tensor]) -> Iterator[tuple
                 following.append(x + matrix(h))
                 moments.add(h, h[..., :0], token_weights(following[-1]))
             states = following
+            if files is not None:
+                files.save(i, axis, moments)
             yield i, axis, matrix.weight, moments
+
+
+@torch.no_grad()
+def sorted_moments(
+    model: Any, batches: Sequence[torch.Tensor], files: MomentFiles | None = None
+) -> Iterator[tuple[int, str, torch.Tensor, Moments]]:
+    """`input_moments` of a model whose units are sorted, from files that were written before they were.
+
+    Args:
+        model: A `FlextronForCausalLM` at full size, with its permutation.
+        batches: Token ids `[B, S]`, for what is in no file.
+        files: Of `input_moments` with the units of the parent in their order.
+    """
+    if files is None or not files.complete(len(model.model.layers)):
+        yield from input_moments(model, batches)
+        return
+    moved = model.permutation.since(Permutation.unsorted(model.config))
+    for layer, axis, weight, moments in input_moments(model, batches, files):
+        (order,) = moved.indices((axis,), layer)
+        order = order.to(weight.device)
+        inputs = moments.inputs[order][:, order]
+        yield layer, axis, weight, replace(moments, inputs=inputs, input_sum=moments.input_sum[order])
 
 
 def token_weights(stream: torch.Tensor) -> torch.Tensor:

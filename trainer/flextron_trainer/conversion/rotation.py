@@ -74,7 +74,7 @@ def principal_axes(model: Any, batches: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.eigh(total).eigenvectors.flip(1)
 
 
-def _turn_readers(norm: nn.Module, matrices: Iterable[nn.Linear], axes: torch.Tensor) -> None:
+def _turn_readers(norm: Any, matrices: Iterable[nn.Linear], axes: torch.Tensor) -> None:
     """Turn the matrices that read what a norm writes, and take its weights into them."""
     for matrix in matrices:
         _replace(matrix, "weight", matrix.weight.double() * norm.weight.double() @ axes)

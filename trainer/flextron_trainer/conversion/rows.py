@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,16 +19,21 @@ from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.subnetwork import (
     AXES,
     Cost,
+    flops_per_token,
     smallest_subnetwork,
     uniform_subnetworks,
 )
 
-from ..evaluation.quality import measure, quality
+from ..evaluation.quality import quality
+from ..losses import RowScores
+from .moments import MOMENT_TOKENS
 from .search import search
+from .walk import Walk, parts_of
 
 _UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}
 USED = 0.95  # of a budget: what a row saves beyond that is lost before any training
 ROW_SAMPLES = 64  # of the calibration, on which losses of rows are measured
+LOSS_CHUNK = 128  # tokens whose logits exist at the same time
 TRIED = 16  # sub-networks of a budget of which losses are measured
 
 
@@ -66,8 +72,6 @@ def choose_rows(
     config: FlextronConfig,
     budgets: dict[str, Any],
     loss: Callable[[SubNetwork], float] | None,
-    evaluations: int = 0,
-    seed: int = 0,
     nested: bool = True,
 ) -> list[FrontierRow]:
     """The full network, called "1" where no budget means it, and one uniform sub-network for each budget.
@@ -81,9 +85,6 @@ def choose_rows(
         config: Of the elastic model.
         budgets: Name of a row -> its budget; see `named_budgets`.
         loss: Of a sub-network, on text.
-        evaluations: For each budget, a search that asks for so many losses starts at the uniform row and takes its
-            place where it finds something better: its layers differ, and its rows need not nest.
-        seed: Of the search.
         nested: False chooses each row by itself.
     """
     uniform = uniform_subnetworks(config)
@@ -102,17 +103,45 @@ def choose_rows(
             name = name_of_smallest(config, name, budgets[name], best)
         elif use[best] < USED and best != config.built:
             _warn_of_unused(config, name, use[best])
-        if evaluations and loss is not None and best != config.built and cost(best) <= limit:
-            found, value = search(
-                config, loss, limit, cost=cost, start=best, evaluations=evaluations, seed=seed,
-                description=f"Searching {name}",
-            )  # fmt: skip
-            best = found if value < loss(best) else best
         if any(best == row.subnetwork for row in rows):
             warn_of_same(name)
             continue
         rows.append(config.row(name, best))
     return rows if rows[0].subnetwork == config.built else [config.row("1", config.built), *rows]
+
+
+def search_rows(
+    config: FlextronConfig,
+    rows: Sequence[FrontierRow],
+    budgets: Mapping[str, Any],
+    loss: Callable[[SubNetwork], float],
+    evaluations: int,
+    seed: int = 0,
+) -> list[FrontierRow]:
+    """The rows, or what a search within their budgets finds that is better: its layers differ, and it need not nest.
+
+    Args:
+        config: Of the elastic model.
+        rows: Of `choose_rows`, at which the searches start; the full network stays.
+        budgets: Those of `choose_rows`. A row that is called otherwise, as its budget cannot be reached, stays.
+        loss: Of a sub-network, on text.
+        evaluations: How many losses each search asks for.
+        seed: Of the searches.
+    """
+    found = []
+    for row in rows:
+        best = row.subnetwork
+        assert best is not None
+        if row.name in budgets and best != config.built:
+            cost, limit = limit_of(config, budgets[row.name])
+            if cost(best) <= limit:
+                other, value = search(
+                    config, loss, limit, cost=cost, start=best, evaluations=evaluations, seed=seed,
+                    description=f"Searching {row.name}",
+                )  # fmt: skip
+                best = other if value < loss(best) else best
+        found.append(row if best == row.subnetwork else config.row(row.name, best))
+    return found
 
 
 def _together(
@@ -228,7 +257,51 @@ def limit_of(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
     return cost_of(config, parsed.kind, budget), parsed.value * whole
 
 
-def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: list[torch.Tensor]) -> float:
-    """Mean next-token loss in nats over batches of ids `[B, S]`."""
-    scores = measure(model, ({"input_ids": ids, "labels": ids} for ids in batches), {"": subnetwork})
-    return quality(scores[""])["loss"]
+@torch.no_grad()
+def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: Sequence[torch.Tensor]) -> float:
+    """Mean next-token loss in nats over batches of ids `[B, S]`, run layer by layer."""
+    found = []
+    for part in parts_of(batches, MOMENT_TOKENS):
+        for ids, states in zip(part, Walk(model.model, subnetwork).all(part), strict=True):
+            scores = RowScores(ids, LOSS_CHUNK)
+            scores(states, model.lm_head)
+            assert scores.rows is not None
+            found.append(scores.rows.cpu())
+    return quality(torch.cat(found))["loss"]
+
+
+class TextLoss:
+    """The loss of sub-networks on one text: each is measured once, and what that took is counted.
+
+    Args:
+        model: The elastic model, whose weights stay as they are from now on.
+        batches: Of ids `[B, S]`.
+        known: Losses on the same text that were measured before.
+    """
+
+    def __init__(
+        self,
+        model: FlextronForCausalLM,
+        batches: Sequence[torch.Tensor],
+        known: Mapping[SubNetwork, float] = MappingProxyType({}),
+    ):
+        self.model, self.batches, self.known = model, batches, dict(known)
+        self.measured: list[SubNetwork] = []
+
+    def __call__(self, subnetwork: SubNetwork) -> float:
+        if subnetwork not in self.known:
+            self.known[subnetwork] = mean_loss(self.model, subnetwork, self.batches)
+            self.measured.append(subnetwork)
+        return self.known[subnetwork]
+
+    def effort(self) -> dict[str, int]:
+        """How many `evaluations` were made here, how many `tokens` they read, and how many `full_size_tokens` the
+        full network reads with as many floating-point operations."""
+        config, tokens = self.model.config, sum(batch.numel() for batch in self.batches)
+        length = max(batch.shape[1] for batch in self.batches)
+        work = [flops_per_token(config, each, length // 2) for each in (*self.measured, self.model.built)]
+        return {
+            "evaluations": len(self.measured),
+            "tokens": tokens * len(self.measured),
+            "full_size_tokens": round(tokens * sum(work[:-1]) / work[-1]),
+        }

@@ -11,7 +11,7 @@ Errors and gradients are relative to the size of the stream at each token, as in
 is many times larger than usual (attention sinks) are left out: no error of this size reaches their predictions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from modeling_flextron.static_router import Candidate, Step, repaired
 from modeling_flextron.subnetwork import smallest_subnetwork
 
 from .moments import Moments, regularised
-from .reconstruction import PLACES, Halves, input_moments, matrix_name, token_weights
+from .reconstruction import PLACES, Halves, matrix_name, token_weights
 from .rows import limit_of, name_of_smallest, warn_of_same
 
 SENSITIVITY_TOKENS = 8192
@@ -80,21 +80,23 @@ def _streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def predicted_losses(
-    model: Any, batches: Sequence[torch.Tensor], metrics: Mapping[str, torch.Tensor]
+    inputs: Iterable[tuple[int, str, torch.Tensor, Moments]],
+    metrics: Mapping[str, torch.Tensor],
+    config: FlextronConfig,
 ) -> dict[str, list[list[float]]]:
     """What is lost for every number of leading units that a layer may keep, the best small matrix given.
 
     Args:
-        model: A `FlextronForCausalLM` at full size, its units sorted.
-        batches: Token ids `[B, S]`.
-        metrics: Of `sensitivities`, on this model.
+        inputs: Of `sorted_moments`.
+        metrics: Of `sensitivities`, on the sorted model.
+        config: Of the elastic model.
 
     Returns:
         `"heads"` and `"mlp"` -> layer -> number of units -> nats per token.
     """
-    units = {"heads": model.config.head_dim, "mlp": 1}
+    units = {"heads": config.head_dim, "mlp": 1}
     found: dict[str, list[list[float]]] = {axis: [] for axis in PLACES}
-    for layer, axis, weight, moments in input_moments(model, batches):
+    for layer, axis, weight, moments in inputs:
         by_column = leading_losses(moments, weight, metrics[matrix_name(layer, axis)])
         found[axis].append(by_column[:: units[axis]].tolist())
     return found
