@@ -79,7 +79,7 @@ def test_rows_use_their_budgets_nest_and_are_predicted_to_lose_less(variant):
     config, rows = model.config, held(model.config.frontier)
     assert list(rows) == ["1", "0.8", "0.6"]
     metrics = sensitivities(model, [DATA])
-    losses = predicted_losses(model, [DATA], metrics)
+    losses = predicted_losses(input_moments(model, [DATA]), metrics, config)
     uniform = convert(parent_of(variant), DATA, depth=depth, hidden=hidden, budgets=[1, 0.8, 0.6], **HOW)
     for (name, row), other in zip(rows.items(), held(uniform.config.frontier).values(), strict=True):
         used = config.row(name, row).non_embedding_parameters / config.parent_size()
@@ -97,7 +97,7 @@ def _lost(subnetwork, losses):
 
 def test_budgets_that_cannot_be_reached_or_are_the_same_are_said():
     model = elastic_of("mha", mlp=[1, 0.5], heads=[1, 0.5])
-    losses = predicted_losses(model, [DATA], sensitivities(model, [DATA]))
+    losses = predicted_losses(input_moments(model, [DATA]), sensitivities(model, [DATA]), model.config)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rows = rows_by_prediction(model.config, {"0.1": 0.1, "0.8": 0.8, "0.799": 0.799}, losses)
