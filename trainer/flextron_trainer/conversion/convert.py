@@ -194,7 +194,8 @@ def convert(
             max_samples=max_samples,
         )
 
-    here = "cpu" if dense.device.type == "meta" else dense.device  # meta: its first weights were offloaded
+    # The first weights of an offloaded parent are on the device meta, and files are mapped for the CPU.
+    here = "cpu" if dense.device.type == "meta" or place is not None else dense.device
     elastic = _take(dense, config, release=dense is not parent, place=place, dtype=dtype).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
