@@ -1,19 +1,22 @@
-"""What sub-networks are worth before any training: orders of units, and what linear algebra repairs.
+"""What sub-networks are worth before any training: orders of units, sizes of layers, and what linear algebra repairs.
 
     python benchmarks/bench_reconstruction.py MODEL --calibration prose.txt --test other_prose.txt code.txt
-    python benchmarks/bench_reconstruction.py MODEL ... --ways '' ' unweighted' --calibration-blocks 64
+    python benchmarks/bench_reconstruction.py MODEL ... --orders importance obs --calibration-blocks 128
     python benchmarks/bench_reconstruction.py --table                   # what was measured so far
 
 MODEL is a folder or a Hub id. For each of several calibration samples and each budget of non-embedding parameters the
 losses above the parent's are those of
     importance      units in the order of mean activation
     norms, variance, obs    the other orders (`flextron_trainer/conversion/orders.py`)
-    chosen + norms          the order that the sample's held-out blocks choose, with norms fitted to the parent's
-    chosen + low rank       that order with corrections of a low rank, at most --corrections of the row's parameters
-    chosen + least squares  the same at full rank: the bound of what such corrections can do
+    chosen          of these the one that the sample's held-out blocks choose
+    chosen + corrections    that order with corrections of at most --corrections of the row's parameters, fitted to what
+                    the parent's layers write
+    chosen + corrections, sequential    fitted layer by layer to what the corrected layers write, norms included
+    chosen + least squares  the first kind at full rank: the bound of what such corrections can do (--bounds)
 
-Rows are uniform: of each budget the largest one that cuts neurons alone, and what `convert` chooses by size. Everything
-measured is written at once, and a second start goes on where the first was stopped.
+Rows are, of each budget, the largest uniform one that cuts neurons alone, what `convert` chooses by size, and ("by
+layer") what it chooses with `uniform=False`. Everything measured is written at once, and a second start goes on where
+the first was stopped.
 """
 
 import argparse
@@ -32,20 +35,20 @@ from transformers import AutoModelForCausalLM
 from flextron_trainer.conversion.convert import _elastic_config, _permute, _take
 from flextron_trainer.conversion.corrections import put_corrections
 from flextron_trainer.conversion.importance import measure
+from flextron_trainer.conversion.moment_files import moment_files
 from flextron_trainer.conversion.orders import RANKINGS, rankings
-from flextron_trainer.conversion.reconstruction import Corrections, reconstruct, within
+from flextron_trainer.conversion.reconstruction import Corrections, from_inputs, sorted_moments, within
 from flextron_trainer.conversion.rows import choose_rows, mean_loss
-from flextron_trainer.data import load_tokenizer
+from flextron_trainer.conversion.sensitivity import (
+    SENSITIVITY_TOKENS,
+    predicted_losses,
+    rows_by_prediction,
+    sensitivities,
+)
+from flextron_trainer.data import leading_tokens, load_tokenizer
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import uniform_subnetworks
-
-WAYS = {  # how corrections are fitted
-    "": {},
-    " and norms": {"norms": True},
-    " of the parent's moments": {"sequential": False},
-    " unweighted": {"weighted": False},
-}
 
 
 def blocks(path: Path, tokenizer: Any, length: int, count: int, seed: int) -> list[torch.Tensor]:
@@ -96,11 +99,11 @@ class Sample:
         if row in self.losses.get(line, {}):
             return
         subnetwork, texts = self.rows.get(row, self.model.config.built), dict(self.tests)
-        begin = time.perf_counter()
+        begin = time.process_time()
         corrections = make() if make else Corrections({}, {})
         place: dict[str, float] = {}
         if make:
-            place["seconds"] = time.perf_counter() - begin
+            place["cpu_seconds"] = time.process_time() - begin
             place["share"] = corrections.parameters() / _size(self.model.config, subnetwork)
         elif row in self.rows:
             texts["held out"] = self.held_out
@@ -116,35 +119,52 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
     """Fill `result`, and `keep` it after every figure."""
     parent = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(args.model)
-    config = _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth")))
+    config = _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden")) | {"depth": args.depth})
     tests = {path.stem: blocks(path, tokenizer, args.length, args.test_blocks, 99) for path in args.test}
-    rows = rows_of(config, args.budgets)
-    result["rows"] = {name: row.to_dict() | {"share": _size(config, row) / config.parent_size()}
-                      for name, row in rows.items()}  # fmt: skip
+    uniform, size = rows_of(config, args.budgets), config.parent_size()
+    result["rows"] = {name: row.to_dict() | {"share": _size(config, row) / size} for name, row in uniform.items()}
     for number in range(args.samples):
         model = _take(parent, config, release=False)
         batches = blocks(args.calibration, tokenizer, args.length, args.calibration_blocks, number)
         few = max(1, len(batches) // 8)
         seen, losses = batches[:-few], result["losses"].setdefault(str(number), {})
-        sample = Sample(model, rows, tests, batches[-few:], losses, keep)
+        sample = Sample(model, dict(uniform), tests, batches[-few:], losses, keep)
         sample.note("parent", "1")
-        begin = time.perf_counter()
-        found = rankings(model, measure(model, seen), seen, RANKINGS)
-        result.setdefault("seconds", {}).setdefault("orders", time.perf_counter() - begin)
-        for order, scores in found.items():
-            _permute(model, scores)
-            for row in rows:
-                sample.note(order, row)
-        best = min(found, key=lambda order: sum(losses[order][row]["held out"] for row in rows))
-        result.setdefault("chosen", {})[str(number)] = best
-        _permute(model, found[best])
-        for row, subnetwork in rows.items():
-            fit = partial(reconstruct, model, subnetwork, seen)
-            sample.note("chosen + norms", row, lambda fit=fit: fit(ranks={}, norms=True)[0])
-            for way in args.ways:
-                low = partial(within, model, subnetwork, seen, args.corrections, **WAYS[way])
-                sample.note(f"chosen + low rank{way}", row, low)
-                sample.note(f"chosen + least squares{way}", row, lambda fit=fit, way=way: fit(**WAYS[way])[0])
+        seconds = result.setdefault("cpu_seconds", {}).setdefault(str(number), {})
+
+        def timed(name: str, make: Callable[[], Any], seconds: dict[str, float] = seconds) -> Any:
+            begin = time.process_time()
+            found = make()
+            seconds.setdefault(name, time.process_time() - begin)
+            return found
+
+        with moment_files(args.moments and args.moments / str(number), model, seen, wanted=True) as files:
+            scores = timed("importance", partial(measure, model, seen))
+            found = timed("orders", partial(rankings, model, scores, seen, args.orders, files))
+            for order, each in found.items():
+                _permute(model, each)
+                for row in uniform:
+                    sample.note(order, row)
+            best = min(found, key=lambda order: sum(losses[order][row]["held out"] for row in uniform))
+            result.setdefault("chosen", {})[str(number)] = best
+            _permute(model, found[best])
+            metrics = timed("sensitivity", partial(sensitivities, model, leading_tokens(seen, SENSITIVITY_TOKENS)))
+            predicted = predicted_losses(sorted_moments(model, seen, files), metrics, config, args.corrections)
+            by_layer = rows_by_prediction(config, {f"{budget:g}": budget for budget in args.budgets}, predicted)
+            for row in by_layer[1:]:
+                sample.rows[f"{row.name} by layer"] = row.subnetwork
+                result["rows"].setdefault(f"{row.name} by layer", row.to_dict()["subnetwork"])
+                sample.note("chosen", f"{row.name} by layer")
+            below = {name: row for name, row in sample.rows.items() if row.hidden == config.hidden_size}
+            for line, share in {"corrections": args.corrections, "least squares": 99.0}.items():
+                if (share < 1 or args.bounds) and any(row not in losses.get(f"chosen + {line}", {}) for row in below):
+                    inputs = sorted_moments(model, seen, files)
+                    at_once = timed(line, partial(from_inputs, model, below, inputs, share, metrics))
+                    for row, corrections in at_once.items():
+                        sample.note(f"chosen + {line}", row, lambda corrections=corrections: corrections)
+            for row, subnetwork in below.items():
+                fit = partial(within, model, subnetwork, seen, args.corrections, metrics=metrics, norms=True)
+                sample.note("chosen + corrections, sequential", row, fit)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -173,7 +193,10 @@ def main() -> None:
     parser.add_argument("--name", help="of the result; default: that of the model")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--corrections", type=float, default=0.03, help="share of a row's parameters")
-    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=[""], help="how corrections are fitted")
+    parser.add_argument("--orders", nargs="+", choices=RANKINGS, default=list(RANKINGS))
+    parser.add_argument("--depth", type=float, nargs="+", help="allowed parts of the layers; default: all layers")
+    parser.add_argument("--bounds", action="store_true", help="corrections of full rank, too")
+    parser.add_argument("--moments", type=Path, help="folder to keep second moments in, for a run that goes on")
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--calibration-blocks", type=int, default=32)
     parser.add_argument("--test-blocks", type=int, default=16)

@@ -34,12 +34,14 @@ def test_leading_losses_are_those_of_the_best_matrices():
     weight, root = torch.randn(5, 8, dtype=torch.double), torch.randn(5, 5, dtype=torch.double)
     moments = Moments.zeros(8, 5, dtype=torch.double)
     moments.add(h, h @ weight.T)
-    found = leading_losses(moments, weight, root @ root.T, 1e-12)
+    sliced, fitted = leading_losses(moments, weight, root @ root.T, 1e-12)
     for k in range(9):
+        plain = (h[:, k:] @ weight[:, k:].T @ root).square().sum(1).mean().item() / 2
+        assert sliced[k].item() == pytest.approx(plain, rel=1e-6, abs=1e-8)
         kept = torch.linalg.lstsq(h[:, :k], h @ weight.T).solution if k else h.new_zeros(0, 5)
         lost = (h @ weight.T - h[:, :k] @ kept) @ root
-        assert found[k].item() == pytest.approx(lost.square().sum(1).mean().item() / 2, rel=1e-6, abs=1e-8)
-    assert (found.diff() <= 0).all()
+        assert fitted[k].item() == pytest.approx(lost.square().sum(1).mean().item() / 2, rel=1e-6, abs=1e-8)
+    assert (fitted.diff() <= 0).all() and (fitted <= sliced + 1e-9).all()
 
 
 def test_low_ranks_are_best_in_the_metric():

@@ -223,7 +223,7 @@ def convert(
             metrics = sensitivities(elastic, leading_tokens(fitted, SENSITIVITY_TOKENS), seed)
         if not uniform and metrics is not None:
             record["rows"] = {"predicted": True}
-            losses = predicted_losses(sorted_moments(elastic, fitted, files), metrics, config)
+            losses = predicted_losses(sorted_moments(elastic, fitted, files), metrics, config, corrections)
             elastic.config.frontier = rows_by_prediction(elastic.config, named, losses)
         else:
             loss = TextLoss(elastic, rows) if rows else None

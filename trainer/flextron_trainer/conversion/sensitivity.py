@@ -3,15 +3,16 @@
 Where a layer writes `y + e` instead of `y` into the residual stream, the divergence from the parent's predictions is
 about `e^T F e / 2` per token, with the Fisher information `F = E[g g^T]` of the stream there: `g` is the gradient of
 the log-likelihood of a next token that the model itself draws (K-FAC, arXiv 1503.05671, section 2). With second moments
-of what a matrix reads, this says of every number of leading units what is lost when the rest goes and those left make
-up for it, and so which layers had better be narrow (`rows_by_prediction`). It also says which part of the best
-correction of a matrix is worth its parameters (`moments.low_rank`).
+of what a matrix reads, this says of every number of leading units what is lost when the rest goes, also where those
+left make up for it, and so which layers had better be narrow (`rows_by_prediction`). It also says which part of the
+best correction of a matrix is worth its parameters (`moments.low_rank`).
 
 Errors and gradients are relative to the size of the stream at each token, as in `reconstruction.py`. Tokens whose state
 is many times larger than usual (attention sinks) are left out: no error of this size reaches their predictions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.static_router import Candidate, Step, repaired
 from modeling_flextron.subnetwork import smallest_subnetwork
 
-from .moments import Moments, regularised
+from .moments import Moments, least_squares, low_rank, regularised
 from .reconstruction import PLACES, Halves, matrix_name, token_weights
 from .rows import limit_of, name_of_smallest, warn_of_same
 
@@ -83,32 +84,41 @@ def predicted_losses(
     inputs: Iterable[tuple[int, str, torch.Tensor, Moments]],
     metrics: Mapping[str, torch.Tensor],
     config: FlextronConfig,
+    corrections: float = 0.0,
 ) -> dict[str, list[list[float]]]:
-    """What is lost for every number of leading units that a layer may keep, the best small matrix given.
+    """What is lost for every number of leading units that a layer may keep.
+
+    That is between what the slice loses and what the best small matrix does, as near to the latter as the ranks that
+    corrections are likely to have bring it at half of the size.
 
     Args:
         inputs: Of `sorted_moments`.
         metrics: Of `sensitivities`, on the sorted model.
         config: Of the elastic model.
+        corrections: Part of its parameters that a row may own.
 
     Returns:
         `"heads"` and `"mlp"` -> layer -> number of units -> nats per token.
     """
     units = {"heads": config.head_dim, "mlp": 1}
+    each = corrections * config.parent_size() / config.num_hidden_layers / 4  # half of a layer, two matrices
     found: dict[str, list[list[float]]] = {axis: [] for axis in PLACES}
     for layer, axis, weight, moments in inputs:
-        by_column = leading_losses(moments, weight, metrics[matrix_name(layer, axis)])
-        found[axis].append(by_column[:: units[axis]].tolist())
+        metric = metrics[matrix_name(layer, axis)]
+        sliced, fitted = leading_losses(moments, weight, metric)
+        rank = int(each / (weight.shape[0] + weight.shape[1] / 2))
+        missed = 1.0 if not rank else _missed(moments, weight, metric, rank)
+        found[axis].append((fitted + missed * (sliced - fitted))[:: units[axis]].tolist())
     return found
 
 
 def leading_losses(
     moments: Moments, weight: torch.Tensor, metric: torch.Tensor, ridge: float = PREDICTION_RIDGE
-) -> torch.Tensor:
-    """Nats per token that are lost when the first k columns are kept and fitted anew, `[K + 1]` float64.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats per token that are lost with the first k columns alone: as they are, and fitted anew; `[K + 1]` float64.
 
     With `C = L L^T` the first k inputs determine the first k of the white variables `L^-1 h`; what `W` writes from the
-    others is lost.
+    others is lost for any matrix that reads the first k.
 
     Args:
         moments: Of what the matrix reads.
@@ -116,9 +126,22 @@ def leading_losses(
         metric: `[D, D]`, see `sensitivities`.
         ridge: See `regularised`: what is not repeatable is not counted on.
     """
-    white = weight.double() @ torch.linalg.cholesky(regularised(moments.inputs, ridge) / moments.count)
-    each = ((metric.double() @ white) * white).sum(0) / 2
-    return torch.cat([each.flip(0).cumsum(0).flip(0), each.new_zeros(1)]).cpu()
+    w, inputs = weight.double(), regularised(moments.inputs, ridge) / moments.count
+    pairs = (w.T @ (metric.double() @ w)).mul_(inputs)
+    sliced = pairs.flip(0, 1).cumsum_(0).cumsum_(1).diagonal().flip(0) / 2
+    white = w @ torch.linalg.cholesky(inputs)
+    fitted = ((metric.double() @ white) * white).sum(0).flip(0).cumsum(0).flip(0) / 2
+    end = fitted.new_zeros(1)
+    return torch.cat([sliced, end]).cpu(), torch.cat([fitted, end]).cpu()
+
+
+def _missed(moments: Moments, weight: torch.Tensor, metric: torch.Tensor, rank: int) -> float:
+    """The part of what the best matrix of half the columns gains that a change of a rank does not."""
+    half = weight.shape[1] // 2
+    cross = weight.double() @ moments.inputs[:, :half].double()
+    part = replace(moments, inputs=moments.inputs[:half, :half], cross=cross)
+    *_, gains = low_rank(least_squares(part, weight[:, :half]), part.inputs, metric=metric)
+    return 1 - float(gains[:rank].sum() / gains.sum().clamp_min(1e-30))
 
 
 def rows_by_prediction(
