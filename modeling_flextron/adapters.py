@@ -88,7 +88,7 @@ def name_default_targets() -> None:
 
 
 def kind_of(layer: Any) -> str:
-    """What a layer of PEFT is called here, such as `ia3.Linear`."""
+    """Name a layer of PEFT for errors, such as `ia3.Linear`."""
     *_, package, _ = ("", *type(layer).__module__.split("."))
     return f"{package}.{type(layer).__name__}"
 
@@ -147,22 +147,14 @@ def check_sliceable(layer: Any) -> None:
 
 
 def check_layers(layers: Iterable[Any]) -> None:
-    """Refuse fewer channels where PEFT has replaced whole layers of the decoder by some of these.
-
-    Raises:
-        ValueError: it has.
-    """
+    """Refuse fewer channels where PEFT has replaced whole layers of the decoder by some of these."""
     for layer in layers:
         if isinstance(layer, peft_layers().every):
             raise invalid("adapter", kind_of(layer), "This kind runs with all channels alone.", REMEDY)
 
 
 def refuse_adapters(model: Any, argument: str, value: object, remedy: str) -> None:
-    """Refuse what reads the weights of a model into which PEFT has put its layers.
-
-    Raises:
-        ValueError: the model has adapters.
-    """
+    """Refuse what reads the weights of a model into which PEFT has put its layers."""
     if getattr(model, "peft_config", None):
         raise invalid(argument, value, "The model has adapters, which are no part of its weights.", remedy)
 
@@ -171,11 +163,7 @@ def refuse_adapters(model: Any, argument: str, value: object, remedy: str) -> No
 
 
 def mark(model: Any) -> dict[str, Any]:
-    """What the config of an adapter says when it is in the order of this model; PEFT writes it into the folder.
-
-    Args:
-        model: A `FlextronPreTrainedModel`.
-    """
+    """Make the fields of an adapter's config that mark it as in the order of this model; PEFT writes them."""
     conversion = None if model.permutation is None else model.permutation.conversion
     base = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
@@ -191,10 +179,6 @@ def claim(model: Any, config: Any) -> None:
 
 def is_of_parent(model: Any, config: Any) -> bool | None:
     """Whether an adapter was trained on a stock model, not on one of this conversion; None when that cannot be told.
-
-    Args:
-        model: A `FlextronPreTrainedModel`.
-        config: The `PeftConfig` of the adapter.
 
     Raises:
         ValueError: it was trained on a Flextron model of another conversion.
@@ -248,7 +232,7 @@ def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dic
 
 
 def part_dims(match: re.Match[str], shape: Iterable[int]) -> tuple[str, ...] | None:
-    """What the dimensions of an adapter's tensor count, "" for what never shrinks; None for parts that are not known.
+    """Name what the dimensions of an adapter's tensor count, "" for what never shrinks; None for unknown parts.
 
     Args:
         match: Of `PART`, with the tensor's name.

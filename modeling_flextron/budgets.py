@@ -20,6 +20,7 @@ from .subnetwork import (
     Cost,
     SubNetwork,
     bytes_per_value,
+    is_routed,
     is_subnetwork,
     kv_cache_bytes,
     kv_values_per_token,
@@ -29,7 +30,7 @@ from .subnetwork import (
     smallest_subnetwork,
     subnetwork_of,
 )
-from .token_routing import HasRouting, is_routed, resolve_auto
+from .token_routing import HasRouting, resolve_auto
 
 TOLERANCE = 1.01  # of what a row may cost of the budget by which it is called: norms do not halve
 

@@ -40,8 +40,7 @@ def check_cache(cache: Cache, config: Any, subnetwork: SubNetwork, attention_mas
     """Refuse a cache from which a sub-network would read what is not its own.
 
     Raises:
-        ValueError: another sub-network filled it, with other layers or KV heads; or it cannot skip layers; or the
-            attention function would take the empty end of it for keys.
+        ValueError: another sub-network filled it; it cannot skip layers; or its empty end would be taken for keys.
     """
     kind = config._attn_implementation
     if kind == "flex_attention" and cache.is_compileable:

@@ -39,7 +39,7 @@ def write_beside(target: str | os.PathLike, variant: str | None = None) -> Itera
 
     Raises:
         ValueError: `target` is a file.
-        FileExistsError: another process wrote the new target in the meantime; what was written here is kept beside it.
+        FileExistsError: another process wrote the new target meanwhile; what was written here is kept beside it.
     """
     target = Path(target)
     exists = target.exists()

@@ -1,4 +1,4 @@
-"""Checks of a config's fields: pure functions of plain values, which name the field that is wrong and change nothing.
+"""Checks a config's fields: pure functions of plain values, which name the field that is wrong and change nothing.
 
 What belongs to one part is checked there: rows in `frontier.py`, routers in `static_router.py` and `token_routing.py`,
 latency tables in `latency.py`, levels in `level_blocks.py`, corrections in `corrections.py`.

@@ -89,11 +89,7 @@ class StoredConfig(PreTrainedConfig):
         return result
 
     def check_still_there(self, source: str, subfolder: str) -> None:
-        """Refuse a folder whose `config.json` is no longer the one that this config was read from.
-
-        Raises:
-            ValueError: it was written again since.
-        """
+        """Refuse a folder whose `config.json` was written again since this config was read from it."""
         if self._read_from is None or source != self.name_or_path or not os.path.isdir(source):
             return
         if _digest(PreTrainedConfig.get_config_dict(source, subfolder=subfolder)[0]) != self._read_from:

@@ -6,9 +6,6 @@ a Hugging Face config see the small model. Layers of different sizes are written
 
 They may be changed, as in any config: costs follow, and what was chosen for other sizes (`elastic`, the frontier,
 routers) is dropped with a warning. What contradicts itself was not made for another shape, and is refused.
-
-The class checks its own fields instead of using the `@strict` decorator, whose errors are neither `ValueError`
-nor name the way out.
 """
 
 import copy

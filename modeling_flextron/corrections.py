@@ -1,14 +1,11 @@
-"""What a row of the frontier owns beside the weights that all sizes share: corrections of its projections, and norms.
+"""Corrections: low-rank terms and norms that a row of the frontier owns beside the weights that all sizes share.
 
-A slice of a projection is not the best small matrix: what the missing inputs did can in part be done by those that are
-left. The difference to the best one, in a metric of what these inputs are like, has a quickly falling spectrum, so a
-product of two thin matrices holds most of it: `(W[:, :k] + U V) h[:k]`. A row that has such corrections is their
-`Owner`; the full network has none.
+The inputs that a slice of a projection keeps can do in part what the missing ones did: `(W[:, :k] + U V) h[:k]`, with
+two thin matrices. A row that has such corrections is their `Owner`; the full network has none.
 
 A sub-network runs with the corrections of the first owner that contains it (owners are listed smallest first), cut to
-its size like any weight. So an owner is the full network of a family of its own, and what is loaded, extracted or
-exported at a size has them folded in: it is an ordinary dense network. Owners inside of a loaded size then get what
-they have more than that size, so that every size is the same function however it was loaded.
+its size like any weight. What is loaded, extracted or exported at a size has them folded in: it is an ordinary dense
+network. Owners inside of it get the difference to it, so that every size is the same function however it was loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from .errors import invalid
-from .subnetwork import SubNetwork
-from .token_routing import is_routed
+from .subnetwork import SubNetwork, is_routed
 
 # And their corrections, whose names no pattern of PEFT for the projections matches.
 PROJECTIONS = {"o_proj": "o_correction", "down_proj": "down_correction"}
@@ -108,14 +102,11 @@ def folded(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.
 
 
 def check_corrections(entries: Any, layers: Callable[[Any], int]) -> None:
-    """Refuse what is no list of owners.
+    """Refuse what is no list of owners in a config.
 
     Args:
         entries: The `corrections` of a config.
         layers: Sizes of an owner -> how many layers it keeps; refuses sizes that the model does not have.
-
-    Raises:
-        ValueError: what is wrong with it.
     """
     names = ("name", "subnetwork", *PROJECTIONS)
     remedy = "Leave them as `convert` wrote them, or pass None for none."
@@ -133,36 +124,3 @@ def check_corrections(entries: Any, layers: Callable[[Any], int]) -> None:
             if not isinstance(ranks, list) or len(ranks) != depth or any(type(r) is not int or r < 0 for r in ranks):
                 rule = f"It is the rank in each of the {depth} kept layers, 0 for none."
                 raise invalid(f"{at}[{projection!r}]", ranks, rule, remedy)
-
-
-class LowRankCorrection(nn.Module):
-    """`U V` beside a projection, on leading channels; nothing at first, as U is zero.
-
-    Attributes:
-        down: V, `[rank, in_features]`.
-        up: U, `[out_features, rank]`.
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int):
-        super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, in_features) / in_features**0.5)
-        self.up = nn.Parameter(torch.zeros(out_features, rank))
-
-    def forward(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Add to `output` `[..., o]` of the projection what is corrected for its `input` `[..., i]`."""
-        down: torch.Tensor = self.down
-        up: torch.Tensor = self.up
-        if input.shape[-1] != down.shape[1]:  # a view costs microseconds at batch 1
-            down = down[:, : input.shape[-1]]
-        if output.shape[-1] != up.shape[0]:
-            up = up[: output.shape[-1]]
-        return F.linear(F.linear(input, down), up).add_(output)
-
-
-class LayerCorrections(nn.Module):
-    """What an owner has in one layer: a correction of each projection, or None, and norms."""
-
-    def __init__(self, norms: Mapping[str, nn.Module], projections: Mapping[str, LowRankCorrection | None]):
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = (norms[name] for name in NORMS)
-        self.o_correction, self.down_correction = (projections[name] for name in PROJECTIONS)

@@ -1,16 +1,16 @@
 """Speculative decoding in which a smaller sub-network of the same weights drafts, and when that pays.
 
-A draft writes g tokens one by one; the model reads them in one pass, keeps those that it would have written, and adds
-one of its own. If it keeps each with probability a (the acceptance), such a cycle gives E = (1 - a^(g+1)) / (1 - a)
-tokens, and against decoding one by one it is
+A draft writes g tokens; the model reads them in one pass, keeps those that it would have written, and adds one. If it
+keeps each with probability a (the acceptance), such a cycle gives E = (1 - a^(g+1)) / (1 - a) tokens, and it is
 
     E * token / (g * draft + cycle(g))
 
-times as fast: `token` and `draft` are the seconds of a decoding step of the model and of the draft, `cycle` is what
-remains of a cycle, which is the reading of g + 1 tokens and what `generate` does around it. These times are part of a
+times as fast as plain decoding: `token` and `draft` are the seconds of a decoding step of the model and of the draft,
+`cycle` is what remains of a cycle: reading g + 1 tokens, and what `generate` does around it. These times are part of a
 latency table (`latency.py`); acceptance is estimated from the measured losses, and then from what is observed.
 """
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ def best_draft(
 
 
 def expected_acceptance(loss: float | None, draft_loss: float | None) -> float:
-    """What the losses of a model and of its draft say about acceptance.
+    """Estimate acceptance from the losses of a model and of its draft.
 
     Sampling keeps a drafted token with probability 1 - TV of the two distributions, and TV <= sqrt(KL / 2), where the
     difference of the losses stands for KL.
@@ -91,7 +91,7 @@ class Watch(BaseStreamer):
 
 
 class Drafts:
-    """What a model has seen of its drafts, and which one it used last.
+    """Remembers how a model's drafts did, chooses the next one, and says which was used last.
 
     `chosen` is the draft and the length of the last call with `draft_budget="auto"`; None for plain decoding.
     """
@@ -139,8 +139,22 @@ def constant(length: int) -> dict[str, Any]:
 
 
 def share_draft(model: Any, subnetwork: SubNetwork, **settings: Any) -> Any:
-    """`model.share(subnetwork)` with what `settings` say about drafts: `generate` reads that from the draft alone."""
-    draft = model.share(subnetwork)
+    """Make a model object that drafts at a sub-network for one call of `model.generate`.
+
+    It is a head and a decoder of its own around the very layers of `model`, whose config it shares too: so there is
+    nothing that could be out of date, and it costs a small part of `model.share`, which copies every module.
+
+    Args:
+        model: A `FlextronForCausalLM`.
+        subnetwork: Its size.
+        settings: Keywords of `generate`; what they say about drafts is put where `generate` reads it, into the
+            generation config of the draft.
+    """
+    decoder = model.base_model
+    parts = (*model.children(), *decoder.children(), model.config, model._resolver, decoder._resolver)
+    draft = copy.deepcopy(model, {id(part): part for part in parts if part is not decoder})
+    draft.base_model._shared = True
+    draft.set_budget(subnetwork)
     for name in SETTINGS:
         if settings.get(name) is not None:
             setattr(draft.generation_config, name, settings[name])

@@ -1,9 +1,8 @@
 """Layers that run on the leading slice of their own weights.
 
-Each layer reads how much of its input it got from the input itself, and is told how much output to make; called
-with neither narrowed it is the stock layer. A slice is a view: nothing is copied, gradients land in the full
-parameter, and a product of the small size is all that is computed: with the selector `I_d` of the first d
-neurons, `MLP_d(X) = sigma(X (I_d W1)^T) (I_d W2)` (Flextron, arXiv 2406.10260; written out for every axis in Nemotron
+A layer sees by its input how much of that there is, and is told how much output to make. A slice is a view: nothing
+is copied, gradients land in the full parameter, and only the small product is computed: with the selector `I_d` of the
+first d neurons, `MLP_d(X) = sigma(X (I_d W1)^T) (I_d W2)` (Flextron, arXiv 2406.10260; for every axis in Nemotron
 Elastic, arXiv 2511.16664, equations 34-46).
 
 At its built size a layer is called as `layer(x)` alone (`project` does that), so that PEFT, torchao, vLLM and
@@ -11,14 +10,25 @@ others may put their own layers in these places; LoRA layers of PEFT run at ever
 outside a layer reads its `weight`.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .adapters import add_adapters, check_sliceable, is_narrowed, peft_layers
+from .corrections import NORMS, PROJECTIONS, Owner
 from .errors import invalid
+
+
+class HasNorms(Protocol):
+    """A config with the fields that norms and corrections are made of."""
+
+    hidden_size: int
+    head_dim: int
+    norm_type: str
+    norm_eps: float
 
 
 def parameter(module: nn.Module, name: str) -> Any:
@@ -39,7 +49,7 @@ def corner(tensor: torch.Tensor, *sizes: int) -> torch.Tensor:
     return tensor[tuple(map(slice, sizes))]
 
 
-def entries(vector: torch.Tensor, size: int) -> torch.Tensor:
+def leading_entries(vector: torch.Tensor, size: int) -> torch.Tensor:
     """The leading entries; a view only where there are more."""
     return vector if vector.shape[0] == size else corner(vector, size)
 
@@ -116,18 +126,10 @@ class ElasticRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise `[..., h]` in float32 and scale it with the leading `h` weights.
-
-        `gate` `[h]` says which channels there are, with 1 and 0: the norm is over those.
-        """
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise `[..., h]` in float32 and scale it with the leading `h` weights."""
         size = hidden_states.shape[-1]
-        if gate is not None:
-            states = hidden_states.float()
-            mean_square = (states * gate).square().sum(-1, keepdim=True) / gate.sum()
-            result = self.weight[:size] * (states * (mean_square + self.eps).rsqrt())
-            return (result * gate).to(hidden_states.dtype)
-        weight, dtype = entries(parameter(self, "weight"), size), hidden_states.dtype
+        weight, dtype = leading_entries(parameter(self, "weight"), size), hidden_states.dtype
         if dtype == weight.dtype == torch.float32:  # the same in one step
             return F.rms_norm(hidden_states, (size,), weight, self.eps)
         return weight * F.rms_norm(hidden_states.float(), (size,), eps=self.eps).to(dtype)
@@ -139,17 +141,77 @@ class ElasticRMSNorm(nn.Module):
 class ElasticLayerNorm(nn.LayerNorm):
     """Layer norm over the channels that its input has."""
 
-    def forward(self, input: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise `[..., h]` and apply the leading `h` weights and biases; `gate` as in `ElasticRMSNorm`."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise `[..., h]` and apply the leading `h` weights and biases."""
         size = input.shape[-1]
-        if gate is not None:
-            states, count = input.float(), gate.sum()
-            centred = states - (states * gate).sum(-1, keepdim=True) / count
-            variance = (centred.square() * gate).sum(-1, keepdim=True) / count
-            result = self.weight[:size] * (centred * (variance + self.eps).rsqrt()) + self.bias[:size]
-            return (result * gate).to(input.dtype)
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        return F.layer_norm(input, (size,), entries(weight, size), entries(bias, size), self.eps)
+        return F.layer_norm(input, (size,), leading_entries(weight, size), leading_entries(bias, size), self.eps)
+
+
+def norm_between_layers(config: HasNorms, size: int | None = None) -> nn.Module:
+    """Make the norm that a model has between its layers, over `size` channels; None for all of them."""
+    kind = {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type]
+    return kind(config.hidden_size if size is None else size, config.norm_eps)
+
+
+class LowRankCorrection(nn.Module):
+    """`U V` beside a projection, on leading channels; nothing at first, as U is zero.
+
+    Attributes:
+        down: V, `[rank, in_features]`.
+        up: U, `[out_features, rank]`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, in_features) / in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(out_features, rank))
+
+    def forward(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Add to `output` `[..., o]` of the projection what is corrected for its `input` `[..., i]`."""
+        down: torch.Tensor = self.down
+        up: torch.Tensor = self.up
+        if input.shape[-1] != down.shape[1]:  # a view costs microseconds at batch 1
+            down = down[:, : input.shape[-1]]
+        if output.shape[-1] != up.shape[0]:
+            up = up[: output.shape[-1]]
+        return F.linear(F.linear(input, down), up).add_(output)
+
+
+class LayerCorrections(nn.Module):
+    """The norms of an owner in a layer that it keeps, and its correction of each projection, or None."""
+
+    def __init__(self, config: HasNorms, owner: Owner, layer: int):
+        super().__init__()
+        subnetwork = owner.subnetwork
+        at, hidden = subnetwork.layers.index(layer), subnetwork.hidden
+        inputs = {"o_proj": subnetwork.heads[at] * config.head_dim, "down_proj": subnetwork.mlp[at]}
+        for name in NORMS:
+            setattr(self, name, norm_between_layers(config, hidden))
+        for name, correction in PROJECTIONS.items():
+            rank = owner.ranks[name][at]
+            setattr(self, correction, LowRankCorrection(inputs[name], hidden, rank) if rank else None)
+
+
+def corrections_of_layer(config: HasNorms, owners: Sequence[Owner], layer: int) -> nn.ModuleDict:
+    """Make the corrections of the owners that keep a layer: place of the owner -> `LayerCorrections`."""
+    held = {str(number): owner for number, owner in enumerate(owners) if layer in owner.subnetwork.layers}
+    return nn.ModuleDict({number: LayerCorrections(config, owner, layer) for number, owner in held.items()})
+
+
+class NarrowedAttention:
+    """An attention module as an attention function sees it, with fewer query heads for each KV head.
+
+    The functions of transformers read `num_key_value_groups` from the module; a view keeps that number out of the
+    module's own state, so that one model may run two budgets at the same time.
+    """
+
+    def __init__(self, module: nn.Module, num_key_value_groups: int):
+        self.module = module
+        self.num_key_value_groups = num_key_value_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 def project(layer: Any, input: torch.Tensor, size: int | None) -> torch.Tensor:

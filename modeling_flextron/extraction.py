@@ -6,6 +6,7 @@ the function stays the same.
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -13,12 +14,13 @@ from transformers.initialization import no_init_weights
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import logging
 
+from .adapters import refuse_adapters
 from .corrections import folded, number_of_owner, owned_names
 from .errors import invalid
 from .families import axes, by_stock_name, family_of, is_shared, layer_of, stock_name, to_stock
 from .permutation import Permutation
-from .subnetwork import SubNetwork, axis_sizes, count_parameters, uniform_subnetworks
-from .token_routing import is_routed
+from .subnetwork import SubNetwork, axis_sizes, count_parameters, is_routed, uniform_subnetworks
+from .switching import divided_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +98,7 @@ def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False, snap: bool = 
 
 
 def changes(asked: SubNetwork, given: SubNetwork) -> str:
-    """What differs between two sub-networks: `heads 6 -> 4, mlp [96, 48] -> 48`; empty when nothing does."""
+    """Say how two sub-networks differ: `heads 6 -> 4, mlp [96, 48] -> 48`; empty when they do not."""
     before, after = asked.to_dict(), given.to_dict()
     return ", ".join(f"{key} {before[key]} -> {after[key]}" for key in before if before[key] != after[key])
 
@@ -120,39 +122,6 @@ def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
     if "layer_types" in family.fields:
         values["use_sliding_window"] = config.sliding_window is not None
     return AutoConfig.for_model(config.base_model_type, **values, dtype=config.dtype)
-
-
-@torch.no_grad()
-def extract(model, subnetwork: SubNetwork, pad: bool = False, snap: bool = False) -> PreTrainedModel:
-    """Copy a sub-network into a stock model of the parent's family.
-
-    Args:
-        model: A `FlextronForCausalLM`.
-        subnetwork: What to copy; the stock class must be able to hold it.
-        pad: Else fill it up with zeros to sizes that the class can hold.
-        snap: Else copy the largest sub-network that the class can hold and that has no more parameters, and say so.
-
-    Returns:
-        The stock model in the dtype and on the device of `model`, in evaluation mode.
-    """
-    if is_routed(subnetwork):
-        rule = "Stock classes have one size for all tokens."
-        raise invalid("budget", f"auto:{subnetwork.target}", rule, "Name a static budget, such as 0.5.")
-    target = stock_sizes(model.config, subnetwork, pad, snap)
-    if snap and target != subnetwork:
-        logger.warning(f"Snapped to what the stock class can hold: {changes(subnetwork, target)}.")
-        subnetwork = target
-    with no_init_weights():
-        stock = AutoModelForCausalLM.from_config(
-            stock_config(model.config, target), dtype=model.dtype, trust_remote_code=False
-        )
-    tensors = dict(stock_tensors(model, subnetwork, target))
-    missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
-    stock.tie_weights()
-    assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
-    if model.can_generate():
-        stock.generation_config = copy.deepcopy(model.generation_config)
-    return stock.to(_device(model)).eval()
 
 
 @torch.no_grad()
@@ -213,3 +182,47 @@ def _zeros_behind(tensor: torch.Tensor, dim: int, count: int, groups: int) -> to
     shape = list(tensor.shape)
     shape[dim + 1] = count // groups
     return torch.cat((tensor, tensor.new_zeros(shape)), dim + 1).flatten(dim, dim + 1)
+
+
+class ExtractionMixin(PreTrainedModel):
+    """`extract` of a causal model that runs at budgets."""
+
+    @torch.no_grad()
+    def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
+        """Copy a sub-network into a stock model of the parent's family, such as `LlamaForCausalLM`.
+
+        Args:
+            budget: What to copy; None for the current default.
+            pad: Where the stock class cannot hold these sizes, fill them up with zeros to the next ones that it
+                can: the same function, with more parameters.
+            snap: Where it cannot, copy the largest sub-network that it can hold and that costs no more, and say so.
+
+        Returns:
+            The stock model in the dtype and on the device of this one, in evaluation mode.
+
+        Raises:
+            ValueError: the stock class cannot hold these sizes, for instance when layers differ.
+        """
+        refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
+        if divided_parameters(self):
+            remedy = "`save_pretrained` on all of them, load that folder in one process, and extract there."
+            raise invalid("budget", budget, "The weights are divided among processes.", remedy)
+        subnetwork = self.resolve_budget(budget)
+        if is_routed(subnetwork):
+            rule = "Stock classes have one size for all tokens."
+            raise invalid("budget", f"auto:{subnetwork.target}", rule, "Name a static budget, such as 0.5.")
+        target = stock_sizes(self.config, subnetwork, pad, snap)
+        if snap and target != subnetwork:
+            logger.warning(f"Snapped to what the stock class can hold: {changes(subnetwork, target)}.")
+            subnetwork = target
+        with no_init_weights():
+            stock = AutoModelForCausalLM.from_config(
+                stock_config(self.config, target), dtype=self.dtype, trust_remote_code=False
+            )
+        tensors = dict(stock_tensors(self, subnetwork, target))
+        missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
+        stock.tie_weights()
+        assert not unexpected and all(name in stock._tied_weights_keys for name in missing), (missing, unexpected)
+        if self.can_generate():
+            stock.generation_config = copy.deepcopy(self.generation_config)
+        return stock.to(_device(self)).eval()

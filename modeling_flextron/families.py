@@ -177,7 +177,7 @@ _FUSED = ("q_proj", "k_proj", "v_proj")
 
 
 def axes(name: str) -> tuple[str, ...]:
-    """What each dimension of one of our tensors counts: an axis of `ELASTIC`, or what never shrinks."""
+    """Name what each dimension of one of our tensors counts: an axis of `ELASTIC`, or what never shrinks."""
     *_, module, kind = name.split(".")
     output, *inputs = _AXES[module]
     if kind in ("up", "down"):  # of `corrections.LowRankCorrection`
@@ -197,11 +197,7 @@ def layer_of(name: str) -> int | None:
 
 
 def family_of(model_type: str, argument: str = "parent") -> Family:
-    """The tables of a family.
-
-    Raises:
-        ValueError: the architecture, the value of `argument`, is not supported.
-    """
+    """The tables of a family; refuses an architecture, the value of `argument`, that is not supported."""
     if model_type not in FAMILIES:
         rule = f"The supported families are {', '.join(FAMILIES)}."
         raise invalid(argument, model_type, rule, "Use a parent of one of these architectures.")

@@ -15,17 +15,19 @@ from transformers import ContinuousBatchingConfig, GenerationMixin
 
 from .drafting import Drafts, Watch, constant, share_draft
 from .errors import invalid
-from .subnetwork import SubNetwork, parameters_of
-from .token_routing import is_routed
+from .subnetwork import SubNetwork, is_routed, parameters_of
 
 _ROWS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+_OF_ONE_SIZE = (
+    "labels", "head_loss", "past_key_values", "cache", "use_cache", "output_hidden_states", "output_attentions",
+)  # fmt: skip
 
 
 class FlextronGenerationMixin(GenerationMixin):
     """`generate` and continuous batching at a budget, for a model with `SwitchingMixin`."""
 
     def generate(self, *args, flextron_budget: Any = None, draft_budget: Any = None, **kwargs):
-        """As `GenerationMixin.generate`, at `flextron_budget`; other callers of the model see nothing of it.
+        """Generate like `GenerationMixin.generate`, at `flextron_budget`; other callers of the model see nothing of it.
 
         A list of budgets has one for each sequence; each is continued as if it were alone. A smaller `draft_budget`
         drafts, which changes no greedy output; with `"auto"` the size and the length of drafts that are fastest by the
@@ -54,7 +56,7 @@ class FlextronGenerationMixin(GenerationMixin):
         flextron_budget: Any = None,
         **kwargs,
     ):
-        """As `ContinuousMixin.init_continuous_batching`: a manager of requests, all at `flextron_budget`.
+        """Make a manager of requests like `ContinuousMixin.init_continuous_batching`, all at `flextron_budget`.
 
         The manager runs in a thread of its own and keeps the size that it begins with, so it gets a model of its own
         (`share`); none is kept for a next call, as `persistent_manager=True` would have it.
@@ -69,7 +71,7 @@ class FlextronGenerationMixin(GenerationMixin):
         return GenerationMixin.init_continuous_batching(model, *settings, **kwargs)
 
     def generate_batch(self, *args, flextron_budget: Any = None, **kwargs):
-        """As `ContinuousMixin.generate_batch`, with all requests at `flextron_budget`."""
+        """Generate like `ContinuousMixin.generate_batch`, with all requests at `flextron_budget`."""
         if flextron_budget is not None:
             return self.share(flextron_budget).generate_batch(*args, **kwargs)
         return super().generate_batch(*args, **kwargs)
@@ -82,9 +84,8 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Refuse what a generation config cannot say here, and to run code that nobody trusts.
 
     Raises:
-        ValueError: it has a budget, which transformers would drop; or asks to draft by leaving layers out, which
-            transformers does by changing the model; or `custom_generate` names a repo, and transformers would ask on
-            the terminal whether its code may run.
+        ValueError: it has a budget, which transformers would drop; or asks to draft by leaving layers out, for which
+            transformers changes the model; or `custom_generate` names a repo, and nobody said that its code may run.
     """
     if isinstance(code := kwargs.get("custom_generate"), str) and not kwargs.get("trust_remote_code"):
         remedy = "Read it, and pass `trust_remote_code=True` as well."
@@ -134,7 +135,7 @@ def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: 
 
 
 def _resolve(model: Any, budget: Any, verifier: SubNetwork) -> SubNetwork:
-    """The sub-network of a draft."""
+    """Resolve the budget of a draft for a verifier."""
     try:
         draft = model.resolve_budget(budget)
     except ValueError as error:  # in the words of another argument
@@ -153,7 +154,7 @@ def is_list(budget: Any) -> bool:
 
 
 def sequences_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """What a call of `generate` is to continue."""
+    """Find the sequences that a call of `generate` is to continue; None without any."""
     given = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
     return next((value for value in (*args[:1], *given) if value is not None), None)
 
@@ -182,16 +183,7 @@ def per_row(forward: Callable) -> Callable:
             return forward(self, *args, flextron_budget=flextron_budget, **kwargs)
         given = inspect.signature(forward).bind(self, *args).arguments | kwargs
         given.pop("self")
-        _refuse(
-            given,
-            "labels",
-            "head_loss",
-            "past_key_values",
-            "cache",
-            "use_cache",
-            "output_hidden_states",
-            "output_attentions",
-        )
+        _refuse(given, *_OF_ONE_SIZE)
         batch = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         logits: torch.Tensor | None = None
         for subnetwork, rows in rows_of(self, flextron_budget, len(batch)).items():

@@ -29,10 +29,7 @@ WEIGHTS = re.compile(r"(pytorch_)?model[-.][^/]*(safetensors|bin)(\.index[^/]*\.
 
 
 def retried(call: Callable[[], T]) -> T:
-    """What a call returns, made again after a while when the Hub answers that it has a problem of its own (5xx).
-
-    huggingface_hub waits like this for a part of its requests: not where a download begins, nor for a commit.
-    """
+    """Make a call, and again after a while when the Hub answers that it has a problem of its own (5xx)."""
     for seconds in WAITS:
         try:
             return call()
@@ -92,9 +89,8 @@ def commit_files(
 ) -> CommitInfo:
     """Upload files in one commit, which also deletes the weights of an earlier upload that they replace.
 
-    Until that commit the revision serves what it served before. A call that failed may be repeated, and is when the
-    Hub had a problem: blobs that have arrived are not sent again, and what is there already makes no second commit; of
-    a pull request there could be two. (`upload_folder` would split a large folder into several commits.)
+    Until then the revision serves what it served before. A call that failed may be repeated, and is when the Hub had a
+    problem, but not for a pull request, of which there could be two. (`upload_folder` makes several commits.)
 
     Args:
         files: Path in the repo -> file.

@@ -7,9 +7,8 @@ The lookup table of Flextron (arXiv 2406.10260, figure 3): the time of a network
     T = rest(h) + sum over kept layers of [ mlp(h, m) + heads(h, a) - layer(h) ]
 
 with hidden size h, MLP m and heads a of the layer; mlp(h, m) is a layer with that MLP and all heads, heads(h, a) one
-with those heads and the full MLP, layer(h) one with both full, and rest(h) everything outside the layers. Each entry
-comes from timing the whole network with one choice changed in all layers, so that caches, kernels and Python are
-those of real use. What the sum leaves out is measured too: the error on random sub-networks is part of the table.
+with those heads and the full MLP, layer(h) one with both full, and rest(h) everything outside the layers. The error of
+the sum on random sub-networks is part of the table.
 
 Times are seconds; a decoding step makes one token for each sequence of the batch.
 """
@@ -123,10 +122,10 @@ class LatencyTable:
     def file_name(self) -> str:
         """Where it is kept in a repository."""
         parts = f"{self.device} {self.conditions['dtype']} batch {self.conditions['batch']}"
-        words = "".join(c if c.isascii() and c.isalnum() else " " for c in parts.lower()).split()
+        parts_of_name = "".join(c if c.isascii() and c.isalnum() else " " for c in parts.lower()).split()
         if not self.device.isascii():  # and may differ from others in the letters that are left out
-            words.append(hashlib.sha256(self.device.encode(errors="backslashreplace")).hexdigest()[:8])
-        return f"{FOLDER}/{'-'.join(words)}.json"
+            parts_of_name.append(hashlib.sha256(self.device.encode(errors="backslashreplace")).hexdigest()[:8])
+        return f"{FOLDER}/{'-'.join(parts_of_name)}.json"
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -164,15 +163,12 @@ class LatencyTable:
 
 
 def check_table(file: str, content: Any, layers: int | None = None) -> None:
-    """Refuse what is no latency table.
+    """Refuse what is no latency table; the error names file and field.
 
     Args:
         file: Where it was read.
         content: What was read there.
         layers: Of the model, for tables of older versions, which do not say.
-
-    Raises:
-        ValueError: what is wrong with it; the message names file and field.
     """
 
     def require(holds: bool, place: Iterable[str], value: Any, rule: str) -> None:
@@ -216,26 +212,17 @@ def check_table(file: str, content: Any, layers: int | None = None) -> None:
 
 
 def check_tables(tables: Any) -> None:
-    """Refuse what a config cannot list as its tables; see `check_summary`."""
+    """Refuse what a config cannot list as its tables: file -> entry."""
     if not isinstance(tables, dict):
         raise invalid("latency_tables", tables, "It maps files to devices.", "Pass None for no tables.")
-    for file, table in tables.items():
-        check_summary(file, table)
-
-
-def check_summary(file: Any, entry: Any) -> None:
-    """Refuse what cannot be the entry of a table in a config.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    right = isinstance(file, str) and re.fullmatch(r"latency/[\w-]+\.json", file) and isinstance(entry, dict)
-    if not right or set(entry) != {"device", *CONDITIONS}:
-        rule = f"A table is a file 'latency/NAME.json' with device, {', '.join(CONDITIONS)}."
-        raise invalid("latency_tables", {file: entry}, rule, "Write it with `flextron measure`.")
-    for key, (is_right, rule) in {"device": (_is_name, "It is a name."), **CONDITIONS}.items():
-        if not is_right(entry[key]):
-            raise invalid(f"latency_tables[{file!r}][{key!r}]", entry[key], rule, REMEDY)
+    for file, entry in tables.items():
+        right = isinstance(file, str) and re.fullmatch(r"latency/[\w-]+\.json", file) and isinstance(entry, dict)
+        if not right or set(entry) != {"device", *CONDITIONS}:
+            rule = f"A table is a file 'latency/NAME.json' with device, {', '.join(CONDITIONS)}."
+            raise invalid("latency_tables", {file: entry}, rule, "Write it with `flextron measure`.")
+        for key, (is_right, rule) in {"device": (_is_name, "It is a name."), **CONDITIONS}.items():
+            if not is_right(entry[key]):
+                raise invalid(f"latency_tables[{file!r}][{key!r}]", entry[key], rule, REMEDY)
 
 
 def _at(value: Any, *keys: str) -> Any:

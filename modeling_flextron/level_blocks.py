@@ -6,7 +6,7 @@ names the blocks that it needs and where they are; `model.safetensors.index.json
 `FlextronConfig.transformers_weights` says which index a budget needs.
 
 The name of a block says where it lies: `model.norm.weight[0:32]`, `...up_proj.weight[0:24,32:64]`. A tensor that no row
-cuts keeps its own name, so a plain checkpoint is the special case of one block for each tensor.
+cuts keeps its own name.
 """
 
 import re
@@ -45,11 +45,7 @@ def level_of(config: Any, wanted: SubNetwork) -> int | None:
 
 
 def check_levels(config: Any, levels: Any) -> None:
-    """Refuse a description of levels that does not fit a config.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """Refuse a description of levels that does not fit a config."""
     remedy = "Write the checkpoint with `flextron export`, or pass None for a plain one."
     if not isinstance(levels, dict) or set(levels) != {"checkpoint", "rows"}:
         raise invalid("levels", levels, "It has the fields checkpoint, rows.", remedy)
@@ -64,7 +60,7 @@ def check_levels(config: Any, levels: Any) -> None:
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """What two boxes have in common; None when that is nothing."""
+    """The box that two boxes have in common; None when there is none."""
     common = tuple((max(low, start), min(high, end)) for (low, high), (start, end) in zip(a, b, strict=True))
     return common if all(low < high for low, high in common) else None
 
@@ -75,11 +71,7 @@ def volume(box: Box) -> int:
 
 
 def parse_block(key: str) -> tuple[str, Box | None]:
-    """The tensor and the box that the name of a block means; no box for a whole tensor.
-
-    Raises:
-        ValueError: it is no such name.
-    """
+    """The tensor and the box that the name of a block means, or a `ValueError`; no box for a whole tensor."""
     match = BLOCK.fullmatch(key)
     if match is None:
         raise invalid("tensor", key, "It is no name of a tensor or of a block.", AGAIN)
@@ -90,7 +82,7 @@ def parse_block(key: str) -> tuple[str, Box | None]:
 
 
 def block_name(name: str, box: Box, shape: tuple[int, ...]) -> str:
-    """What a block is called; see `parse_block`."""
+    """The name of a block; see `parse_block`."""
     if box == tuple((0, size) for size in shape):
         return name
     return f"{name}[{','.join(f'{low}:{high}' for low, high in box)}]"

@@ -165,7 +165,7 @@ def _whole(parts: list[Block]) -> tuple[int, ...]:
 def _corrected_tensors(
     model: Any, blocks: dict[str, list[Block]], dtypes: dict[str, str], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, StoredTensor | LazyTensor]:
-    """What is not stored as a model has it that was loaded at a size with corrections: they are folded in.
+    """Fold corrections into the tensors of a model that is loaded at a size which has some.
 
     Args:
         blocks: Name -> blocks of what is stored; what these tensors are made of is taken out.
@@ -205,7 +205,7 @@ def _read_folded(weight: StoredTensor, up: StoredTensor, down: StoredTensor) -> 
 
 
 def _read_joined(parts: tuple[StoredTensor, ...], kind: str) -> torch.Tensor:
-    """What a smaller owner corrects beside what is folded in, which it takes back."""
+    """Join what a smaller owner corrects with what is folded in, which it takes back."""
     *mine, beside = (part[...] for part in parts)
     return torch.cat((*mine, -beside), 1) if kind == "up" else torch.cat((*mine, beside), 0)
 

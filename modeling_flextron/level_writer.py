@@ -116,7 +116,7 @@ def write_levels(model: Any, folder: Path, max_shard_size: int | str) -> dict[st
 
 
 def _groups(pieces: list[Piece], limit: int) -> list[list[Piece]]:
-    """As many pieces together as a file may hold, in order."""
+    """Put as many pieces together as a file may hold, in order."""
     groups: list[list[Piece]] = []
     held = 0
     for piece in pieces:

@@ -13,6 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -20,7 +25,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
-from .adapters import fit_adapter, read_adapter
+from .adapters import fit_adapter, name_default_targets, read_adapter
 from .budgets import resolve
 from .checkpoint import undisturbed
 from .configuration_flextron import FlextronConfig
@@ -28,17 +33,29 @@ from .errors import invalid
 from .level_blocks import AGAIN, DTYPES
 from .level_reader import empty_model, read_index, stored_tensors
 from .permutation import Permutation, read_permutation
+from .subnetwork import is_routed
 from .switching import quantization_method
-from .token_routing import is_routed
 
 HUB_DEFAULTS = {
     "cache_dir": None, "force_download": False, "local_files_only": False, "proxies": None, "revision": None,
     "subfolder": "", "token": None,
 }  # fmt: skip
 
+# Some parts of transformers ask by the name of a class what it is: the Trainer, which labels label smoothing shifts;
+# `transformers serve`; model cards. Registering with the Auto classes does not reach these tables.
+MODEL_MAPPING_NAMES["flextron"] = "FlextronModel"
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["flextron"] = "FlextronForCausalLM"
+MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["flextron"] = "FlextronForSequenceClassification"
+
 
 class LoadingMixin(PreTrainedModel):
     """`from_pretrained` and `load_adapter` of a model that may be smaller than what is stored."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        name_default_targets()
+        self._permutation: Permutation | None = None
+        self.register_load_state_dict_pre_hook(fit_loaded)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -146,10 +163,7 @@ class LoadingMixin(PreTrainedModel):
 
 
 def fit_loaded(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the adapter in a state dict into the order and size of a model; torch calls it before it loads one.
-
-    PEFT loads an adapter with `load_state_dict`.
-    """
+    """Put the adapter in a state dict into a model's order and size; torch calls it before PEFT loads one."""
     fit_adapter(model, state_dict, prefix)
 
 
@@ -182,11 +196,7 @@ def find_files(
 
 
 def first_file(source: Any, names: list[str], hub: dict[str, Any]) -> str:
-    """The path of the first of some files that there is.
-
-    Raises:
-        OSError: there is none.
-    """
+    """The path of the first of some files that there is; an `OSError` without any."""
     errors = []
     for name in names:
         try:
@@ -199,11 +209,7 @@ def first_file(source: Any, names: list[str], hub: dict[str, Any]) -> str:
 
 
 def refuse_blocks(unexpected: Iterable[str]) -> None:
-    """Refuse tensors that a model did not expect because they are blocks of levels.
-
-    Raises:
-        ValueError: the index is of a checkpoint in levels, and the config is not.
-    """
+    """Refuse tensors that a model did not expect because they are blocks of levels, of which its config knows none."""
     for name in unexpected:
         if name.endswith("]"):
             rule = "Its files hold tensors in blocks, and `config.json` is of a checkpoint without levels."

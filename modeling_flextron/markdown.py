@@ -36,7 +36,7 @@ def line_of_cells(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str, special: str) -> str:
-    """What is special, or cannot be seen, as Python would write it."""
+    """Write what is special, or cannot be seen, as Python would."""
     return "".join(c if c.isprintable() and c not in special else _escape(ord(c)) for c in text)
 
 

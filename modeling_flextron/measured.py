@@ -108,17 +108,9 @@ def read_figures(at: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record(row: Scored, name: str, figures: Mapping[str, Mapping[str, float]], on: Measured) -> Scored:
-    """Write figures of one text into a row; those of the same names and another text go.
+    """Give a row, called `name`, its own of the `figures` of all rows; those of the same names and another text go.
 
-    Args:
-        row: Where they belong.
-        name: What it is called.
-        figures: Name of every row that was measured -> name of a figure -> value. What is no finite number is left
-            out, with a warning.
-        on: What they were measured on.
-
-    Returns:
-        The row with its figures.
+    What is no finite number is left out, with a warning.
     """
     own = figures.get(name, {})
     others = {figure for values in figures.values() for figure in values if row.measured_on(figure) != on}

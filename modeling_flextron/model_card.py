@@ -167,7 +167,7 @@ def _figure_columns(rows: Sequence[Figures]) -> list[tuple[str, list[str]]]:
     for name, on in sorted(_measured(rows), key=lambda pair: pair[0] != "loss"):
         figures = [row.by_name if row.measured_on(name) == on else {} for row in rows]
         where = "" if name.startswith(f"{on.text}/") else f" on {on.label}"
-        cells = [_score(each.get(name), each.get(f"{name}_stderr")) or "not measured" for each in figures]
+        cells = [figure_cell(each.get(name), each.get(f"{name}_stderr")) or "not measured" for each in figures]
         result.append((plain(name + where), cells))
         if name == "loss":
             cells = [f"{_perplexity(each[name]):.2f}" if name in each else "" for each in figures]
@@ -180,23 +180,13 @@ def _measured(rows: Iterable[Figures]) -> list[tuple[str, Measured]]:
     found = dict[tuple[str, Measured], None]()
     for row in rows:
         for name, value in row.by_name.items():
-            if _is_number(value) and not name.endswith("_stderr"):
+            if is_figure(value) and not name.endswith("_stderr"):
                 found[name, row.measured_on(name)] = None
     return list(found)
 
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
-
-
-def metric_columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Name of a number -> a cell for each of the `metrics`; `<name>_stderr` stands behind its number."""
-    found = dict.fromkeys(name for each in metrics for name, value in each.items() if _is_number(value))
-    return {
-        name: [_score(each.get(name), each.get(f"{name}_stderr")) for each in metrics]
-        for name in found
-        if not name.endswith("_stderr")
-    }
 
 
 def plot_frontier(
@@ -237,14 +227,14 @@ def _rows(model) -> list[tuple[FrontierRow, SubNetwork]]:
     return [(row, row.subnetwork) for row in model.frontier if row.subnetwork is not None]
 
 
-def _is_number(value: object) -> bool:
+def is_figure(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _score(value: Any, error: Any) -> str:
-    if not _is_number(value):
+def figure_cell(value: Any, error: Any) -> str:
+    if not is_figure(value):
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" + (f" ± {error:.4f}" if _is_number(error) else "")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" + (f" ± {error:.4f}" if is_figure(error) else "")
 
 
 def _size(count: float) -> str:
@@ -318,7 +308,7 @@ def _notes(model, plotted: bool) -> str:
 
 
 def _source(on: Measured) -> str:
-    """What figures were measured on, when, and by which code."""
+    """Say on what figures were measured, when, and by which code."""
     tokens = None if on.tokens is None else f"{on.tokens:,} tokens"
     parts = (plain(on.label), tokens, on.date and plain(on.date), on.version and f"by Flextron {plain(on.version)}")
     return ", ".join(part for part in parts if part)

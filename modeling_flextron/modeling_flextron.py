@@ -6,9 +6,6 @@ where it differs from what was built, so a model at its built size is an ordinar
 
 Shapes: B batch, S sequence, D hidden, F neurons, H query heads, G KV heads, R = H / G query heads for each KV head,
 E head_dim, V vocabulary. Query heads are stored rank-major, [R, G, E]: the r best of every group are leading rows.
-
-Loading at a budget builds the small shape at once and reads only the leading parts of the stored tensors
-(`level_reader.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GradientCheckpointingLayer, PreTrainedModel
+from transformers import GradientCheckpointingLayer
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -24,32 +21,35 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters import check_layers, name_default_targets, refuse_adapters
-from .budgets import Resolver, resolve
+from .adapters import check_layers
 from .caches import PAGED, check_cache, fill_skipped, most_tokens, own_cache, update_pages
 from .configuration_flextron import FlextronConfig
-from .corrections import NORMS, LayerCorrections, LowRankCorrection, Owner, number_of_owner
+from .corrections import Owner, number_of_owner
 from .drafting import Drafts
-from .elastic import ElasticEmbedding, ElasticLayerNorm, ElasticLinear, ElasticRMSNorm, project, project_block
+from .elastic import (
+    ElasticEmbedding,
+    ElasticLinear,
+    ElasticRMSNorm,
+    LowRankCorrection,
+    NarrowedAttention,
+    corrections_of_layer,
+    norm_between_layers,
+    project,
+)
 from .errors import invalid
-from .extraction import extract
+from .extraction import ExtractionMixin
 from .generation import FlextronGenerationMixin, per_row
-from .loading import LoadingMixin, fit_loaded
-from .permutation import Permutation
-from .positions import MASKS, check_positions, documents, flash_options, real_tokens
+from .loading import LoadingMixin
+from .positions import attention_masks, check_positions, documents, real_tokens
 from .saving import SavingMixin
-from .switching import SwitchingMixin, divided_parameters, quantization_method
-from .token_routing import Routing, TokenRouter, TokenRouting, is_routed
+from .subnetwork import is_routed
+from .switching import SwitchingMixin
+from .token_routing import Routing, TokenRouter, TokenRouting, run_layer, token_router
 
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
 
@@ -109,48 +109,6 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def norm(config: FlextronConfig, size: int | None = None) -> nn.Module:
-    """The kind of norm that a model has between its layers, over `size` channels; None for all of them."""
-    kind = {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type]
-    return kind(config.hidden_size if size is None else size, config.norm_eps)
-
-
-def layer_corrections(config: FlextronConfig, owner: Owner, layer: int) -> LayerCorrections:
-    """What an owner has in a layer that it keeps."""
-    subnetwork = owner.subnetwork
-    at, hidden = subnetwork.layers.index(layer), subnetwork.hidden
-    inputs = {"o_proj": subnetwork.heads[at] * config.head_dim, "down_proj": subnetwork.mlp[at]}
-    return LayerCorrections(
-        {name: norm(config, hidden) for name in NORMS},
-        {
-            name: LowRankCorrection(size, hidden, rank) if (rank := owner.ranks[name][at]) else None
-            for name, size in inputs.items()
-        },
-    )
-
-
-def token_router(config: FlextronConfig) -> TokenRouter | None:
-    """The router of a part of a layer, in a model whose tokens can choose."""
-    if config.token_routing is None:
-        return None
-    return TokenRouter(config.hidden_size, len(config.token_routing["targets"]))
-
-
-class NarrowedAttention:
-    """An attention module as an attention function sees it, with fewer query heads for each KV head.
-
-    The functions of transformers read `num_key_value_groups` from the module; a view keeps that number out of the
-    module's own state, so that one model may run two budgets at the same time.
-    """
-
-    def __init__(self, module: nn.Module, num_key_value_groups: int):
-        self.module = module
-        self.num_key_value_groups = num_key_value_groups
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
 
 
 class FlextronAttention(nn.Module):
@@ -313,23 +271,6 @@ class FlextronMLP(nn.Module):
         output = project(self.down_proj, neurons, hidden)
         return output if correction is None else correction(neurons, output)
 
-    def increment(
-        self,
-        hidden_states: torch.Tensor,
-        lower: int,
-        upper: int,
-        hidden: int | None,
-        total: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """What the neurons from `lower` to `upper` add to the output `[N, hidden]` of `[N, d]`; added to `total`."""
-        neurons, inputs = slice(lower, upper), slice(hidden_states.shape[-1])
-        states = project_block(self.up_proj, hidden_states, neurons, inputs)
-        if self.gate_proj is None:
-            states = self.act_fn(states)
-        else:
-            states = self.act_fn(project_block(self.gate_proj, hidden_states, neurons, inputs)) * states
-        return project_block(self.down_proj, states, slice(hidden), neurons, total)
-
 
 class FlextronDecoderLayer(GradientCheckpointingLayer):
     """Attention and MLP, each behind a norm and added to the residual stream, one after the other or in parallel."""
@@ -339,8 +280,8 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.self_attn = FlextronAttention(config, layer_idx, linear)
         self.mlp = FlextronMLP(config, layer_idx, linear)
-        self.input_layernorm = norm(config)
-        self.post_attention_layernorm = norm(config)
+        self.input_layernorm = norm_between_layers(config)
+        self.post_attention_layernorm = norm_between_layers(config)
         self.corrections = nn.ModuleDict()  # place of an owner -> what it has here
         self.parallel_residual = config.parallel_residual
         self.residual_dropout = config.residual_dropout
@@ -361,7 +302,7 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
             owner: Whose corrections it runs with.
         """
         if routing is not None:
-            return self._route(routing, hidden_states, mlp, hidden, **kwargs)
+            return run_layer(self, routing, hidden_states, mlp, hidden, **kwargs)
         norms: Any = self
         of_attention = of_mlp = None
         if owner is not None:
@@ -382,18 +323,9 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         """Dropout of what the layer adds: no module, because calling one for nothing costs decoding microseconds."""
         return nn.functional.dropout(states, self.residual_dropout) if self.training else states
 
-    def _route(
-        self, routing: Routing, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None, **kwargs
-    ) -> torch.Tensor:
-        """The same, where the sizes differ between tokens or are being learned: `routing` runs each part."""
-        attn_input = routing.norm(self.input_layernorm, hidden_states)
-        residual = hidden_states + self.drop(routing.attend(self.self_attn, attn_input, hidden=hidden, **kwargs))
-        mlp_input = routing.norm(self.post_attention_layernorm, hidden_states if self.parallel_residual else residual)
-        return residual + self.drop(routing.feed(self.mlp, mlp_input, mlp, hidden))
-
 
 class FlextronPreTrainedModel(SwitchingMixin, LoadingMixin, SavingMixin):
-    """What the decoder and its heads share: budgets, loading at a budget, saving."""
+    """The base of decoder and heads: budgets, loading at a budget, saving."""
 
     config_class = FlextronConfig
     config: FlextronConfig
@@ -407,31 +339,6 @@ class FlextronPreTrainedModel(SwitchingMixin, LoadingMixin, SavingMixin):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": FlextronDecoderLayer, "attentions": FlextronAttention}
-
-    def __init__(self, config: FlextronConfig):
-        config.validate()  # it may have been changed since it was read
-        stored = resolve(config, config.flextron_budget)
-        super().__init__(config if config.flextron_budget is None else config.narrowed(stored))
-        name_default_targets()
-        self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
-        # Whose corrections are in the weights then; those of what is not stored smaller are beside them.
-        self.folded = None if self.stored is None else number_of_owner(config.owners(), stored)
-        self.stored_depth = config.num_hidden_layers
-        self.built, self._resolver = resolve(self.config, None), Resolver()
-        # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
-        self.switchable = quantization_method(self.config) in (None, "torchao")
-        self._subnetwork = self.built
-        self._held = self.built  # the last one that was found to be inside: whoever runs another looks again
-        self._permutation: Permutation | None = None
-        self._last_routing: TokenRouting | None = None
-        self._shared = False
-        self.register_load_state_dict_pre_hook(fit_loaded)
-
-    def post_init(self) -> None:
-        """As the base class does; a model loaded for token routing then runs with it."""
-        super().post_init()
-        if is_routed(self.stored):
-            self.set_budget(f"auto:{self.stored.target}")
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -455,7 +362,7 @@ class FlextronModel(FlextronPreTrainedModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = ElasticEmbedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FlextronDecoderLayer(config, i, linear) for i in range(config.num_hidden_layers))
-        self.norm = norm(config)
+        self.norm = norm_between_layers(config)
         self.set_owners(config.owners())
         learned = config.learned_positions
         self.embed_positions = ElasticEmbedding(config.max_position_embeddings, config.hidden_size) if learned else None
@@ -468,15 +375,11 @@ class FlextronModel(FlextronPreTrainedModel):
 
     def set_owners(self, owners: Sequence[Owner]) -> None:
         """Make room for what these own, instead of those that owned something; whoever calls it fills it."""
-        self.owners = tuple(owners)
-        like: Any = self.norm.weight
-        held = {str(number): owner for number, owner in enumerate(self.owners)}
+        self.owners, like = tuple(owners), next(self.norm.parameters())
         for place, layer in enumerate(self.layers):
-            kept = {number: owner for number, owner in held.items() if place in owner.subnetwork.layers}
-            own = {number: layer_corrections(self.config, owner, place) for number, owner in kept.items()}
-            layer.corrections = nn.ModuleDict(own).to(like)
-        lasts = {number: norm(self.config, owner.subnetwork.hidden) for number, owner in held.items()}
-        ends = {number: nn.ModuleDict({"norm": last}) for number, last in lasts.items()}
+            layer.corrections = corrections_of_layer(self.config, owners, place).to(like)
+        lasts = [norm_between_layers(self.config, owner.subnetwork.hidden) for owner in owners]
+        ends = {str(number): nn.ModuleDict({"norm": last}) for number, last in enumerate(lasts)}
         self.corrections = nn.ModuleDict(ends).to(like)  # place of an owner -> its last norm
 
     @merge_with_config_defaults
@@ -535,12 +438,8 @@ class FlextronModel(FlextronPreTrainedModel):
         if not (given := position_ids is not None):
             position_ids = (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
         kinds = self.config.layer_types
-        masks: Any = attention_mask
-        if not isinstance(masks, dict):  # as `generate` prepares them
-            known = (attention_mask, past_key_values) if places is None else (None, None, places)
-            masks = {kind: MASKS[kind](self.config, hidden_states, *known) for kind in dict.fromkeys(kinds)}
-        if places is not None and is_flash_attention_requested(self.config):
-            kwargs |= flash_options(places, len(hidden_states))
+        masks, options = attention_masks(self.config, hidden_states, attention_mask, past_key_values, places)
+        kwargs |= options
         position_embeddings = None
         if self.rotary_emb is not None:
             cos, sin = self.rotary_emb(hidden_states, position_ids)
@@ -580,7 +479,7 @@ class FlextronModel(FlextronPreTrainedModel):
         return BaseModelOutputWithPast(hidden_states, past_key_values if use_cache else None)
 
 
-class FlextronForCausalLM(FlextronPreTrainedModel, FlextronGenerationMixin):
+class FlextronForCausalLM(FlextronPreTrainedModel, FlextronGenerationMixin, ExtractionMixin):
     """The decoder with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -647,24 +546,6 @@ class FlextronForCausalLM(FlextronPreTrainedModel, FlextronGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def extract(self, budget: Any = None, pad: bool = False, snap: bool = False) -> PreTrainedModel:
-        """A stock model of the parent's family (such as `LlamaForCausalLM`) with a copy of this sub-network.
-
-        Args:
-            budget: What to copy; None for the current default.
-            pad: Where the stock class cannot hold these sizes, fill them up with zeros to the next ones that it
-                can: the same function, with more parameters.
-            snap: Where it cannot, copy the largest sub-network that it can hold and that costs no more, and say so.
-
-        Raises:
-            ValueError: the stock class cannot hold these sizes, for instance when layers differ.
-        """
-        refuse_adapters(self, "budget", budget, "Merge them first: `model.merge_and_unload().extract(...)`.")
-        if divided_parameters(self):
-            remedy = "`save_pretrained` on all of them, load that folder in one process, and extract there."
-            raise invalid("budget", budget, "The weights are divided among processes.", remedy)
-        return extract(self, self.resolve_budget(budget), pad, snap)
-
 
 class FlextronForSequenceClassification(GenericForSequenceClassification, FlextronPreTrainedModel):
     """The decoder with a linear classifier on the last token of each sequence."""
@@ -679,12 +560,6 @@ class FlextronForSequenceClassification(GenericForSequenceClassification, Flextr
 
     forward = can_return_tuple(per_row(GenericForSequenceClassification.forward))
 
-
-# Some parts of transformers ask by the name of a class what it is: the Trainer, which labels label smoothing shifts;
-# `transformers serve`; model cards. Registering with the Auto classes does not reach these tables.
-MODEL_MAPPING_NAMES["flextron"] = FlextronModel.__name__
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["flextron"] = FlextronForCausalLM.__name__
-MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["flextron"] = FlextronForSequenceClassification.__name__
 
 FlextronModel.register_for_auto_class("AutoModel")
 FlextronForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

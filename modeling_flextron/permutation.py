@@ -1,8 +1,7 @@
 """Where every unit of an elastic model was in its parent.
 
-Conversion sorts neurons, heads and hidden channels by importance, each on the axes that can shrink. What was made for
-the parent, such as an adapter or the difference to another model of its shape, is in the parent's order, and fits the
-elastic model after the same sort:
+Conversion sorts neurons, heads and hidden channels by importance. What was made for the parent, such as an adapter, is
+in the parent's order, and fits the elastic model after the same sort:
 
     ours = permutation.to_ours(theirs, ("mlp", "hidden"), layer)
     theirs = permutation.to_parent(ours, ("mlp", "hidden"), layer)  # the units that are there
@@ -66,11 +65,7 @@ class Permutation:
 
     @classmethod
     def unsorted(cls, config: Any) -> "Permutation":
-        """That of a model whose units are where the parent has them, but for the query heads of groups.
-
-        Args:
-            config: A `FlextronConfig`.
-        """
+        """That of a model whose units are where the parent has them, but for the query heads of groups."""
         built = config.built
         kv_heads = [config.kv_heads(heads) for heads in built.heads]
         return cls(
@@ -229,12 +224,9 @@ def reordered(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> t
 
 
 def read_permutation(model: Any, source: Any, **hub: Any) -> Permutation | None:
-    """The permutation of a model, from beside its weights; None when there is none, which the log says of a bad one.
+    """Read the permutation beside a model's weights, from a folder or Hub id, with keywords `hub` of `cached_file`.
 
-    Args:
-        model: A `FlextronPreTrainedModel`.
-        source: Folder or Hub id that it is loaded from.
-        hub: Keywords of `cached_file`.
+    None where there is none; the log says why a bad one is left out.
     """
     if model.config.permutation is None:
         return None

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_tracing
 
 from .errors import invalid
@@ -95,6 +96,27 @@ def places_in_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor
             rule = "A row with several documents is padded between them only."
             raise invalid("attention_mask", "padding amid a document", rule, "Pass that document in a row of its own.")
     return place - torch.where(parted | behind | ~real, place, 0).cummax(-1).values
+
+
+def attention_masks(
+    config: Any, hidden_states: torch.Tensor, attention_mask: Any, cache: Cache | None, places: torch.Tensor | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the mask of every kind of layer, and keywords of the attention function that documents need.
+
+    Args:
+        config: The `FlextronConfig` of the decoder.
+        hidden_states: `[B, S, D]`, for its shape, dtype and device.
+        attention_mask: That of a caller, or a dict of masks as `generate` prepares them, which stays.
+        cache: Keys and values of the tokens before.
+        places: `[B, S]` of `documents`, whose masks take the place of the caller's; None for one text in a row.
+    """
+    masks = attention_mask
+    if not isinstance(masks, dict):
+        known = (attention_mask, cache) if places is None else (None, None, places)
+        masks = {kind: MASKS[kind](config, hidden_states, *known) for kind in dict.fromkeys(config.layer_types)}
+    if places is None or not is_flash_attention_requested(config):
+        return masks, {}
+    return masks, flash_options(places, len(hidden_states))
 
 
 def flash_options(places: torch.Tensor, batch: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class SavingMixin(PreTrainedModel):
             cls.__name__, cls.__module__ = plain.__name__, plain.__module__
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs):
-        """As `PreTrainedModel.save_pretrained`, written beside the target and moved into place when complete.
+        """Save like `PreTrainedModel.save_pretrained`, beside the target, and move it into place when complete.
 
         Raises:
             ValueError: the model shares its parameters with another (`share`), which holds more than it runs.
@@ -142,7 +142,7 @@ class SavingMixin(PreTrainedModel):
         return commit_written(write, blocking, token=token, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As `PreTrainedModel.resize_token_embeddings`, with the costs in the frontier brought up to date.
+        """Resize the vocabulary like `PreTrainedModel.resize_token_embeddings`, and the costs in the frontier with it.
 
         Raises:
             ValueError: the model shares its parameters with another (`share`).

@@ -1,9 +1,8 @@
 """Static routers: from a budget to a size in every place of the network.
 
-A place is `hidden`, `depth`, or `mlp` or `heads` of one layer. A router holds a score for every size that may stand in
-a place, at a few budgets; between them scores are interpolated. It travels in `config.json`, so that a budget means a
-sub-network before anything else of a checkpoint is read. What the scores prefer is brought within the budget on
-integers. How scores are learned: `flextron_trainer/routers/`.
+A place is `hidden`, `depth`, or `mlp` or `heads` of one layer. A router in `config.json` holds a score for every size
+that may stand in a place, at a few budgets, and interpolates between them. What the scores prefer is brought within the
+budget on integers. How scores are learned: `flextron_trainer/routers/`.
 """
 
 import math
@@ -249,16 +248,12 @@ def _mix(low: list, high: list, weight: float) -> list:
 
 
 def check_static_router(config: Shape, stored: Any) -> None:
-    """Refuse a stored router that does not fit the choices of a config.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """Refuse a stored router that does not fit the choices of a config."""
     remedy = "Learn it with `stage='router'`, or pass None for no router."
     if not isinstance(stored, dict) or set(stored) != set(FIELDS):
         raise invalid("static_router", stored, f"It has the fields {', '.join(FIELDS)}.", remedy)
     budgets = stored["budgets"]
-    if not _numbers(budgets, len(budgets) if isinstance(budgets, list) else 0) or len(budgets) < 2:
+    if not _are_finite(budgets, len(budgets) if isinstance(budgets, list) else 0) or len(budgets) < 2:
         raise invalid("static_router['budgets']", budgets, "They are at least two numbers.", remedy)
     if any(high <= low for low, high in pairwise(budgets)) or budgets[0] <= 0 or budgets[-1] > 1:
         raise invalid("static_router['budgets']", budgets, "They ascend between 0 and 1.", remedy)
@@ -269,12 +264,12 @@ def check_static_router(config: Shape, stored: Any) -> None:
         if valid and axis in ("mlp", "heads"):
             valid = all(isinstance(row, list) and len(row) == layers for row in rows)
             rows = [layer for row in rows for layer in row] if valid else []
-        if not valid or not all(_numbers(row, sizes) for row in rows):
+        if not valid or not all(_are_finite(row, sizes) for row in rows):
             rule = f"It has a finite score for each of the {sizes} choices, at every budget and in every layer."
             raise invalid(f"static_router[{axis!r}]", stored[axis], rule, remedy)
 
 
-def _numbers(value: Any, count: int) -> bool:
+def _are_finite(value: Any, count: int) -> bool:
     return (
         isinstance(value, list)
         and len(value) == count

@@ -1,8 +1,7 @@
 """Sub-networks as values: what one is, and what it costs.
 
-A Flextron model is one set of weights in which every smaller network is a prefix. A `SubNetwork` names one of
-those networks by its sizes alone; it is passed down `forward`, so nothing in the model changes when another is
-asked for. Which one a budget means: `budgets.py`.
+In the weights of a Flextron model every smaller network is a prefix, which a `SubNetwork` names by its sizes alone.
+Which one a budget means: `budgets.py`.
 
 Costs follow from the shape alone and are exact: `count_parameters` equals `sum(p.numel())` of the extracted
 model. Axes `mlp` and `heads`, and nesting: Flextron (arXiv 2406.10260); `hidden` and `depth`: Nemotron
@@ -80,6 +79,23 @@ class SubNetwork:
 def is_subnetwork(value: Any) -> TypeGuard[SubNetwork]:
     """Whether a value is a sub-network; its class may be that of another copy of this file."""
     return hasattr(value, "layers")
+
+
+@dataclass(frozen=True)
+class RoutedSubNetwork(SubNetwork):
+    """A sub-network within which tokens choose, so that the average costs `target` of the parent."""
+
+    target: float = 1.0
+
+    @property
+    def bounds(self) -> SubNetwork:
+        """The sub-network of the largest choices of a token."""
+        return SubNetwork(self.hidden, self.layers, self.mlp, self.heads)
+
+
+def is_routed(subnetwork: Any) -> TypeGuard[RoutedSubNetwork]:
+    """Whether tokens choose within a sub-network; its class may be that of another copy of this file."""
+    return hasattr(subnetwork, "target")
 
 
 class Shape(Protocol):

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .budgets import Resolver, resolve
+from .corrections import number_of_owner
 from .errors import invalid
 from .frontier import FrontierRow
 from .latency import LatencyTable, table_of
-from .subnetwork import SubNetwork
+from .subnetwork import SubNetwork, is_routed
 from .token_routing import TokenRouting
 
 _around: ContextVar[dict[nn.Module, SubNetwork]] = ContextVar("flextron_at_budget")
@@ -77,7 +79,27 @@ def runs_divided(model: nn.Module) -> bool:
 class SwitchingMixin(PreTrainedModel):
     """Budgets of a model that was built at `self.built` and holds every sub-network of it."""
 
-    _held: SubNetwork  # the last that was found to be inside
+    def __init__(self, config: Any, *args, **kwargs):
+        config.validate()  # it may have been changed since it was read
+        stored = resolve(config, config.flextron_budget)
+        super().__init__(config if config.flextron_budget is None else config.narrowed(stored), *args, **kwargs)
+        self.stored = None if config.flextron_budget is None else stored  # of a checkpoint, in its layer numbers
+        # Whose corrections are in the weights then; those of what is not stored smaller are beside them.
+        self.folded = None if self.stored is None else number_of_owner(config.owners(), stored)
+        self.stored_depth = config.num_hidden_layers
+        self.built, self._resolver = resolve(self.config, None), Resolver()
+        # The weights of torchao slice. Layers of other quantizers exist only at the size they were built at.
+        self.switchable = quantization_method(self.config) in (None, "torchao")
+        self._subnetwork = self.built
+        self._held = self.built  # the last one that was found to be inside: whoever runs another looks again
+        self._last_routing: TokenRouting | None = None
+        self._shared = False
+
+    def post_init(self) -> None:
+        """Begin as the base class does; a model loaded for token routing then runs with it."""
+        super().post_init()
+        if is_routed(self.stored):
+            self.set_budget(f"auto:{self.stored.target}")
 
     @property
     def subnetwork(self) -> SubNetwork:
@@ -87,9 +109,9 @@ class SwitchingMixin(PreTrainedModel):
 
     @property
     def last_routing(self) -> TokenRouting | None:
-        """What the tokens of the last forward pass chose, where they did; see `TokenRouting.average`.
+        """The choices of the tokens in the last forward pass, where they chose; see `TokenRouting.average`.
 
-        Of the last pass of any caller: a report of what was done, from which nothing that runs is read.
+        It is the last pass of any caller, and nothing that runs reads it.
         """
         return self.base_model._last_routing
 

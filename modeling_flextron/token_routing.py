@@ -1,48 +1,30 @@
 """Token routing: every token chooses its MLP width and its number of query heads in every layer.
 
 A router of a layer sees the normalised hidden state of a token and the target, the average cost that is asked for.
-Its output, the need of the token, is a width as a fraction of the full one; the nearest allowed size is what runs.
-Only what was chosen is computed. In an MLP the tokens are sorted by width, and each increment of neurons runs on the
-leading tokens that want it. In attention the keys and values of all heads are computed, because later tokens may
-need them, and the queries of tokens with the same number of heads run together. A few tokens, as in decoding, run at
-the largest of their sizes, with nothing of what a token did not choose let through; so do all queries of an attention
-function that cannot take some of them (flex and flash attention).
+Its output, the need of the token, is a fraction of the full width; the nearest allowed size is what runs. In an MLP
+the tokens are sorted by width, and each increment of neurons runs on the leading tokens that want it. In attention the
+keys and values of all heads are computed, because later tokens may need them, and the queries of tokens with the same
+number of heads run together. A few tokens, as in decoding, run at the largest of their sizes, with a gate of what each
+chose; so do all queries of an attention function that cannot take some of them (flex and flash attention).
 
 Input-adaptive routers: Flextron, arXiv 2406.10260, section 3. How they learn: `flextron_trainer/routers/gates.py`.
 
 Shapes: B batch, S sequence, D hidden, F neurons, H query heads, K sizes, T targets, N tokens.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from .elastic import project_block
 from .errors import invalid
 from .measured import FIGURE_FIELDS, Figures, read_figures
-from .subnetwork import Shape, SubNetwork, parameters_of
+from .subnetwork import RoutedSubNetwork, Shape, SubNetwork, parameters_of
 
 FEW = 16  # tokens for which sorting costs more than it saves
 TARGET_FIELDS = ("target", "hidden", "layers", "heads", "offset", "cost", *FIGURE_FIELDS)
-
-
-@dataclass(frozen=True)
-class RoutedSubNetwork(SubNetwork):
-    """A sub-network within which tokens choose, so that the average costs `target` of the parent."""
-
-    target: float = 1.0
-
-    @property
-    def bounds(self) -> SubNetwork:
-        """The sub-network of the largest choices of a token."""
-        return SubNetwork(self.hidden, self.layers, self.mlp, self.heads)
-
-
-def is_routed(subnetwork: Any) -> TypeGuard[RoutedSubNetwork]:
-    """Whether tokens choose within a sub-network; its class may be that of another copy of this file."""
-    return hasattr(subnetwork, "target")
 
 
 class Routing(Protocol):
@@ -77,6 +59,23 @@ class TokenRouter(nn.Module):
         size = hidden_states.shape[-1]
         weight = (position @ self.weight.float())[:size]
         return hidden_states.float() @ weight / size**0.5 + position @ self.bias.float()
+
+
+def token_router(config: HasRouting) -> TokenRouter | None:
+    """Make the router of a part of a layer, in a model whose tokens can choose."""
+    if config.token_routing is None:
+        return None
+    return TokenRouter(config.built.hidden, len(config.token_routing["targets"]))
+
+
+def run_layer(
+    layer: Any, routing: Routing, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None, **kwargs
+) -> torch.Tensor:
+    """Run a decoder layer whose sizes differ between tokens or are being learned: `routing` runs each part."""
+    attn_input = routing.norm(layer.input_layernorm, hidden_states)
+    residual = hidden_states + layer.drop(routing.attend(layer.self_attn, attn_input, hidden=hidden, **kwargs))
+    mlp_input = routing.norm(layer.post_attention_layernorm, hidden_states if layer.parallel_residual else residual)
+    return residual + layer.drop(routing.feed(layer.mlp, mlp_input, mlp, hidden))
 
 
 class TokenRouting:
@@ -198,7 +197,8 @@ class TokenRouting:
         output, lower = None, 0
         for size, count in reversed(list(zip(sizes, counts, strict=True))):
             if count:
-                part = module.increment(states[:count], lower, size, hidden, None if output is None else output[:count])
+                total = None if output is None else output[:count]
+                part = increment(module, states[:count], slice(lower, size), hidden, total)
                 output = part if output is None else output  # the smallest size: all tokens
             lower = size
         assert output is not None
@@ -219,6 +219,19 @@ class TokenRouting:
         allowed = self.config.token_routing[axis]
         sizes = sorted({min(size, bound) for size in allowed}, reverse=True)
         return sizes, [(a + b) / 2 / allowed[0] for a, b in pairwise(sizes)]
+
+
+def increment(
+    module: Any, states: torch.Tensor, neurons: slice, hidden: int | None, total: torch.Tensor | None
+) -> torch.Tensor:
+    """Compute what some neurons of an MLP add to the output `[N, hidden]` of `[N, d]`, added to `total`."""
+    inputs = slice(states.shape[-1])
+    result = project_block(module.up_proj, states, neurons, inputs)
+    if module.gate_proj is None:
+        result = module.act_fn(result)
+    else:
+        result = module.act_fn(project_block(module.gate_proj, states, neurons, inputs)) * result
+    return project_block(module.down_proj, result, slice(hidden), neurons, total)
 
 
 def mask_by_rows(config: Any, options: dict[str, Any], key: torch.Tensor, length: int) -> torch.Tensor | None:
@@ -288,11 +301,7 @@ def resolve_auto(config: HasRouting, budget: Any, target: float | None) -> Route
 
 
 def check_token_routing(config: HasRouting, stored: Any) -> None:
-    """Refuse token routing that does not fit the choices of a config.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """Refuse token routing that does not fit the choices of a config."""
     remedy = "Train token routers with `router_method='token'`, or pass None for none."
     if not isinstance(stored, dict) or set(stored) != {"mlp", "heads", "targets"}:
         raise invalid("token_routing", stored, "It has the fields mlp, heads, targets.", remedy)

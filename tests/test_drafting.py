@@ -126,6 +126,16 @@ def test_pieces_are_counted_as_they_are_written(model, prompt):
     assert decided == kept + sum(piece <= length for piece in pieces[:-1])
 
 
+def test_a_draft_is_another_head_around_the_same_layers(model):
+    before = model.generation_config.to_dict(), model.config.to_dict(), model.subnetwork
+    draft = share_draft(model, model.resolve_budget({"mlp": 72}), **constant(3))
+    assert draft is not model and draft.model is not model.model and draft.config is model.config
+    assert all(ours is theirs for ours, theirs in zip(draft.model.children(), model.model.children(), strict=True))
+    assert draft.subnetwork.mlp[0] == 72 and draft.generation_config.num_assistant_tokens == 3
+    assert (model.generation_config.to_dict(), model.config.to_dict(), model.subnetwork) == before
+    assert not model.model._shared
+
+
 def test_what_was_kept_of_drafts():
     watch = Watch()
     for size in (5, 1, 3, 4, 2):  # the prompt, nothing kept, two of three, all of them, the end

@@ -10,9 +10,9 @@ from helpers import elastic_of, flextron
 from huggingface_hub import ModelCard
 
 from flextron_trainer.demo import train_tokenizer
-from flextron_trainer.evaluation.harness import evaluate_tasks, flat_scores, task_manager
+from flextron_trainer.evaluation.harness import evaluate_tasks, flat_scores, metric_columns, task_manager
 from modeling_flextron.configuration_flextron import VERSION
-from modeling_flextron.model_card import metric_columns, write_model_card
+from modeling_flextron.model_card import write_model_card
 
 FOUND = {
     "results": {

@@ -143,7 +143,7 @@ def _rewritten(model: Any, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, 
 def _settings(
     model: Any, settings: dict[str, Any], tensors: dict[str, torch.Tensor], theirs: dict[str, str]
 ) -> dict[str, Any]:
-    """What the config of an adapter says of modules, for those in `tensors`; `theirs`: what the parent calls them."""
+    """Rename the modules in an adapter's config for those in `tensors`; `theirs`: what the parent calls them."""
     adapted, inputs, whole = set[str](), set[str](), set[str]()
     for name, tensor in tensors.items():
         match = PART.fullmatch(name.removeprefix(PREFIX))

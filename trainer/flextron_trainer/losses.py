@@ -26,13 +26,13 @@ IGNORED = -100
 
 
 def targets_of(labels: torch.Tensor) -> torch.Tensor:
-    """What every position of labels `[B, S]` is to predict: the label after it, and nothing at the end."""
+    """Shift labels `[B, S]`: every position is to predict the label after it, and nothing at the end."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the teacher says about a batch: its last hidden states `[B, S, Dt]` and its output weights `[Vt, Dt]`."""
+    """The teacher's part of a batch: its last hidden states `[B, S, Dt]` and its output weights `[Vt, Dt]`."""
 
     hidden_states: torch.Tensor
     weight: torch.Tensor

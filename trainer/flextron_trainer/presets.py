@@ -54,7 +54,7 @@ class Preset:
         return AutoConfig.for_model(**self.config)
 
     def elastic_config(self) -> FlextronConfig:
-        """What `convert` makes of it, without weights."""
+        """Make the config that `convert` would make of it, without weights."""
         return elastic_config(
             self.parent_config(), **{key: self.convert[key] for key in CHOICES if key in self.convert}
         )

@@ -102,7 +102,7 @@ def _split(path: Path) -> str | None:
 
 
 def _agreed(source: str, files: list[Path], what: str, key: Callable[[Path], Any]) -> set[Any]:
-    """What `key` says of all files; different answers are refused."""
+    """The value of `key` in all files; different ones are refused."""
     first = {key(path): str(path) for path in reversed(files)}
     if len(first) > 1:
         rule = f"Its files are of several {what}, such as {', '.join(sorted(first.values()))}."

@@ -48,7 +48,7 @@ def flextron(
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error says; of one that no one wrote for users also its kind, and how to see where it comes from."""
+    """Tell an error; of one that no one wrote for users also its kind, and how to see where it comes from."""
     text = " ".join(str(error).split())
     if text and isinstance(error, (ValueError, OSError)):
         return text

@@ -57,10 +57,10 @@ def evaluate(
     from modeling_flextron.errors import invalid
     from modeling_flextron.frontier import held
     from modeling_flextron.markdown import table_of_cells
-    from modeling_flextron.model_card import metric_columns, plot_frontier, write_model_card
+    from modeling_flextron.model_card import plot_frontier, write_model_card
 
     from ..data import load_text, load_tokenizer, pack
-    from ..evaluation.harness import evaluate_tasks, task_manager
+    from ..evaluation.harness import evaluate_tasks, metric_columns, task_manager
     from ..evaluation.plots import plot_routing
     from ..evaluation.quality import evaluate_frontier, evaluate_model, name_of, routed_widths
     from ..models import load_elastic

@@ -11,10 +11,11 @@ from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
+from modeling_flextron.model_card import figure_cell, is_figure
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
-    """What finds the tasks of lm-eval.
+    """Make the manager that finds the tasks of lm-eval.
 
     Args:
         tasks: Names of tasks, groups or tags, or paths of YAML files.
@@ -82,7 +83,7 @@ def evaluate_tasks(
 
 
 def flat_scores(found: Mapping[str, Any]) -> dict[str, float]:
-    """What `lm_eval.simple_evaluate` returns, as `task/metric` or `task/filter/metric` -> value."""
+    """Flatten what `lm_eval.simple_evaluate` returns to `task/metric` or `task/filter/metric` -> value."""
     return {name: value for scores in task_scores(found).values() for name, value in scores.items()}
 
 
@@ -100,3 +101,13 @@ def task_scores(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         if scores:
             result[task] = scores
     return result
+
+
+def metric_columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Name of a number -> a cell for each of the `metrics`; `<name>_stderr` stands behind its number."""
+    found = dict.fromkeys(name for each in metrics for name, value in each.items() if is_figure(value))
+    return {
+        name: [figure_cell(each.get(name), each.get(f"{name}_stderr")) for each in metrics]
+        for name in found
+        if not name.endswith("_stderr")
+    }

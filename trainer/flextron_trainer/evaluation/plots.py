@@ -1,4 +1,4 @@
-"""What tokens chose, as a picture."""
+"""Draws the sizes that tokens chose."""
 
 import os
 from collections.abc import Mapping, Sequence

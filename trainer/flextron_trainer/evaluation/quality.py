@@ -125,7 +125,7 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
 
 
 def name_of(source: str) -> str:
-    """What a card calls a text: the id of a dataset on the Hub; of a file or folder its name, and not where it is."""
+    """Name a text for the card: the id of a dataset on the Hub; of a file or folder its name, and not where it is."""
     path = Path(source)
     return path.resolve().name if path.exists() else source
 
@@ -177,7 +177,7 @@ def _next_token(scores: torch.Tensor) -> Any:
 
 @torch.no_grad()
 def routed_widths(model: FlextronForCausalLM, row: dict[str, Any], budget: str) -> dict[str, list[list[float]]]:
-    """What the tokens of a text choose: `mlp` and `heads` -> layers of fractions of the full width.
+    """Find the sizes that tokens of a text choose: `mlp` and `heads` -> layers of fractions of the full width.
 
     Raises:
         ValueError: the model has no token routers.

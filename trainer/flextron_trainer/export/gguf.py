@@ -14,7 +14,7 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
-from modeling_flextron.token_routing import is_routed
+from modeling_flextron.subnetwork import is_routed
 
 from ..data import load_tokenizer
 from ..models import load_elastic, read_config
@@ -104,7 +104,7 @@ def pre_tokenizer(vocabulary: dict[str, Any]) -> str:
 
 
 def rotary_factors(model: Any) -> torch.Tensor | None:
-    """What llama.cpp divides the frequency of every pair of channels by; None for plain positions."""
+    """Compute by what llama.cpp divides the frequency of every pair of channels; None for plain positions."""
     rotary = model.model.rotary_emb
     plain, _ = rotary.compute_default_rope_parameters(model.config)
     return None if rotary.rope_type == "default" else (plain / rotary.inv_freq.cpu()).float()

@@ -1,4 +1,4 @@
-"""What elasticity costs on a machine: sub-networks against stock models of the same shape, in time and in loading.
+"""Measures what elasticity costs on a machine: sub-networks against stock models of one shape, in time and loading.
 
 Every comparison is made between variants that run in the same rounds, in a random order, and is the median over rounds
 of time / time of the reference in that round. Among the variants is a control, a second copy of the reference: how far
@@ -28,7 +28,7 @@ from modeling_flextron.errors import require_int
 from modeling_flextron.extraction import misfit
 from modeling_flextron.frontier import held
 from modeling_flextron.latency import device_name
-from modeling_flextron.token_routing import is_routed
+from modeling_flextron.subnetwork import is_routed
 
 from ..models import load_elastic
 from .latency import context_length
@@ -351,7 +351,7 @@ def _cost_of(config: Any, subnetwork: Any) -> float:
 
 
 def tables(result: dict[str, Any]) -> Iterator[Table]:
-    """What `bench` found, to look at."""
+    """Lay out what `bench` found for reading."""
     table = Table("budget", "loaded", "fetched", "read", "weights", "peak memory", "seconds", title="Loading, MB")
     for row in result["loading"]:
         how = "at the budget" if row["how"] == "budget" else "whole, then extract"

@@ -1,4 +1,4 @@
-"""What loading costs: seconds, bytes from the disk and memory, of every load in a fresh process.
+"""Measures what loading costs: seconds, bytes from the disk and memory, of every load in a fresh process.
 
     results = measure_loads([Load("levels", budget=0.5), Load("levels", budget=0.5, how="slice")] * 5)
 

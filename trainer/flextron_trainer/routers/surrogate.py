@@ -144,7 +144,7 @@ class ScoreTable(nn.Module):
 
     @torch.no_grad()
     def stored(self) -> dict[str, Any]:
-        """As a config holds it; see `StaticRouter`."""
+        """The router as a config holds it; see `StaticRouter`."""
         parts = [part.double().round(decimals=5).tolist() for part in self.places.split(self.table[:, self.index])]
         layers = self.places.layers
         return {
@@ -349,7 +349,7 @@ def budgets_between(smallest: float, count: int = 9) -> list[float]:
 
 
 def smallest_budget(config: FlextronConfig, cost: Cost) -> float:
-    """What the smallest sub-network costs, as a fraction of the full one."""
+    """The cost of the smallest sub-network, as a fraction of the full one."""
     return cost(smallest_subnetwork(config)) / cost(config.built)
 
 
