@@ -54,7 +54,7 @@ def family(dtype: torch.dtype, device: str) -> FlextronForCausalLM:
         vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=4, elastic={"mlp": [2048, 1024, 512], "heads": [8, 4]},
     )  # fmt: skip
-    config.frontier += [config.row(name, config.resolve(sizes)) for name, sizes in SIZES.items()]
+    config.frontier += [config.row(f"width-{name}", config.resolve(sizes)) for name, sizes in SIZES.items()]
     return FlextronForCausalLM(config).to(device, dtype)
 
 

@@ -6,6 +6,8 @@ the tokens are sorted by width, and each increment of neurons runs on the leadin
 keys and values of all heads are computed, because later tokens may need them, and the queries of tokens with the same
 number of heads run together. A few tokens, as in decoding, run at the largest of their sizes, with a gate of what each
 chose; so do all queries of an attention function that cannot take some of them (flex and flash attention).
+The host waits for the device twice in a layer, once for each part: what is computed next has as many rows as the
+choices say, and the choices of the MLP depend on what attention adds.
 
 Input-adaptive routers: Flextron, arXiv 2406.10260, section 3. How they learn: `flextron_trainer/routers/gates.py`.
 
@@ -93,11 +95,10 @@ class TokenRouting:
 
     def __init__(self, config: HasRouting, subnetwork: RoutedSubNetwork, tokens: torch.Tensor | None = None):
         self.config, self.subnetwork, self.tokens = config, subnetwork, tokens
-        self.position = torch.tensor(position_of(config, subnetwork.target))
-        self.offset = sum(
-            weight * entry["offset"]
-            for weight, entry in zip(self.position.tolist(), config.token_routing["targets"], strict=True)
-        )
+        position = position_of(config, subnetwork.target)
+        self.position = torch.tensor(position)
+        targets = config.token_routing["targets"]
+        self.offset = sum(weight * entry["offset"] for weight, entry in zip(position, targets, strict=True))
         self.mlp: dict[int, torch.Tensor] = {}
         self.heads: dict[int, torch.Tensor] = {}
 
@@ -126,7 +127,11 @@ class TokenRouting:
         return total / config.parent_size()
 
     def _mean(self, values: torch.Tensor) -> torch.Tensor:
-        return (values if self.tokens is None else values[self.tokens.to(values.device)]).float().mean()
+        values = values.float()
+        if self.tokens is None:
+            return values.mean()
+        tokens = self.tokens.to(values)
+        return (values * tokens).sum() / tokens.sum()
 
     # ------------------------------------------------------------------------------------ used by the decoder
 
@@ -155,33 +160,33 @@ class TokenRouting:
         return module.forward(hidden_states, keys_and_values=read, heads=size, gate=gate, **kwargs)[0]
 
     def _attend_in_groups(
-        self, module, hidden_states, sizes, which, read, *, attention_mask, position_embeddings, hidden=None, **kwargs
+        self, module, hidden_states, sizes, which, read, *, attention_mask, position_embeddings, **kwargs
     ) -> torch.Tensor:
-        batch, length = which.shape
         key, value = read
-        output = hidden_states.new_zeros(batch, length, hidden or module.o_proj.out_features)
-        for number, size in enumerate(sizes):
-            wanted = which == number
-            most = int(wanted.sum(dim=1).max())
+        counts = _counts(which, len(sizes))
+        starts = counts.cumsum(dim=1) - counts
+        order = which.argsort(dim=1, stable=True)  # the widest first
+        rank = place = order.argsort(dim=1) - starts.gather(1, which)  # of a token among those of its size
+        parts, done = [], 0
+        for number, (size, most) in enumerate(zip(sizes, counts.amax(dim=0).tolist(), strict=True)):
             if most == 0:
                 continue
-            index = wanted.byte().argsort(dim=1, descending=True, stable=True)[
-                :, :most
-            ]  # [B, n], filled up with others
+            place = torch.where(which == number, rank + done, place)
+            done += most
+            index = starts[:, number, None] + torch.arange(most, device=which.device)
+            index = order.gather(1, index.clamp(max=which.shape[1] - 1))  # [B, n], filled up with others
             groups = module.kv_heads_of(size)
             mixed, _ = module.forward(
                 _rows(hidden_states, index),
                 keys_and_values=(key[:, :groups], value[:, :groups]),
                 heads=size,
-                hidden=hidden,
                 position_embeddings=position_embeddings
                 and tuple(_rows(part[:, 0], index)[:, None] for part in position_embeddings),
                 attention_mask=_rows(attention_mask[:, 0], index)[:, None],
                 **kwargs,
             )
-            real = wanted.gather(1, index)
-            output[torch.arange(batch, device=index.device)[:, None].expand_as(index)[real], index[real]] = mixed[real]
-        return output
+            parts.append(mixed)
+        return _rows(torch.cat(parts, dim=1), place)
 
     def feed(self, module: Any, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None) -> torch.Tensor:
         """The MLP of a layer: each increment of neurons on the tokens that want it."""
@@ -193,7 +198,7 @@ class TokenRouting:
             return module(hidden_states, size, hidden, gate=gate.to(hidden_states.dtype))
         order = which.flatten().argsort(stable=True)  # the widest first
         states = hidden_states.flatten(0, 1)[order]
-        counts = torch.bincount(which.flatten(), minlength=len(sizes)).cumsum(0).tolist()
+        counts = _counts(which, len(sizes)).sum(dim=0).cumsum(0).tolist()
         output, lower = None, 0
         for size, count in reversed(list(zip(sizes, counts, strict=True))):
             if count:
@@ -252,6 +257,11 @@ def mask_by_rows(config: Any, options: dict[str, Any], key: torch.Tensor, length
         return torch.ones(1, 1, length, seen, dtype=torch.bool, device=key.device).tril(0 if length > 1 else seen)
     rows = isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[1] == 1
     return mask if rows and implementation in ("eager", "paged|eager", "sdpa") else None
+
+
+def _counts(which: torch.Tensor, count: int) -> torch.Tensor:
+    """How many of `[B, S]` are 0, 1, ..., `count` - 1 in every row: `[B, count]`; counting them otherwise may wait."""
+    return (which[..., None] == torch.arange(count, device=which.device)).sum(dim=1)
 
 
 def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

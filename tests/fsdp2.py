@@ -14,11 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from helpers import difference, elastic_of
+from helpers import difference
 from hub_server import HubServer
-from test_processes import RUNS, SAVES, alone, history, launch, options, same_curve
+from test_processes import RUNS, SAVES, alone, history, launch, options, same_curve, save_families
 from test_trainer import environment
-from training import VARIANT, losses
+from training import losses
 
 from modeling_flextron import FlextronForCausalLM
 
@@ -30,14 +30,14 @@ MOMENTS = {"optim": "adamw_torch", "adam_epsilon": 1e-3}
 
 def main(names: tuple[str, ...]) -> None:
     with tempfile.TemporaryDirectory() as parent, HubServer() as hub:
-        folder, begin = Path(parent), Path(parent) / "begin"
-        elastic_of(VARIANT).save_pretrained(begin)
-        plain = {name: options(begin, **(RUNS | {"saves": SAVES | MOMENTS})[name]) for name in names}
+        folder = Path(parent)
+        save_families(folder)
+        plain = {name: options(folder, **(RUNS | {"saves": SAVES | MOMENTS})[name]) for name in names}
         cases = {name: {**changes, "hub_model_id": f"me/{name}"} for name, changes in plain.items()}
         if "saves" in names:
             plain["resumes"] = plain["saves"]
             cases["resumes"] = {**plain["saves"], "resume": str(folder / "saves" / "checkpoint-2")}
-        cases["refused"] = {**options(begin, **RUNS["surrogate"]), "refused": "FSDP of accelerate"}
+        cases["refused"] = {**options(folder, **RUNS["surrogate"]), "refused": "FSDP of accelerate"}
         (folder / "cases.json").write_text(json.dumps(cases))
         variables = environment() | hub.environment(folder / "home")
         subprocess.run([*launch("fsdp2"), folder], env=variables, check=True, stdout=subprocess.DEVNULL)

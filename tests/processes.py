@@ -9,16 +9,33 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from helpers import difference
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from training import losses, train, trainer
+from transformers import TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from modeling_flextron import FlextronForCausalLM
 
 
+class Traffic(TrainerCallback):
+    """Counts the bytes of gradients that DDP sends."""
+
+    def __init__(self, run):
+        self.run, self.sent = run, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.run.model_wrapped.register_comm_hook(None, self.send)
+
+    def send(self, group, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.sent += bucket.buffer().numel() * bucket.buffer().element_size()
+        return allreduce_hook(group, bucket)
+
+
 def run_case(folder: Path, name: str, changes: dict) -> None:
     """Run one case on all processes; what every rank drew and what the first one logged lands in `folder/name`."""
     changes = dict(changes)
+    traffic = changes.pop("traffic", False)
     resume, sharded = changes.pop("resume", None), changes.pop("sharded", False)
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     begin = changes.pop("begin")
@@ -30,10 +47,13 @@ def run_case(folder: Path, name: str, changes: dict) -> None:
         return
     run = trainer(folder / name, model=model, **changes)
     assert run.accelerator.num_processes == 2
+    counter = Traffic(run)
+    if traffic:
+        run.add_callback(counter)
     train(run, resume_from_checkpoint=resume)
     assert any(isinstance(p, DTensor) for p in run.model.parameters()) == (sharded or fsdp)
     drawn = [[str(draw) for draw in run.draws(step)] for step in range(6)]
-    result = {"losses": losses(run), "draws": drawn, "metrics": run.evaluate()}
+    result = {"losses": losses(run), "draws": drawn, "metrics": run.evaluate(), "sent": counter.sent}
     (folder / f"{name}-{run.args.process_index}.json").write_text(json.dumps(result))
     run.save_model(folder / name / "final")
     if run.args.hub_model_id:

@@ -15,6 +15,7 @@ import torch
 from helpers import difference, elastic_of
 from hub_server import HubServer
 from safetensors.torch import load_file
+from test_corrections import corrected
 from test_trainer import environment
 from training import VARIANT, losses, train, trainer
 
@@ -30,6 +31,7 @@ RUNS = {
     "random": {"sampler": "random"},
     "self": {"sampler": "random", "teacher": "self"},
     "accumulated": {"sampler": "uniform", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "corrected": {"family": "corrected", "sampler": "uniform", "gradient_accumulation_steps": 2, "max_grad_norm": 0.1},
     "surrogate": {"stage": "router", **ROUTERS},
     "gumbel": {"stage": "router", "router_method": "gumbel", **ROUTERS},
     "token": {"stage": "router", "router_method": "token", **ROUTERS},
@@ -38,16 +40,27 @@ RUNS = {
 }
 ADAPTER = {"target_modules": ["up_proj"], "layers_to_transform": [3]}
 ADAPTED = {
-    "adapter": ADAPTER,
-    "sampler": "uniform",
-    "subnetworks_per_step": 1,
-    "max_steps": 6,
+    "one-adapted": {"adapter": ADAPTER, "sampler": "uniform", "subnetworks_per_step": 1, "max_steps": 6},
+    "last-not-adapted": {"adapter": ADAPTER, "subnetworks_per_step": 2, "gradient_accumulation_steps": 2},
+    "few-adapted": {"adapter": ADAPTER, "sampler": "random", "subnetworks_per_step": 2, "max_steps": 12},
 }
 SAVES = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "sampler": "random"}
 
 
-def options(begin, **changes):
-    return {"begin": str(begin), "max_steps": STEPS, "optim": "sgd", "per_device_train_batch_size": 4, **changes}
+def save_families(folder):
+    """What the runs begin with."""
+    elastic_of(VARIANT).save_pretrained(folder / "begin")
+    corrected(VARIANT).save_pretrained(folder / "corrected")
+
+
+def options(folder, family="begin", **changes):
+    return {
+        "begin": str(folder / family),
+        "max_steps": STEPS,
+        "optim": "sgd",
+        "per_device_train_batch_size": 4,
+        **changes,
+    }
 
 
 def alone(folder, changes):
@@ -66,17 +79,17 @@ def launch(config: str) -> list:
 def launched(tmp_path_factory):
     """The folder in which two processes ran every case."""
     folder = tmp_path_factory.mktemp("processes")
-    begin = folder / "begin"
-    elastic_of(VARIANT).save_pretrained(begin)
-    cases = {name: options(begin, **changes) for name, changes in RUNS.items()}
+    save_families(folder)
+    cases = {name: options(folder, **changes) for name, changes in RUNS.items()}
     cases |= {f"sharded-{name}": {**cases[name], "sharded": True} for name in RUNS}
     cases["sharded-random"]["hub_model_id"] = "me/sharded"
     if importlib.util.find_spec("peft"):
-        cases["adapted"] = options(begin, **ADAPTED)
-    alone(folder / "one", options(begin, **SAVES)).train()
-    cases["saves"] = options(begin, **SAVES)
-    cases["resumes"] = options(begin, **SAVES, resume=str(folder / "one" / "checkpoint-2"))
-    cases["tensor-parallel"] = {"begin": str(begin)}
+        cases |= {name: options(folder, **changes) for name, changes in ADAPTED.items()}
+    alone(folder / "one", options(folder, **SAVES)).train()
+    cases["saves"] = options(folder, **SAVES)
+    cases["resumes"] = options(folder, **SAVES, resume=str(folder / "one" / "checkpoint-2"))
+    cases["traffic"] = options(folder, gradient_accumulation_steps=2, traffic=True)
+    cases["tensor-parallel"] = {"begin": str(folder / "begin")}
     (folder / "cases.json").write_text(json.dumps(cases))
     with HubServer() as hub:
         variables = environment() | hub.environment(folder / "home")
@@ -103,7 +116,7 @@ def same_curve(expected, found):
 @pytest.mark.parametrize("name", RUNS)
 def test_6_two_processes_train_as_one(launched, tmp_path, name):
     """Loss of every size, gradient norms, weights and losses of the frontier, within rounding."""
-    run = alone(tmp_path, options(launched / "begin", **RUNS[name]))
+    run = alone(tmp_path, options(launched, **RUNS[name]))
     train(run)
     metrics = run.evaluate()
     for case in (name, f"sharded-{name}"):
@@ -121,17 +134,30 @@ def test_6_two_processes_train_as_one(launched, tmp_path, name):
         }
 
 
-def test_a_size_that_skips_all_adapted_layers(launched, tmp_path):
-    """It has a loss and no gradient in any process, and the steps after it learn."""
+def test_a_step_sends_each_gradient_once(launched):
+    """However many sub-networks and batches it has; without the flags of who used what."""
+    run = alone(launched / "counted", options(launched, gradient_accumulation_steps=2))
+    model = sum(parameter.numel() * 4 for parameter in run.model.parameters())
+    assert history(launched, "traffic")["sent"] == history(launched, "traffic", 1)["sent"] == STEPS * model
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_size_that_skips_all_adapted_layers(launched, tmp_path, name):
+    """It has a loss and no gradient in any process; sizes before it, and the steps after it, learn."""
     peft = pytest.importorskip("peft")
-    run = alone(tmp_path, options(launched / "begin", **ADAPTED))
+    run = alone(tmp_path, options(launched, **ADAPTED[name]))
     run.train()
-    drawn = [draw.name for step in range(6) for draw in run.draws(step)]
-    assert "0.15" in drawn[:-1] and drawn[-1] != "0.15"
-    same_curve(losses(run), history(launched, "adapted")["losses"])
-    found = load_file(launched / "adapted" / "final" / "adapter_model.safetensors")
-    for name, tensor in peft.get_peft_model_state_dict(run.model).items():
-        assert difference(tensor, found[name]) < 1e-5, name
+    learns = [tuple(3 in draw.subnetwork.layers for draw in run.draws(step)) for step in range(run.args.max_steps)]
+    expected = {
+        "one-adapted": {(True,), (False,)},
+        "last-not-adapted": {(True, False)},
+        "few-adapted": {(True, True), (True, False), (False, True), (False, False)},
+    }
+    assert set(learns) == expected[name] and True in learns[-1] + learns[-2]
+    same_curve(losses(run), history(launched, name)["losses"])
+    found = load_file(launched / name / "final" / "adapter_model.safetensors")
+    for key, tensor in peft.get_peft_model_state_dict(run.model).items():
+        assert difference(tensor, found[key]) < 1e-6, key
 
 
 def test_what_sharded_training_saves_is_remote_code_of_ours(launched):
@@ -179,7 +205,7 @@ class TestResume:
         same_curve(self.curve(whole), history(launched, "resumes")["losses"])
 
     def test_from_two_processes_to_one(self, launched, whole, tmp_path):
-        run = alone(tmp_path, options(launched / "begin", **SAVES))
+        run = alone(tmp_path, options(launched, **SAVES))
         run.train(resume_from_checkpoint=str(launched / "saves" / "checkpoint-2"))
         same_curve(self.curve(whole), losses(run))
         final = FlextronForCausalLM.from_pretrained(launched / "one" / "checkpoint-4")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import difference, elastic_of, let_tokens_choose, run_python
+from torch.overrides import TorchFunctionMode
 
 from flextron_trainer.routers.gates import RelaxedTokens
 from flextron_trainer.training.router_stage import add_token_routers, spaced
@@ -149,6 +150,37 @@ def test_only_what_was_chosen_is_computed(monkeypatch):
     with torch.no_grad():
         model(text, flextron_budget=AUTO)
     assert done == {i: int(sizes.sum()) for i, sizes in model.last_routing.mlp.items()}
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would make the host wait for a device: reading values, and shapes that depend on them."""
+
+    READS = {"tolist", "item", "__int__", "__float__", "__bool__", "__index__", "nonzero", "masked_select", "bincount"}
+
+    def __init__(self):
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        index = args[1] if name in ("__getitem__", "__setitem__") else ()
+        masks = [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, torch.Tensor)]
+        self.count += name in self.READS or any(mask.dtype == torch.bool for mask in masks)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [24, 6], ids=["many", "few"])
+def test_a_layer_waits_for_the_device_twice(length, padded):
+    """What runs next in each of its parts has the shape that was chosen; all else is known before."""
+    model = routed("gqa-wide-heads")
+    text = torch.randint(1, 96, (2, length), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(length) >= torch.tensor([[0], [2]])).long() if padded else None
+    bounds, counts = model.config.resolve(AUTO), []
+    for budget in (bounds, bounds.bounds):
+        with torch.no_grad(), Waits() as waits:
+            model(text, attention_mask=mask, flextron_budget=budget)
+        counts.append(waits.count)
+    assert counts[0] - counts[1] == 2 * len(bounds.layers)
 
 
 @pytest.mark.parametrize("variant", ["gqa-wide-heads", "gpt2"])

@@ -21,6 +21,7 @@ from modeling_flextron.elastic import project
 from modeling_flextron.errors import invalid
 
 CHUNK_SIZE = 512  # tokens whose logits exist at the same time, unless somebody says otherwise
+ROWS = 64  # of a chunk that are normalised at the same time
 
 IGNORED = -100
 
@@ -69,6 +70,8 @@ class HeadLoss:
             remedy = "Leave `lm_head` out of the adapters or the quantization."
             raise invalid("lm_head", type(head).__name__, rule, remedy)
         self.hidden_states = hidden_states.detach()
+        if hasattr(head, "unshard"):  # FSDP gathers it in its forward pass or that of the last norm: a row has its own
+            head.unshard()
         weight, _ = head.leading(hidden_states.shape[-1])
         targets = targets_of(self.labels).to(hidden_states.device)
         valid = targets != IGNORED
@@ -164,7 +167,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_c = None if teacher_weight is None else teacher_weight[: len(weight)].to(compute)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
+        grad_weight = None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
@@ -178,13 +181,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss += value
                 if not (wants_hidden or wants_weight):
                     continue
+                del teacher, logits
                 slope = slope.to(compute)  # not scaled yet: 1 / tokens of a slope is too small for float16
                 if wants_hidden:
                     grad_hidden[part] = slope @ weight_c
-                if wants_weight and compute == torch.float32:
-                    grad_weight.addmm_(slope.T, states)
-                elif wants_weight:  # a sum over a chunk may be too large for float16: take the mean
-                    grad_weight.add_(slope.T @ (states / len(states)), alpha=len(states))
+                if wants_weight:
+                    grad_weight = _add_product(grad_weight, slope, states)
+                del slope  # before the logits of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         ctx.weight_dtype = weight.dtype
         return loss * scale
@@ -198,6 +201,14 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *(None,) * 8
+
+
+def _add_product(total, slope, states):
+    """`total + slope.T @ states` in float32, in place; None is a total of nothing."""
+    if slope.dtype == torch.float32:
+        return slope.T @ states if total is None else total.addmm_(slope.T, states)
+    product = slope.T @ (states / len(states))  # a sum over a chunk may be too large for float16: take the mean
+    return product.float().mul_(len(states)) if total is None else total.add_(product, alpha=len(states))
 
 
 def _teach(logits, temperature):
@@ -234,8 +245,10 @@ def _cross_entropy_and_slope(logits, targets, weight):
 
 
 def _normalize(logits):
-    """Logits to log-probabilities, in place."""
-    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+    """Logits to log-probabilities, in place, a few rows at a time: `logsumexp` makes a copy of what it reads."""
+    for rows in logits.split(ROWS):
+        rows.sub_(rows.logsumexp(dim=-1, keepdim=True))
+    return logits
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:

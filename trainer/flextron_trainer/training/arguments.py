@@ -6,12 +6,14 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
 from modeling_flextron.errors import invalid, require_int
 
 from ..losses import CHUNK_SIZE
 from .sampling import SAMPLERS
 
+logger = logging.get_logger(__name__)
 STAGES = ("elastic", "router", "joint")
 METHODS = ("surrogate", "gumbel", "token")
 COSTS = ("parameters", "latency")
@@ -153,6 +155,8 @@ class FlextronTrainingArguments(TrainingArguments):
             if len(set(budgets)) != len(budgets):
                 raise invalid("router_budgets", budgets, "Each of them gets one row.", "Drop the repeated ones.")
         self._refuse_what_cannot_be_honoured()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # those of layers that no size of a step has
         super().__post_init__()
         # Reentrant checkpoints forget every gradient but those of a layer's inputs, such as that of what tokens cost.
         given = self.activation_checkpointing_kwargs or {}
@@ -175,6 +179,13 @@ class FlextronTrainingArguments(TrainingArguments):
             raise invalid("label_names", self.label_names, "The model takes its targets as `labels`.", "Rename them.")
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
             raise invalid("ACCELERATE_USE_DEEPSPEED", "true", *REFUSED["deepspeed"])
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: `DataParallel` cannot wrap these models."""
+        if (found := super().n_gpu) > 1:
+            logger.warning_once("Only one GPU of a process is used: launch one process for each with accelerate.")
+        return min(1, found)
 
     def changed(self) -> dict[str, Any]:
         """The arguments that were given and differ from their defaults, without paths, tokens, logging and the like."""

@@ -79,19 +79,6 @@ def check_output_layer(model: Any) -> None:
         raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
 
 
-def check_batch(inputs: Mapping[str, Any], collator: Any) -> None:
-    """Refuse a batch that does not say what is to be foretold.
-
-    Raises:
-        ValueError: it has no ids or labels, or labels that are shifted already.
-    """
-    missing = [name for name in ("input_ids", "labels") if inputs.get(name) is None]
-    if missing or "shift_labels" in inputs:
-        rule = f"Its batches have no `{missing[0]}`." if missing else "The loss shifts `labels` itself."
-        remedy = "Make batches of `input_ids` and `labels`, which is what comes of leaving it out."
-        raise invalid("data_collator", type(collator).__name__, rule, remedy)
-
-
 def check_saved_whole(model: Any, plugin: Any) -> None:
     """Refuse to push a sharded model whose whole weights `save_model` does not write.
 

@@ -139,6 +139,32 @@ def plan_memory(
     )
 
 
+def plan_run(
+    model: Any, teacher: Any, args: FlextronTrainingArguments, sequence_length: int, sharded: bool, metrics: bool
+) -> MemoryPlan:
+    """`plan_memory` of a model, perhaps with adapters, and a teacher that are there already; None without a teacher."""
+    own, adapters = 0, 0
+    if teacher is not None and teacher.device.type == args.device.type:
+        own = _bytes_of(*teacher.parameters(), *teacher.buffers())
+    if hasattr(model, "peft_config"):
+        adapters = _bytes_of(*(parameter for parameter in model.parameters() if parameter.requires_grad))
+    return plan_memory(
+        model.config,
+        args,
+        sequence_length,
+        dtype=model.dtype,
+        teacher=None if teacher is None else teacher.config,
+        teacher_bytes=own,
+        adapter_bytes=adapters,
+        sharded=sharded,
+        metrics=metrics,
+    )
+
+
+def _bytes_of(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _evaluation(
     config: FlextronConfig, args: FlextronTrainingArguments, tokens: int, size: int, half: bool, metrics: bool
 ) -> int:

@@ -6,7 +6,6 @@ With `surrogate` the losses of real slices teach a small network, and scores lea
 token routers get the offset at which their hard choices cost what was asked for.
 """
 
-import itertools
 import random
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -19,23 +18,24 @@ from accelerate.utils import reduce
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from modeling_flextron import FlextronForCausalLM, SubNetwork
+from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.budgets import cost_of, parse_budget
 from modeling_flextron.errors import invalid
 from modeling_flextron.measured import Figures
 from modeling_flextron.positions import real_tokens
-from modeling_flextron.static_router import Candidate, StaticRouter
+from modeling_flextron.static_router import StaticRouter
 from modeling_flextron.token_routing import TokenRouter, bounds_of, resolve_auto
 
+from ..evaluation.quality import score_sizes
 from ..routers.gates import RelaxedSizes, RelaxedTokens, bounds_for
 from ..routers.surrogate import ERROR_THRESHOLD, SurrogateLearner, smallest_budget
 from .arguments import FlextronTrainingArguments
+from .checks import check_finite
 from .sampling import Draw
 
 FILE = "router.safetensors"
 TOKEN_SIZES = 8  # widths that tokens choose from, at most
 TEMPERATURE = (0.1, 0.02)  # of token gates, first and last, in fractions of the full width
-CALIBRATION_SAMPLES = 64
 GAP_IN_NATS = 0.5  # nats for |cost - budget| = 1, where routers learn through the model
 
 
@@ -61,7 +61,6 @@ class RouterStage:
         self.learner: SurrogateLearner | None = None
         self._begun: int | None = None
         self._batch = 0  # of the accumulated ones of the step
-        self._proposed: list[Candidate] = []
         self._asked: list[torch.Tensor] = []  # of every batch: losses of the networks that were proposed, and tokens
         if args.router_method == "token":
             add_token_routers(model, self.budgets)
@@ -115,6 +114,11 @@ class RouterStage:
         self._begun = step
 
     @property
+    def measures(self) -> bool:
+        """Whether routers learn from losses of networks that run as they are, without gradients."""
+        return self.args.router_method == "surrogate"
+
+    @property
     def alone(self) -> bool:
         """Whether only scores learn, which are no part of the model."""
         return self.args.stage == "router" and self.learner is not None
@@ -146,37 +150,41 @@ class RouterStage:
 
     # ---------------------------------------------------------------------------------------------- learning
 
-    def proposed(self, step: int) -> list[SubNetwork]:
-        """The networks whose losses the surrogate asks for in a step, behind the full one."""
-        assert self.learner is not None
-        config = self.model.config
-        self._proposed = self.learner.propose(step, self.args.subnetworks_per_step)
-        return [config.built, *(choices.subnetwork(config) for choices in self._proposed)]
-
-    def learn(self, step: int, nats: torch.Tensor, tokens: torch.Tensor, accelerator: Any) -> torch.Tensor | None:
-        """Take the losses of a batch; at the end of a step let the surrogate learn, and the scores from it.
+    def measure(self, step: int, inputs: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run a batch through the networks whose losses the surrogate asks for; at the end of a step let it learn.
 
         Args:
             step: Optimizer steps so far.
-            nats: Summed losses of the networks of `proposed`.
-            tokens: Over how many tokens.
+            inputs: The batch, with labels.
             accelerator: Of the run.
 
         Returns:
-            What the scores minimise, after its backward pass; None within a step, and while the surrogate is bad.
+            The mean loss of a token; and what the scores minimise, after its backward pass: None within a step, and
+            while the surrogate is bad.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
         """
         assert self.learner is not None
+        config = self.model.config
+        networks = self.learner.propose(step, self.args.subnetworks_per_step)
+        asked = dict(enumerate([config.built, *(choices.subnetwork(config) for choices in networks)]))
+        sums = score_sizes(self.model, inputs, asked, self.args.loss_chunk_size).sum(dim=0)
+        nats, tokens = sums[:, 0], sums[0, 2]
+        for number, subnetwork in asked.items():
+            check_finite(nats[number], "proposed", subnetwork, step)
         self._asked.append(torch.cat([nats, tokens[None]]))
-        if not accelerator.sync_gradients:
-            return None
-        *total, count = accelerator.reduce(torch.stack(self._asked).sum(dim=0), "sum")
-        self._asked.clear()
-        mean = torch.stack(total) / count
-        self.learner.learn(step, self._proposed, mean[1:] - mean[0])
-        objective = self.learner.objective(step)
+        objective = None
+        if accelerator.sync_gradients:
+            *total, count = accelerator.reduce(torch.stack(self._asked).sum(dim=0), "sum")
+            self._asked.clear()
+            mean = torch.stack(total) / count
+            self.learner.learn(step, networks, mean[1:] - mean[0])
+            objective = self.learner.objective(step)
         if objective is not None:
             objective.backward(inputs=self.parameters())
-        return objective
+            objective = objective.detach()
+        return nats[1:].mean() / tokens, objective
 
     def draws(self, step: int, inputs: dict[str, Any]) -> list[Draw]:
         """What a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""
@@ -235,7 +243,7 @@ class RouterStage:
     @property
     def _learned(self) -> bool:
         """Whether scores are worth something: a surrogate must predict well what they learn from."""
-        return self.args.router_method != "surrogate" or (self.learner is not None and self.learner.trusted)
+        return not self.measures or (self.learner is not None and self.learner.trusted)
 
     def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
         """Make what was learned final.
@@ -259,7 +267,7 @@ class RouterStage:
             raise invalid("router_method", self.args.router_method, rule, remedy)
         if self.learner is None:
             self.calibrate(batches())
-        elif self.args.router_method == "surrogate":
+        elif self.measures:
             self.learner.finish()
         self.write()
 
@@ -369,11 +377,3 @@ def spaced(sizes: list[int], count: int) -> list[int]:
     if len(sizes) <= count:
         return list(sizes)
     return [sizes[round(i * (len(sizes) - 1) / (count - 1))] for i in range(count)]
-
-
-def first_batches(dataset: Any, collate: Callable, size: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The first samples of a dataset in batches, without labels, the same in every process."""
-    samples = list(itertools.islice(iter(dataset), CALIBRATION_SAMPLES))
-    batches = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
-    kept = ("input_ids", "attention_mask", "position_ids")
-    return [{name: batch[name].to(device) for name in kept if name in batch} for batch in batches]

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import run_as_future
 from transformers import TrainerState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import staging, sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.hub import commit_files, files_of
@@ -52,6 +54,16 @@ def finished_state(checkpoint: str, max_steps: int) -> TrainerState | None:
     path = Path(checkpoint, TRAINER_STATE)
     state = TrainerState.load_from_json(str(path)) if path.is_file() else None
     return state if state is not None and 0 < max_steps <= state.global_step else None
+
+
+def take_config(checkpoint: str, model: Any, args: FlextronTrainingArguments) -> None:
+    """Take what a checkpoint knows beside its weights: all rows, their losses, and what was run."""
+    if hasattr(model, "peft_config") or not Path(checkpoint, "config.json").is_file():
+        return  # a checkpoint of an adapter has no config of the model
+    saved, config = FlextronConfig.from_pretrained(checkpoint), model.config
+    config.frontier, config.token_routing = saved.frontier, saved.token_routing
+    *before, this = saved.training_runs or [{}]
+    config.training_runs = [*before, this | args.changed()]  # with the steps and tokens so far
 
 
 def begin_again(checkpoint: Path) -> None:

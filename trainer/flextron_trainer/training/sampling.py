@@ -5,7 +5,7 @@ Every process draws the same ones, and a resumed run continues the sequence of t
 
 import random
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,6 +13,7 @@ import torch
 
 from modeling_flextron import FlextronConfig, SubNetwork
 from modeling_flextron.errors import invalid
+from modeling_flextron.families import layer_of
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import random_subnetwork
 from modeling_flextron.token_routing import Routing
@@ -82,6 +83,13 @@ def spread(rows: list[Draw], weights: list[float], count: int, generator: random
     start = generator.random()
     points = ((start + i) * ends[-1] / count for i in range(count))
     return [pieces[min(bisect(ends, point), len(pieces) - 1)][0] for point in points]
+
+
+def last_that_learns(model: torch.nn.Module, draws: Sequence[Draw]) -> int | None:
+    """The place of the last draw whose pass reaches what is trained: all adapters may be in layers that it skips."""
+    trained = {layer_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    learn = [None in trained or not trained.isdisjoint(draw.subnetwork.layers) for draw in draws]
+    return max((place for place, learns in enumerate(learn) if learns), default=None)
 
 
 def check_weights(config: FlextronConfig, weights: list[float] | None) -> None:

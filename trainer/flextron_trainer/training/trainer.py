@@ -8,55 +8,47 @@ batch. Everything else is the ordinary Trainer.
 
 import math
 import os
-import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from accelerate.utils import send_to_device
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
-from modeling_flextron import FlextronConfig
 from modeling_flextron.adapters import claim
 from modeling_flextron.checkpoint import sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
-from modeling_flextron.hub import commit_written
-from modeling_flextron.model_card import write_model_card
-from modeling_flextron.positions import places_in_documents
 
 from ..data import collator
-from ..evaluation.quality import FIGURES, measured_sizes, quality, score_sizes
 from ..losses import HeadLoss, Teacher
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
+from .batches import first_batches, read_batch, stored_length
 from .checks import (
     REFUSED_KEYWORDS,
     check_arguments,
-    check_batch,
     check_finite,
     check_model,
     check_output_layer,
-    check_saved_whole,
     warn_about_untrained_sizes,
 )
-from .plan import MemoryPlan, plan_memory
+from .evaluating import FrontierEvaluation
+from .plan import MemoryPlan, plan_run
 from .precision import in_float32
-from .router_stage import GAP_IN_NATS, RouterStage, first_batches
-from .run_folder import begin_again, finished_state, last_complete_checkpoint, push_checkpoint, write_arguments
-from .sampling import Draw, draw
-from .teachers import check_documents, prepare_teacher, read_by_teacher
+from .publishing import FamilyPublishing
+from .router_stage import GAP_IN_NATS, RouterStage
+from .run_folder import begin_again, finished_state, last_complete_checkpoint, take_config, write_arguments
+from .sampling import Draw, draw, last_that_learns
+from .teachers import prepare_teacher, read_by_teacher
 
 logger = logging.get_logger(__name__)
 
 
-class FlextronTrainer(Trainer):
+class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
     """Trains an elastic model at many sizes at once.
 
     Args:
@@ -79,10 +71,6 @@ class FlextronTrainer(Trainer):
             tokenizer or an unknown architecture, or the routers cannot learn in this kind of run.
     """
 
-    model: Any
-    args: FlextronTrainingArguments
-    hub_model_id: str | None
-    push_in_progress: PushInProgress | None
     loss_is_scaled_for_ga = True  # our losses are sums divided by the tokens of the whole accumulated batch
 
     def __init__(
@@ -103,13 +91,6 @@ class FlextronTrainer(Trainer):
         assert isinstance(model, torch.nn.Module)
         for adapter in getattr(model, "peft_config", {}).values():  # a checkpoint says whose it is
             claim(getattr(model, "get_base_model", lambda: model)(), adapter)
-        if args.n_gpu > 1:
-            logger.warning("Several GPUs in one process are not used: launch one process for each with accelerate.")
-            args._n_gpu = 1  # what Trainer itself does for models that DataParallel cannot wrap
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = (
-                True  # a step without some layers leaves their parameters without gradient
-            )
         kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
         self.in_place = isinstance(teacher, str) and teacher == "self"
         self.eval_text = eval_text
@@ -127,8 +108,6 @@ class FlextronTrainer(Trainer):
         if teacher is not None and not self.in_place:
             self.teacher = prepare_teacher(teacher, self.model, self.processing_class, self.args.device)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
-        self._sizes: dict[str, Any] = {}  # that the evaluation at hand measures, by name
-        self._scores: list[torch.Tensor] = []  # `[B, sizes, 3]` of its batches so far
         self.routers: RouterStage | None = None
         if args.stage == "elastic":
             warn_about_untrained_sizes(self.model.config, args)
@@ -159,62 +138,25 @@ class FlextronTrainer(Trainer):
         if length is None:
             rule = "The rows of this dataset are made when they are read, which is left to training."
             raise invalid("sequence_length", None, rule, "Say how many tokens a row has: `trainer.plan(1024)`.")
-        teacher, own, adapters = self.teacher, 0, 0
-        if teacher is not None and teacher.device.type == self.args.device.type:
-            own = bytes_of(*teacher.parameters(), *teacher.buffers())
-        if hasattr(self.model, "peft_config"):
-            adapters = bytes_of(*(p for p in self.model.parameters() if p.requires_grad))
-        return plan_memory(
-            self.model.config,
-            self.args,
-            length,
-            dtype=self.model.dtype,
-            teacher=None if teacher is None else teacher.config,
-            teacher_bytes=own,
-            adapter_bytes=adapters,
-            sharded=self._sharded,
-            metrics=self.compute_metrics is not None,
-        )
-
-    @property
-    def _sharded(self) -> bool:
-        """Whether every process holds a part of each weight (FSDP)."""
-        return self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
+        return plan_run(self.model, self.teacher, self.args, length, self._sharded, self.compute_metrics is not None)
 
     # ------------------------------------------------------------------------------------------ training
-
-    def _read(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Check a batch and put it on the device; where positions keep documents apart, they do so without a mask.
-
-        Raises:
-            ValueError: nothing says what is to be foretold, or the teacher would not keep the documents apart.
-        """
-        check_batch(inputs, self.data_collator)
-        inputs = send_to_device(inputs, self.args.device)
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        if mask is not None and positions is not None:
-            places = places_in_documents(positions, mask)
-            if places is not None:  # stock code, which a teacher may be, looks for documents where there is no mask
-                inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-                inputs["position_ids"] = torch.where(mask.bool(), positions, places)
-        if self.teacher is not None and len(inputs.get("position_ids", ())) > 1:
-            check_documents(self.teacher)
-        return inputs
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run forward and backward for every sub-network of this step; return the mean of their losses."""
-        inputs = self._read(inputs)
-        if self.routers is not None:
-            self.routers.begin(self.state.global_step)
-        if self.args.stage == "router" and self.args.router_method == "surrogate":
-            return self._surrogate_step(inputs)
+        inputs = read_batch(inputs, self.data_collator, self.teacher, self.args.device)
         step = self.state.global_step
+        if self.routers is not None:
+            self.routers.begin(step)
+            if self.routers.measures:
+                return self._measure(self.routers, inputs)
         draws = self.draws(step) if self.routers is None else self.routers.draws(step, inputs)
         self._forget()
         teacher, total = self._teach(inputs), torch.zeros((), device=self.args.device)
-        for drawn in draws:
+        sending = last_that_learns(self.model, draws)
+        for place, drawn in enumerate(draws):
             self._show(drawn)
             loss = HeadLoss(
                 inputs["labels"],
@@ -227,9 +169,12 @@ class FlextronTrainer(Trainer):
             )
             marked = {**inputs, "drawn": drawn, "head_loss": loss, "draws": len(draws)}
             if self.routers is not None and self.routers.alone:
-                share = self._router_step(marked, num_items_in_batch)
+                share = self._learn_scores(self.routers, marked, num_items_in_batch)
             else:
-                share = super().training_step(model, marked, num_items_in_batch)
+                # One pass sends what all have gathered. Under FSDP that would be the gradients of whole weights.
+                waits = place != sending and not self._sharded
+                with self.accelerator.no_sync(model) if waits else nullcontext():
+                    share = super().training_step(model, marked, num_items_in_batch)
             check_finite(share, drawn.name, drawn.subnetwork, step)
             self._losses[drawn.name].append(share * len(draws))
             total += share
@@ -246,30 +191,22 @@ class FlextronTrainer(Trainer):
             if bar is not None:
                 bar.set_postfix_str(drawn.name, refresh=False)
 
-    def _router_step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    def _learn_scores(self, routers: RouterStage, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         """Forward and backward for the scores alone, which are no part of the model; nothing else gets a gradient."""
-        assert self.routers is not None
         self.model.eval()
         with self.compute_loss_context_manager():
             loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss, inputs=self.routers.parameters())
+        self.accelerator.backward(loss, inputs=routers.parameters())
         return loss.detach()
 
-    def _surrogate_step(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Measure the networks that the learner proposes, and let it learn when the step has seen all its batches."""
-        assert self.routers is not None
-        step, steps = self.state.global_step, self.current_gradient_accumulation_steps
-        asked = dict(enumerate(self.routers.proposed(step)))
+    def _measure(self, routers: RouterStage, inputs: dict[str, Any]) -> torch.Tensor:
+        """Measure the networks that the surrogate asks for, of which it learns at the end of the step."""
         self.model.eval()
         with self.compute_loss_context_manager():
-            sums = score_sizes(self.model, inputs, asked, self.args.loss_chunk_size).sum(dim=0)
-        nats, tokens = sums[:, 0], sums[0, 2]
-        for number, subnetwork in asked.items():
-            check_finite(nats[number], "proposed", subnetwork, step)
-        objective = self.routers.learn(step, nats, tokens, self.accelerator)
+            loss, objective = routers.measure(self.state.global_step, inputs, self.accelerator)
         if objective is not None:
-            self._losses["router"].append(objective.detach() / steps)
-        return nats[1:].mean() / tokens / steps
+            self._losses["router"].append(objective / self.current_gradient_accumulation_steps)
+        return loss / self.current_gradient_accumulation_steps
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count what the step reads, also in the config, where it stays with the weights."""
@@ -349,74 +286,6 @@ class FlextronTrainer(Trainer):
             self._losses.clear()
         super().log(logs, start_time)
 
-    # ---------------------------------------------------------------------------------------- evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Measure every row of the frontier, every token alike, and keep the figures in the config of the model.
-
-        Args:
-            eval_dataset, ignore_keys: as in `Trainer.evaluate`. Of a dict of datasets the frontier goes by the first;
-                figures of the others have its name before theirs.
-            metric_key_prefix: With another one than `"eval"` nothing is kept.
-
-        Returns:
-            `eval_loss`, of the model's current budget; `eval_loss_<row>` and `eval_accuracy_<row>`; or those of
-            `eval_<dataset>`; and what `Trainer.evaluate` returns.
-        """
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if metric_key_prefix == "eval":
-            sets = self.eval_dataset if eval_dataset is None else eval_dataset
-            prefixes = {name: f"eval_{name}" for name in sets} if isinstance(sets, dict) else {self._name(sets): "eval"}
-            for i, (text, prefix) in enumerate(prefixes.items()):
-                figures = {
-                    name: {
-                        f"{text}/{kind}" if i else kind: metrics[f"{prefix}_{kind}_{_key(name)}"] for kind in FIGURES
-                    }
-                    for name in measured_sizes(self.model.config)
-                }
-                self.model.config.record(figures, text=text, tokens=metrics[f"{prefix}_tokens"])
-        return metrics
-
-    def _name(self, dataset: Any) -> str | None:
-        """What a dataset that is evaluated on is called; None for one without a name."""
-        if dataset is self.train_dataset or isinstance(dataset, str):
-            return dataset if isinstance(dataset, str) else "the training rows"
-        return self.eval_text if dataset is self.eval_dataset else None
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """As the base class does, with losses over tokens; for `evaluate()` at every size that has figures."""
-        sizes = measured_sizes(self.model.config) if description == "Evaluation" else {}
-        same = (name for name, budget in sizes.items() if self.model.resolve_budget(budget) == self.model.subnetwork)
-        current = next(same, "")
-        self._sizes, self._scores = (sizes if current else {"": None, **sizes}), []
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._scores:
-            found = dict(zip(self._sizes, map(quality, torch.cat(self._scores).unbind(dim=1)), strict=True))
-            output.metrics[f"{metric_key_prefix}_loss"] = found[current]["loss"]
-            output.metrics[f"{metric_key_prefix}_tokens"] = found[current]["tokens"]
-            for name in sizes:
-                for figure in FIGURES:
-                    output.metrics[f"{metric_key_prefix}_{figure}_{_key(name)}"] = found[name][figure]
-        elif description == "Evaluation":
-            raise invalid("eval_dataset", dataloader.dataset, "It has no rows.", "Pass some, or do not evaluate.")
-        self._sizes = {}
-        return output
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Score the batch at the sizes of `evaluation_loop`; all logits, of the current size, only if asked for."""
-        cached = {**inputs, "use_cache": self.args.use_cache}  # which the base class would write into the config
-        if not self._sizes or (self._sizes.keys() == {""} and inputs.get("labels") is None):  # `predict`, without them
-            return super().prediction_step(model, cached, prediction_loss_only, ignore_keys)
-        inputs = self._read(inputs)
-        scores = score_sizes(model, inputs, self._sizes, self.args.loss_chunk_size)
-        self._scores.append(self.accelerator.gather_for_metrics(scores).cpu())
-        if not prediction_loss_only:
-            return super().prediction_step(model, cached, prediction_loss_only, ignore_keys)
-        nats, _, tokens = scores[:, 0].sum(dim=0)
-        return nats / tokens, None, None
-
     # ------------------------------------------------------------------------------------ saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -454,7 +323,7 @@ class FlextronTrainer(Trainer):
             for parameter in frozen:
                 parameter.requires_grad_(True)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._take_config(self.state.best_model_checkpoint)  # with the losses of these weights
+            take_config(self.state.best_model_checkpoint, self.model, self.args)  # with the losses of these weights
         return result
 
     def _learning(self) -> set[str]:
@@ -473,7 +342,7 @@ class FlextronTrainer(Trainer):
         """Take what a checkpoint holds beside its weights, if they are those of this model."""
         if not self._sharded and not hasattr(self.model, "peft_config"):
             check_files("resume_from_checkpoint", checkpoint, self.model)
-        self._take_config(checkpoint)
+        take_config(checkpoint, self.model, self.args)
         if self.routers is not None:
             self.routers.load(Path(checkpoint))
 
@@ -485,15 +354,6 @@ class FlextronTrainer(Trainer):
         self.state = state
         self._load_from_checkpoint(checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
-
-    def _take_config(self, checkpoint: str) -> None:
-        """Take what a checkpoint knows beside its weights: all rows, their losses, and what was run."""
-        if hasattr(self.model, "peft_config") or not Path(checkpoint, "config.json").is_file():
-            return  # a checkpoint of an adapter has no config of the model
-        saved, config = FlextronConfig.from_pretrained(checkpoint), self.model.config
-        config.frontier, config.token_routing = saved.frontier, saved.token_routing
-        *before, this = saved.training_runs or [{}]
-        config.training_runs = [*before, this | self.args.changed()]  # with the steps and tokens so far
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`, with the routers in a group of their own."""
@@ -519,79 +379,6 @@ class FlextronTrainer(Trainer):
                 self.routers.save(folder)
             write_arguments(folder, self.args)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint with its card in the background: one commit, and no pickles."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        job = push_checkpoint(
-            Path(checkpoint_folder),
-            self.args,
-            self.hub_model_id,
-            lambda folder: write_model_card(self.model, folder, self.hub_model_id),
-        )
-        if busy and self.push_in_progress is not None:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ) -> Any:
-        """Save the model and its card, and push them with the tokenizer: `FlextronForCausalLM.push_to_hub`.
-
-        Args:
-            commit_message, token, revision, private: as in `Trainer.push_to_hub`.
-            blocking: False returns a `Future`; what is pushed is written by then.
-            kwargs: `create_pr` and `commit_description`; of a whole model `tags` and `max_shard_size` as well.
-
-        Raises:
-            ValueError: an adapter on a sharded model, or a sharded model that is not saved whole.
-        """
-        if self._sharded:
-            check_saved_whole(self.model, getattr(self.accelerator.state, "fsdp_plugin", None))
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)  # on all processes
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card()
-        self._finish_current_push()
-        kwargs |= {
-            "blocking": blocking,
-            "commit_message": commit_message,
-            "token": token or self.args.hub_token,
-            "revision": revision or self.args.hub_revision,
-        }
-        if hasattr(self.model, "peft_config"):
-            return commit_written(self._write_adapter, **kwargs)
-        kwargs |= {
-            "tokenizer": self.processing_class,
-            "private": self.args.hub_private_repo if private is None else private,
-        }
-        # One process cannot gather the weights of all; what they just saved together is whole.
-        model = load_elastic(self.args.output_dir) if self._sharded else self.model
-        return model.push_to_hub(self.hub_model_id, **kwargs)
-
-    def _write_adapter(self, folder: str) -> str:
-        """Write the adapter, its card and the tokenizer into a folder; return the repo that they are for."""
-        assert self.hub_model_id is not None
-        self.model.save_pretrained(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        shutil.copy(Path(self.args.output_dir, "README.md"), folder)
-        return self.hub_model_id
-
     def hyperparameter_search(self, *args, **kwargs) -> Any:
         """Refused, as `model_init` is: every trial needs a model of its own.
 
@@ -599,29 +386,3 @@ class FlextronTrainer(Trainer):
             ValueError: always.
         """
         raise invalid("hyperparameter_search", kwargs.get("backend"), *REFUSED_KEYWORDS["model_init"])
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Write the model card of the elastic model: its frontier, how to load it, how it was trained."""
-        if hasattr(self.model, "peft_config"):
-            super().create_model_card(*args, **kwargs)  # of the adapter, which is all there is to push
-        elif self.is_world_process_zero():
-            write_model_card(self.model, self.args.output_dir, self.hub_model_id)
-
-
-def stored_length(dataset: Any) -> int | None:
-    """Tokens in the first row of a dataset that holds its rows; None of one that makes them when they are read."""
-    stored = isinstance(dataset, (list, tuple)) or (
-        isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-    )
-    row = dataset[0] if stored and len(dataset) else None
-    return len(row["input_ids"]) if isinstance(row, Mapping) and "input_ids" in row else None
-
-
-def bytes_of(*tensors: torch.Tensor) -> int:
-    """Memory of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _key(name: str) -> str:
-    """What a size is called in the names of metrics."""
-    return name.replace("auto:", "auto-")
