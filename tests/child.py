@@ -1,5 +1,6 @@
 """What a process of `helpers.run_python` runs. It imports none of ours: the process begins without our packages."""
 
+import gc
 import os
 import sys
 
@@ -11,5 +12,6 @@ def run(code: str, arguments: list[str], folder: str, stdout: str, stderr: str) 
         os.dup2(file, number)
         os.close(file)
     os.chdir(folder)
+    gc.freeze()  # what the process began with, so that `gc.collect()` need not walk over it
     sys.argv[:] = ["-c", *arguments]
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})

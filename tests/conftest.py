@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Before anything imports huggingface_hub or torch: no network, quiet, and one thread for each test process.
@@ -37,8 +38,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put the longest test first, so that at the end no process of `make test` is left alone with it."""
-    items.sort(key=lambda item: item.path.name != "test_quality.py")
+    """Put the longest files first, so that at the end no process of `make test` is left alone with one."""
+    longest = ("test_processes.py", "test_transformers_suite.py", "test_hub.py", "test_cli.py", "test_bench.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unwatched_libraries():
+    """Spare `gc.collect()`, which every run of the Trainer calls, the objects of the libraries: half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=VARIANTS)

@@ -1,5 +1,6 @@
 """Several tiny runs in the processes of one launch: `accelerate launch ... processes.py FOLDER`."""
 
+import gc
 import json
 import os
 import sys
@@ -95,6 +96,24 @@ def run_tensor_parallel(folder: Path, name: str, changes: dict) -> None:
     (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
+def run_levels(folder: Path, name: str, changes: dict) -> None:
+    """Read parts of parts of a checkpoint in levels; in `folder/name` how far each model is from what is known."""
+    result, ids = {}, torch.arange(1, 13)[None]
+    known = torch.load(Path(changes["begin"], "expected.pt"))
+    for kind in ("fsdp_size", "tp_size"):
+        how = {"distributed_config": DistributedConfig(**{kind: 2})}
+        for budget, expected in known.items():
+            model = FlextronForCausalLM.from_pretrained(changes["begin"], flextron_budget=budget, **how)
+            with torch.no_grad():
+                logits = model(ids).logits
+            logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+            result[f"{kind}, budget {budget}"] = difference(logits, expected)
+    (folder / f"{name}-{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+OTHER = {"tensor-parallel": run_tensor_parallel, "levels": run_levels}
+
+
 def use_fsdp_on_cpu() -> None:
     """Let accelerate take its way for FSDP, which it does for accelerators alone; on gloo it works as well."""
     begin = AcceleratorState.__init__
@@ -110,10 +129,11 @@ def use_fsdp_on_cpu() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # the libraries, so that the Trainer's `gc.collect()` need not walk over them
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         use_fsdp_on_cpu()
     root = Path(sys.argv[1])
     for case, options in json.loads((root / "cases.json").read_text()).items():
         print(case, flush=True)
-        (run_tensor_parallel if case == "tensor-parallel" else run_case)(root, case, options)
+        OTHER.get(case, run_case)(root, case, options)
     torch.distributed.destroy_process_group()

@@ -76,18 +76,6 @@ def family(saved, budget=None):
     return FlextronForCausalLM.from_pretrained(saved, flextron_budget=budget)
 
 
-def test_a_config_without_target_modules():
-    """Means those of a LLaMA, also where PEFT was imported after us."""
-    code = """
-import modeling_flextron, peft
-shape = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-model = modeling_flextron.FlextronForCausalLM(modeling_flextron.FlextronConfig(**shape))
-adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
-assert set(adapted.peft_config["default"].target_modules) == {"q_proj", "v_proj"}, adapted.peft_config
-"""
-    run_python(code, env={})
-
-
 def test_is_the_merged_model_at_every_size():
     """(B A)[:o, :i] = B[:o] A[:, :i], for every kind of layer, with several adapters, a bias and another scaling."""
     for variant, settings in (

@@ -32,7 +32,7 @@ def work(tmp_path_factory):
         (folder / "text" / f"{i}.txt").write_text(text)
     (folder / "few").mkdir()
     for i, text in enumerate(texts[:3]):
-        (folder / "few" / f"{i}.txt").write_text(text[:12_000])
+        (folder / "few" / f"{i}.txt").write_text(text[:3_000])
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -84,6 +84,7 @@ def test_rows_that_need_not_nest(work, monkeypatch):
 
 
 def test_help_and_version_import_no_library():
+    """Nor is PEFT, which finds the target modules of a LLaMA also where it is imported after us."""
     code = f"""
 import importlib.metadata, sys
 from typer.testing import CliRunner
@@ -99,6 +100,11 @@ assert {{"FlextronTrainer", "FlextronTrainingArguments", "convert"}} <= set(dir(
 from flextron_trainer import convert
 import modeling_flextron, flextron_trainer.evaluation.harness, flextron_trainer.export.dense, flextron_trainer.presets
 assert callable(convert) and "peft" not in sys.modules
+import peft
+shape = {{"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}}
+model = modeling_flextron.FlextronForCausalLM(modeling_flextron.FlextronConfig(**shape))
+adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
+assert set(adapted.peft_config["default"].target_modules) == {{"q_proj", "v_proj"}}, adapted.peft_config
 """
     run_python(code, env={})  # an interpreter in which nothing is imported yet
 

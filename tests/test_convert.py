@@ -122,8 +122,8 @@ def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
     assert again.config.choices("mlp") == [96, 24]
 
 
-def test_scores_of_other_data_are_measured_again(parent, tmp_path):
-    path = tmp_path / "importance.safetensors"
+def test_scores_of_other_data_are_measured_again(tmp_path):
+    path, parent = tmp_path / "importance.safetensors", parent_of("gqa-wide-heads")
     convert(parent, DATA, importance=path)
     with pytest.warns(UserWarning, match="other calibration data"):
         again = convert(parent, DATA.flip(1) % 50, importance=path)

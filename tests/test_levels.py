@@ -2,12 +2,9 @@
 
 import copy
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -333,7 +330,7 @@ def mutated(draw, value):
 FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=350, **FUZZ)
+@settings(max_examples=200, **FUZZ)
 @given(data=st.data())
 def test_a_fuzzed_config_is_refused_or_whole(exported, data):
     """Reading a config raises ValueError or OSError, and nothing else."""
@@ -346,7 +343,7 @@ def test_a_fuzzed_config_is_refused_or_whole(exported, data):
         assert config.built.contains(config.resolve(config.frontier[-1]["subnetwork"] or {}))
 
 
-@settings(max_examples=200, **FUZZ)
+@settings(max_examples=100, **FUZZ)
 @given(data=st.data())
 @torch.no_grad()
 def test_a_fuzzed_index_is_refused_or_right(exported, model, tmp_path_factory, data):
@@ -362,38 +359,3 @@ def test_a_fuzzed_index_is_refused_or_right(exported, model, tmp_path_factory, d
         return
     ids = torch.arange(1, 9)[None]
     assert difference(loaded(ids).logits, model(ids, flextron_budget="0.15").logits) < 1e-5
-
-
-SHARDED = """
-import sys
-import torch
-from transformers.distributed import DistributedConfig
-from modeling_flextron import FlextronForCausalLM
-folder, ids = sys.argv[1], torch.arange(1, 13)[None]
-known = torch.load(folder + "/expected.pt")
-for sharding in ({"fsdp_size": 2}, {"tp_size": 2}):
-    for budget, expected in known.items():
-        model = FlextronForCausalLM.from_pretrained(
-            folder, flextron_budget=budget, distributed_config=DistributedConfig(**sharding)
-        )
-        with torch.no_grad():
-            logits = model(ids).logits
-        logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-        assert (logits - expected).abs().max() < 1e-5, (sharding, budget)
-print("EQUAL")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_load_their_shards(model, exported, tmp_path):
-    """FSDP2 and tensor parallelism read parts of parts."""
-    folder = shutil.copytree(exported, tmp_path / "levels")
-    with torch.no_grad():
-        expected = {b: model(torch.arange(1, 13)[None], flextron_budget=b or "1").logits for b in (None, BUDGET)}
-    torch.save(expected, folder / "expected.pt")
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    path = os.pathsep.join(map(str, (Path(__file__).parent.parent, os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([*command, tmp_path / "sharded.py", folder], env=environment, text=True, capture_output=True)
-    assert done.stdout.count("EQUAL") == 2, done.stderr[-2000:]

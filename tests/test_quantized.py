@@ -119,15 +119,15 @@ class Graphs:
         return graph.forward
 
 
-def two_layers():
-    """Compiling takes a time for each layer and size."""
-    parent = parent_of("gqa-wide-heads", num_hidden_layers=2)
-    return elastic_of("gqa-wide-heads", parent, depth=[1, 0.5], budgets=[1, 0.5, 0.3])
+def one_layer(budgets=(1, 0.5, 0.3)):
+    """Compiling takes a time for each layer and size; sizes whose layers differ are in test_modeling.py."""
+    parent = parent_of("gqa-wide-heads", num_hidden_layers=1)
+    return elastic_of("gqa-wide-heads", parent, depth=[1], budgets=list(budgets))
 
 
 def test_one_graph_for_each_row_at_inference():
     torch._dynamo.reset()
-    model, graphs = two_layers(), Graphs()
+    model, graphs = one_layer(), Graphs()
     expected = [logits(model, row["name"]) for row in model.frontier]
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
     sizes = [model.resolve_budget(row["name"]) for row in model.frontier]
@@ -142,7 +142,7 @@ def test_one_graph_for_each_row_at_inference():
 
 def test_a_compiled_model_runs_at_the_size_of_the_block_around():
     torch._dynamo.reset()
-    model = two_layers()
+    model = one_layer((1, 0.5))
     compiled = torch.compile(model, backend="eager")
     for name in ("1", "0.5", "1", "0.5"):
         with model.at_budget(name), torch.no_grad():
@@ -151,7 +151,7 @@ def test_a_compiled_model_runs_at_the_size_of_the_block_around():
 
 def test_one_graph_for_each_row_in_training():
     torch._dynamo.reset()
-    model, graphs = two_layers(), Graphs()
+    model, graphs = one_layer((1, 0.5)), Graphs()
     eager, compiled = copy.deepcopy(model), torch.compile(model, backend=graphs)
     counts = []
     for _ in range(2):
@@ -167,11 +167,10 @@ def test_one_graph_for_each_row_in_training():
 def test_the_trainer_compiles_one_graph_for_each_row(tmp_path):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    parent, settings = parent_of("gqa-wide-heads", num_hidden_layers=2), {"teacher": None, "max_steps": 2}
-    models = [elastic_of("gqa-wide-heads", parent, depth=[1], budgets=[1, 0.6, 0.35]) for _ in range(2)]
+    models, settings = [one_layer() for _ in range(2)], {"teacher": None, "max_steps": 2}
     compiled = trainer(tmp_path, model=models[0], torch_compile=True, torch_compile_backend="eager", **settings)
     compiled.train()
-    assert {draw.name for step in range(2) for draw in compiled.draws(step)} == {"1", "0.6", "0.35"}
+    assert {draw.name for step in range(2) for draw in compiled.draws(step)} == {"1", "0.5", "0.3"}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
     plain = trainer(tmp_path, model=models[1], **settings)
     plain.train()

@@ -62,7 +62,7 @@ def choices(run) -> list:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_routers_learn_and_frozen_weights_do_not(method, tmp_path):
-    run = router_run(tmp_path, method, subnetworks_per_step=4, max_steps=60, per_device_train_batch_size=16)
+    run = router_run(tmp_path, method, subnetworks_per_step=4, max_steps=16, per_device_train_batch_size=8)
     before, routers = weights(run), values(run).clone()
     seen = []
     step = run.routers.draws if method != "surrogate" else run.routers.learner.objective

@@ -23,6 +23,12 @@ from modeling_flextron.subnetwork import memory_of, parameters_of
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
+@pytest.fixture(autouse=True)
+def fewer_updates(monkeypatch):
+    """Of scores at the end of a run, which suffice for few layers."""
+    monkeypatch.setattr("flextron_trainer.routers.surrogate.FINAL_UPDATES", 200)
+
+
 @pytest.fixture(scope="module")
 def config():
     """Of a model with wide choices in its MLPs, and all axes."""
@@ -129,7 +135,7 @@ def test_a_learned_router_keeps_budgets_and_finds_what_search_finds(everything):
     axes = {} if everything else {"hidden": [1], "depth": [1]}
     mlp = [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     config = elastic_of("gqa-wide-heads", mlp=mlp, budgets=[1, 0.6], **axes).config
-    learner = learned(config, steps=60)
+    learner = learned(config, steps=40)
     assert learner.error < 0.5
     cost, whole, router = learner.cost, learner.whole, learner.scores.router()
     generator = random.Random(0)
@@ -199,7 +205,7 @@ def test_learning_goes_on_as_if_it_had_not_stopped(config):
 def test_budgets_between_rows_resolve_through_the_router(tmp_path):
     model = elastic_of("gqa-wide-heads", mlp=[1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     config = model.config
-    learner = learned(config, steps=40)
+    learner = learned(config, steps=20)
     before = config.resolve(0.52)
     config.static_router = learner.scores.stored()
     size, whole = parameters_of(config, embeddings=False), config.parent_size()

@@ -115,7 +115,7 @@ def test_every_sampler_and_teacher_learns(tmp_path, sampler, teacher):
     assert after[f"eval_loss_{smallest}"] < before[f"eval_loss_{smallest}"] - 0.1
 
 
-@pytest.mark.parametrize("sampler", ["sandwich", "uniform", "weighted", "random"])
+@pytest.mark.parametrize("sampler", ["sandwich", "weighted"])
 def test_checkpointing_accumulation_and_bf16_together_train_the_same(tmp_path, sampler):
     settings = {"sampler": sampler, "max_steps": 2, "optim": "sgd", "max_grad_norm": 1e9}
     settings["sampling_weights"] = [0.4, 0.2, 0.2, 0.2] if sampler == "weighted" else None

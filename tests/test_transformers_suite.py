@@ -101,6 +101,11 @@ class Suite(common.ModelTesterMixin, common.GenerationTesterMixin, training.Trai
         self.model_tester = ModelTester(self.variant, **self.options)
 
 
+# Of the 25 combinations of type, padding, mask and kernels that eager and sdpa attention are compared in: every pair of
+# choices once in fp32, both choices of all of them in fp16 and bf16, and the one that returns attentions.
+EAGER_AND_SDPA = ("00", "07", "09", "10", "12", "15", "18", "21", "24")
+
+
 def generates(name: str) -> bool:
     """Tests of `generate`, without those that compile for minutes."""
     slow = ("compil", "recompile", "export")
@@ -124,16 +129,22 @@ def runs(name: str) -> bool:
     return kept and not generates(name) and "overfit" not in name
 
 
+def forward(name: str) -> bool:
+    """All but those of `generate`, and in few of many combinations where these are independent."""
+    _, _, number = name.partition("_inference_")
+    return not generates(name) and (not number or number[:2] in EAGER_AND_SDPA)
+
+
 def once(name: str) -> bool:
     """All but what takes seconds and asks the same of every variant."""
-    return not generates(name) and name not in ("test_training_overfit", "test_bc_torch_dtype")
+    return forward(name) and name not in ("test_training_overfit", "test_bc_torch_dtype")
 
 
-class LlamaTest(Suite, unittest.TestCase, select=lambda name: not generates(name)):
+class LlamaTest(Suite, unittest.TestCase, select=forward):
     variant = "gqa-tied-llama3"
 
 
-class LlamaAtBudgetTest(Suite, unittest.TestCase, select=lambda name: not generates(name)):
+class LlamaAtBudgetTest(Suite, unittest.TestCase, select=once):
     variant, options = "gqa-wide-heads", {"budget": {"mlp": 48, "heads": 4, "hidden": 48}}
 
 
