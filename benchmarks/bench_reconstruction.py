@@ -11,7 +11,7 @@ losses above the parent's are those of
     chosen          of these the one that the sample's held-out blocks choose
     chosen + corrections    that order with corrections of at most --corrections of the row's parameters, fitted to what
                     the parent's layers write
-    chosen + corrections, sequential    fitted layer by layer to what the corrected layers write, norms included
+    chosen + corrections, sequential    fitted layer by layer to what the corrected layers write, norms included (--sequential)
     chosen + least squares  the first kind at full rank: the bound of what such corrections can do (--bounds)
 
 Rows are, of each budget, the largest uniform one that cuts neurons alone, what `convert` chooses by size, and ("by
@@ -162,7 +162,7 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
                     at_once = timed(line, partial(from_inputs, model, below, inputs, share, metrics))
                     for row, corrections in at_once.items():
                         sample.note(f"chosen + {line}", row, lambda corrections=corrections: corrections)
-            for row, subnetwork in below.items():
+            for row, subnetwork in below.items() if args.sequential else ():
                 fit = partial(within, model, subnetwork, seen, args.corrections, metrics=metrics, norms=True)
                 sample.note("chosen + corrections, sequential", row, fit)
 
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     parser.add_argument("--depth", type=float, nargs="+", help="allowed parts of the layers; default: all layers")
     parser.add_argument("--bounds", action="store_true", help="corrections of full rank, too")
+    parser.add_argument("--sequential", action="store_true", help="the third kind of corrections, which takes longest")
     parser.add_argument("--moments", type=Path, help="folder to keep second moments in, for a run that goes on")
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--calibration-blocks", type=int, default=32)

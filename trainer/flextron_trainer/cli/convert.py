@@ -58,6 +58,10 @@ def convert(
         bool,
         typer.Option("--rotate", help="Turn the residual stream into its principal axes; for smaller sizes of hidden."),
     ] = False,
+    block_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps in which what rows own learns in each layer, with --corrections; default: 0."),
+    ] = None,
     search_evaluations: Annotated[
         int | None,
         typer.Option(help="Search each budget's row among networks whose layers differ, e.g. 200; default: 0."),
@@ -116,6 +120,7 @@ def convert(
         "corrections": corrections,
         "rotate": rotate or None,
         "uniform": None if uniform else False,
+        "block_steps": block_steps,
         "search_evaluations": search_evaluations,
         "nested": None if nested else False,
         "seed": seed,
@@ -128,15 +133,8 @@ def convert(
     if calibration is not None:  # else it is refused
         settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
         sizes = {name: settings[name] for name in ("mlp", "heads", "hidden", "depth")}
-        passes = (
-            "max_samples",
-            "sequence_length",
-            "batch_size",
-            "search_evaluations",
-            "order",
-            "corrections",
-            "uniform",
-        )
+        passes = ("max_samples", "sequence_length", "batch_size", "search_evaluations", "order", "corrections",
+                  "block_steps", "uniform")  # fmt: skip
         with suppress(ValueError):  # the conversion itself says what is wrong
             planned = plan_conversion(
                 elastic_config(parent_config, **sizes, budgets=[1]),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DATA, PRESETS, Boundaries, Model, Trust, fitting_length, print_result
+from .options import DATA, PRESETS, Boundaries, Model, Trust, fitting_length, local_folder, print_result
 
 STREAMED_EVAL_ROWS = 64
 
@@ -44,23 +44,29 @@ def train(
 
     Example: `flextron train run ./text --stage router --router_budgets 0.75 0.5 --output_dir routed --max_steps 400`
 
+    Example: `flextron train elastic ./text --stage blocks --output_dir start --max_steps 200 --learning_rate 1e-3`
+
     Example: `flextron train elastic HuggingFaceFW/fineweb-edu --streaming --max_steps 1000 --output_dir run`
 
     Does it fit? `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --plan`
 
     Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
     weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
-    `--loss_chunk_size`, `--no_float32_weights`. With `--stage router` or `--stage joint`: `--router_method` (surrogate,
-    gumbel, token), `--router_budgets`, `--router_cost` (parameters, latency), `--router_uniform`,
-    `--router_learning_rate`, `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
+    `--loss_chunk_size`, `--no_float32_weights`. With `--stage blocks`, which has one layer in memory at a time and
+    comes before the others: `--block_parameters` (all, corrections), `--block_inputs` (own, parent); `--max_steps` are
+    those of each layer. With `--stage router` or `--stage joint`: `--router_method` (surrogate, gumbel, token),
+    `--router_budgets`, `--router_cost` (parameters, latency), `--router_uniform`, `--router_learning_rate`,
+    `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
     """
     from modeling_flextron import FlextronConfig
     from modeling_flextron.errors import invalid
+    from modeling_flextron.model_card import write_model_card
 
-    from ..data import load_text, load_tokenizer, pack
+    from ..data import collator, load_text, load_tokenizer, pack
     from ..evaluation.quality import name_of
     from ..models import read_config
     from ..training.arguments import ArgumentParser, FlextronTrainingArguments
+    from ..training.block_stage import train_folder
     from ..training.trainer import FlextronTrainer
 
     config = read_config(model, "model", FlextronConfig)
@@ -80,6 +86,13 @@ def train(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
     rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
+    if arguments.stage == "blocks":
+        options = {"resume": resume or bool(arguments.resume_from_checkpoint), "teacher": teacher}
+        options["eval_dataset"] = eval_dataset
+        trained, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **options)
+        tokenizer.save_pretrained(arguments.output_dir)
+        write_model_card(trained, arguments.output_dir)
+        return print_result(output=arguments.output_dir, **errors)
     seed = arguments.data_seed or arguments.seed
     if eval_dataset is None:
         rows, eval_rows, eval_text = held_out(rows, dataset, streaming, seed)

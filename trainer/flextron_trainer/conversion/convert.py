@@ -39,7 +39,7 @@ from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES, SubNetwork
 
 from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
-from .corrections import add_corrections
+from .corrections import add_corrections, train_corrections
 from .importance import CONTROLS, Importance, read_or_measure
 from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
@@ -76,6 +76,7 @@ def convert(
     nested: bool = True,
     corrections: float = 0.0,
     rotate: bool = False,
+    block_steps: int = 0,
     max_samples: int = 1024,
     sequence_length: int = 512,
     batch_size: int = 8,
@@ -128,6 +129,8 @@ def convert(
         rotate: Turn the residual stream into its principal axes first, so that smaller sizes of `hidden` keep more of
             it. For models with RMS norms; embeddings that are tied to the output are untied, and adapters of the
             parent do not fit. The full network stays the same but for rounding.
+        block_steps: Steps in which each layer's corrections learn, of `batch_size` samples, where that lowers the loss
+            further. To train the shared weights as well, layer by layer, is stage `blocks` of the trainer.
         max_samples, sequence_length, batch_size: Size of the calibration.
         seed: For `order="random"` and the search.
         device: Where to run; by default where the parent is.
@@ -176,6 +179,10 @@ def convert(
         load_kwargs["offload_folder"] = os.fspath(offload_folder)
     elif offload_folder is not None and load_kwargs.get("dtype", "auto") != "auto":
         dtype = load_kwargs.pop("dtype")  # the parent stays mapped, as it is stored
+    require_int("block_steps", block_steps, minimum=0)
+    if block_steps and not corrections:
+        rule = "Only what rows own learns here, so that the full network stays the parent."
+        raise invalid("block_steps", block_steps, rule, "Pass corrections=0.03, or train all in stage 'blocks'.")
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
@@ -233,6 +240,8 @@ def convert(
         if corrections:
             inputs = sorted_moments(elastic, fitted, files)
             add_corrections(elastic, inputs, fitted, held_out, corrections, metrics)
+        if block_steps:
+            train_corrections(elastic, seen, held_out, block_steps, seed)
     if rotate:  # no channel of the parent is left that an adapter could be for
         elastic.permutation = None
     elastic.config.parent_name, elastic.config.parent_license = origin

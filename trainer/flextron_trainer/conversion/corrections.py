@@ -5,16 +5,19 @@ that was held out, and none where none helps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from modeling_flextron.corrections import Owner, owned_names
+from modeling_flextron.corrections import Owner, owned_names, owner_number
 from modeling_flextron.families import is_shared
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import SubNetwork
 
+from ..blockwise import BlockRecipe, ModelBlocks, Text, distill_blocks
 from .moments import Moments
 from .reconstruction import Corrections, from_inputs, within
 from .rows import mean_loss
@@ -22,6 +25,7 @@ from .rows import mean_loss
 logger = logging.get_logger(__name__)
 # Each layer reads what the corrected layers before it write, whose norms are fitted as well.
 SEQUENTIAL = {"sequential": True, "norms": True}
+LEARNING_RATE = 3e-3  # of corrections
 
 
 @torch.no_grad()
@@ -77,6 +81,43 @@ def _best(
             best, least = found, loss
     put_corrections(model, {})
     return best, (plain, least)
+
+
+def train_corrections(
+    model: Any, batches: Sequence[torch.Tensor], held_out: list[torch.Tensor], steps: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Let corrections learn, layer by layer, what the parent's layers write; a row that gains nothing keeps its own.
+
+    Args:
+        model: A `FlextronForCausalLM` with corrections, which it changes; nothing else of it learns.
+        batches: Token ids `[B, S]` to learn from, a batch in each step.
+        held_out: Others, to choose by.
+        steps: Of each layer.
+        seed: Of the order of samples.
+
+    Returns:
+        Name of a row with corrections -> its loss before and after.
+    """
+    rows = {str(number): (owner.name, owner.subnetwork) for number, owner in enumerate(model.model.owners)}
+    if not rows:
+        return {}
+    own = {name: parameter for name, parameter in model.named_parameters() if owner_number(name) is not None}
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    plain = {name: mean_loss(model, row, held_out) for name, row in rows.values()}
+    size = len(batches[0])
+    recipe = BlockRecipe(steps, size, LEARNING_RATE, seed=seed, parameters="corrections", inputs="parent")
+    with TemporaryDirectory() as folder:
+        distill_blocks(ModelBlocks(model), Text(torch.cat(list(batches))[: steps * size]), recipe, folder=Path(folder))
+    losses = {}
+    with torch.no_grad():
+        for number, (row, subnetwork) in rows.items():
+            losses[row] = plain[row], mean_loss(model, subnetwork, held_out)
+            if not losses[row][1] < losses[row][0]:
+                for name in own:
+                    if owner_number(name) == number:
+                        own[name].copy_(before[name])
+    logger.info(f"Losses of the rows before and after their corrections learned: {losses}.")
+    return losses
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ def plan_conversion(
     uniform: bool = True,
     offloaded: bool = False,
     keeps_moments: bool = False,
+    block_steps: int = 0,
 ) -> ConversionPlan:
     """Estimate what `convert` will take.
 
@@ -82,7 +83,8 @@ def plan_conversion(
         device: Where it runs.
         calibrated: Whether there is text; without, no pass is made.
         budgets: Number of rows.
-        max_samples, sequence_length, batch_size, search_evaluations, order, corrections, uniform: as in `convert`.
+        max_samples, sequence_length, batch_size, search_evaluations, order, corrections, block_steps, uniform: As in
+            `convert`.
         offloaded, keeps_moments: Whether weights lie in files, and whether second moments are kept.
     """
     built, size = config.built, bytes_per_value(dtype or config.dtype)
@@ -105,6 +107,7 @@ def plan_conversion(
         "sizes of layers": 0 if uniform else moments,
         # One way to fit serves all rows; the other runs the parent and the row, twice.
         "corrections": moments + budgets * (4 * moments + 3 * held_out) if corrections else 0,
+        "blocks": 3 * budgets * block_steps * batch_size * length,
     }
     batch = min(batch_size, max_samples) * length
     largest = size * max(config.vocab_size, config.intermediate_size) * config.hidden_size

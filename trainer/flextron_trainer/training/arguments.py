@@ -10,11 +10,12 @@ from transformers.utils import logging
 
 from modeling_flextron.errors import invalid, require_int
 
+from ..blockwise import INPUTS, PARAMETERS
 from ..losses import CHUNK_SIZE
 from .sampling import SAMPLERS
 
 logger = logging.get_logger(__name__)
-STAGES = ("elastic", "router", "joint")
+STAGES = ("elastic", "blocks", "router", "joint")
 METHODS = ("surrogate", "gumbel", "token")
 COSTS = ("parameters", "latency")
 # What the base class offers and elastic training cannot honour, where it is set: why, and what to do instead.
@@ -58,8 +59,9 @@ class FlextronTrainingArguments(TrainingArguments):
     stage: str = field(
         default="elastic",
         metadata={
-            "help": "What is trained: 'elastic': the weights, at many sizes; 'router': what picks sizes for a budget,"
-            " with frozen weights; 'joint': both."
+            "help": "What is trained: 'elastic': the weights, at many sizes; 'blocks': the same layer by layer, each to"
+            " what that of the full network writes, as a start; 'router': what picks sizes for a budget, with frozen"
+            " weights; 'joint': both."
         },
     )
     sampler: str = field(
@@ -86,6 +88,20 @@ class FlextronTrainingArguments(TrainingArguments):
         },
     )
     loss_chunk_size: int = field(default=CHUNK_SIZE, metadata={"help": "Tokens whose logits exist at the same time."})
+    block_parameters: str = field(
+        default="all",
+        metadata={
+            "help": "Of stage 'blocks': 'all', or 'corrections': what rows own beside the shared weights, so that the"
+            " full network stays exactly as it is."
+        },
+    )
+    block_inputs: str | None = field(
+        default=None,
+        metadata={
+            "help": "What a layer of a row reads in stage 'blocks': 'own', what the row's layers before wrote, or"
+            " 'parent'. Default: 'own' where all is trained, 'parent' where corrections are."
+        },
+    )
     router_method: str = field(
         default="surrogate",
         metadata={
@@ -120,8 +136,11 @@ class FlextronTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._changed = dict(self._given())
+        if self.block_inputs is None:
+            self.block_inputs = "own" if self.block_parameters == "all" else "parent"
         for name, allowed in (
-            ("stage", STAGES), ("sampler", SAMPLERS), ("router_method", METHODS), ("router_cost", COSTS)
+            ("stage", STAGES), ("sampler", SAMPLERS), ("router_method", METHODS), ("router_cost", COSTS),
+            ("block_parameters", PARAMETERS), ("block_inputs", INPUTS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise invalid(name, getattr(self, name), f"It is one of {', '.join(allowed)}.", "Pick one of them.")

@@ -58,7 +58,7 @@ def check_model(model: Any, args: FlextronTrainingArguments) -> None:
         raise invalid("model", type(model).__name__, "The trainer trains Flextron models.", remedy)
     if hasattr(model, "peft_config") and args.stage != "elastic":
         remedy = "Train the adapters with stage='elastic', or merge them first."
-        raise invalid("stage", args.stage, "Routers learn on weights without adapters.", remedy)
+        raise invalid("stage", args.stage, "Routers and single layers learn on weights without adapters.", remedy)
     if runs_divided(model):
         remedy = (
             "Divide it with FSDP, as by `DistributedConfig(fsdp_size=...)`, or train each size as a `Trainer` does."

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from modeling_flextron import FlextronConfig, SubNetwork
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork
 from modeling_flextron.frontier import held
+from modeling_flextron.level_reader import empty_model
 from modeling_flextron.subnetwork import bytes_per_value, count_parameters, smallest_subnetwork
 
+from ..blockwise import learning_parameters
 from .arguments import FlextronTrainingArguments
 
 GIB = 2**30
@@ -25,7 +27,7 @@ LOGIT_ARRAYS = 4  # [chunk, vocabulary] in float32 at the same time: probabiliti
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device.
+    """Bytes on one device; in stage `blocks` parameters, gradients and optimizer are those of one layer.
 
     Args:
         parameters: Weights, with their copies in bfloat16 under autocast.
@@ -97,11 +99,14 @@ def plan_memory(
         sequence_length: Tokens in a row.
         dtype: Of the weights before training; None for that of the config.
         teacher: The config of a separate teacher; None without one.
-        teacher_bytes: Bytes of its weights on the training device.
+        teacher_bytes: Bytes of its weights on the training device; in stage `blocks` of the model itself, where it is
+            in memory.
         adapter_bytes: Of adapters, which are trained alone; 0 where the weights are trained.
         sharded: Whether FSDP divides weights, gradients and optimizer among the processes.
         metrics: Whether evaluations compute all logits; what they keep of those until the end is not counted.
     """
+    if args.stage == "blocks":
+        return _plan_blocks(config, args, sequence_length, teacher_bytes)
     learns = args.stage != "router" and not adapter_bytes  # routers are small
     size, built = 4 if learns and args.float32_weights else bytes_per_value(dtype or config.dtype), config.built
     tokens = args.per_device_train_batch_size * sequence_length
@@ -146,6 +151,8 @@ def plan_run(
     own, adapters = 0, 0
     if teacher is not None and teacher.device.type == args.device.type:
         own = _bytes_of(*teacher.parameters(), *teacher.buffers())
+    if args.stage == "blocks":
+        own = _bytes_of(*model.parameters())  # of which one layer at a time learns
     if hasattr(model, "peft_config"):
         adapters = _bytes_of(*(parameter for parameter in model.parameters() if parameter.requires_grad))
     return plan_memory(
@@ -163,6 +170,30 @@ def plan_run(
 
 def _bytes_of(*tensors: torch.Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _plan_blocks(config: FlextronConfig, args: FlextronTrainingArguments, length: int, model_bytes: int) -> MemoryPlan:
+    """The memory of one layer that learns. States of all tokens are on the host: in a file, or less than a limit."""
+    model = empty_model(FlextronForCausalLM, config)
+    layers = [list(layer.parameters()) for layer in model.model.layers]
+    learning = [learning_parameters(layer, args.block_parameters) for layer in model.model.layers]
+    largest, learns = (max(sum(p.numel() for p in each) for each in many) for many in (layers, learning))
+    tokens, built = args.per_device_train_batch_size * length, config.built
+    slices = max(p.numel() for p in layers[0])  # the gradient of a slice is padded with zeros
+    states = 4 * 4 * tokens * built.hidden + 4 * built.hidden**2  # what is read, written and aimed at; the metric
+    trained = 4 * (largest + 3 * learns)
+    outside = bytes_per_value(config.dtype) * config.vocab_size * built.hidden
+    return MemoryPlan(
+        parameters=4 * largest,
+        gradients=4 * learns,
+        optimizer=8 * learns,
+        activations=_activations(config, built, tokens, 4, args.bf16, False, False) + 4 * slices + states,
+        teacher=model_bytes,
+        logits=0,
+        evaluation=0 if model_bytes else max(0, 2 * outside - trained),  # embeddings, as they are written at the end
+        overlap=0,
+        available=_available(args.device),
+    )
 
 
 def _evaluation(

@@ -23,11 +23,13 @@ from modeling_flextron.checkpoint import sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 
+from ..blockwise import ModelBlocks
 from ..data import collator
 from ..losses import HeadLoss, Teacher
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
 from .batches import first_batches, read_batch, stored_length
+from .block_stage import check_block_run, train_blocks
 from .checks import (
     REFUSED_KEYWORDS,
     check_arguments,
@@ -89,6 +91,8 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
             model = load_elastic(model)
         check_model(model, args)
         assert isinstance(model, torch.nn.Module)
+        if args.stage == "blocks":
+            check_block_run(model, args, {**kwargs, "teacher": teacher})
         for adapter in getattr(model, "peft_config", {}).values():  # a checkpoint says whose it is
             claim(getattr(model, "get_base_model", lambda: model)(), adapter)
         kwargs["data_collator"] = kwargs.get("data_collator") or collator(kwargs.get("processing_class"))
@@ -111,7 +115,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         self.routers: RouterStage | None = None
         if args.stage == "elastic":
             warn_about_untrained_sizes(self.model.config, args)
-        else:
+        elif args.stage != "blocks":
             steps = args.max_steps if args.max_steps > 0 else self._steps_of_epochs()
             self.routers = RouterStage(self.model, args, steps)
             if self.is_fsdp_enabled and self.routers.learner is not None:
@@ -290,6 +294,8 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        if self.args.stage == "blocks":
+            return self._train_blocks(bool(resume_from_checkpoint))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if self.args.should_save:
@@ -308,6 +314,13 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
             size = self.args.per_device_eval_batch_size
             self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
         return result
+
+    def _train_blocks(self, resume: bool) -> TrainOutput:
+        """Let the layers learn one by one, and save the model, as layers that have learned lie in its folder."""
+        kept, errors = train_blocks(ModelBlocks(self.model), self.args, self.train_dataset, self.data_collator, resume)
+        self.save_model()
+        kept.remove()
+        return TrainOutput(self.model.config.training_runs[-1]["steps"], 0.0, errors)
 
     def _train(self, resume_from_checkpoint: str | None, **kwargs) -> TrainOutput:
         length = stored_length(self.train_dataset)
