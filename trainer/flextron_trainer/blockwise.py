@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 from transformers.utils.generic import is_flash_attention_requested
 
 from modeling_flextron.corrections import Owner, number_of_owner, owner_number
@@ -472,6 +471,8 @@ def _learn(
     text: Text, recipe: BlockRecipe, bar: tqdm,
 ) -> Errors:  # fmt: skip
     """Let one layer learn; the errors of its parts before and after."""
+    from transformers import get_scheduler  # PEFT comes with it
+
     errors = partial(_errors, blocks, number, layer, parts, streams, metric, text, recipe.autocast)
     few, r = list(range(min(MEASURED, len(text.input_ids)))), recipe
     with _learning(layer, r.parameters, blocks.dtype) as parameters:
