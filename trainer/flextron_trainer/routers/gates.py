@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from modeling_flextron import FlextronConfig, SubNetwork
-from modeling_flextron.elastic import ElasticLayerNorm
 from modeling_flextron.subnetwork import RoutedSubNetwork
 from modeling_flextron.token_routing import TokenRouting
 
@@ -25,20 +24,6 @@ def spread(at_least: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     smaller = [*sizes[1:], 0]
     counts = torch.tensor([size - less for size, less in zip(sizes, smaller, strict=True)], device=at_least.device)
     return at_least.flip(-1).repeat_interleave(counts.flip(0), dim=-1)
-
-
-def norm_over(module: Any, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """Run a norm of the decoder over some channels of `[..., D]`: those where `gate` `[D]` is 1, and not those of 0."""
-    states, count, size = hidden_states.float(), gate.sum(), hidden_states.shape[-1]
-    if isinstance(module, ElasticLayerNorm):
-        states = states - (states * gate).sum(-1, keepdim=True) / count
-        mean_square = (states.square() * gate).sum(-1, keepdim=True) / count
-    else:
-        mean_square = (states * gate).square().sum(-1, keepdim=True) / count
-    result = module.weight[:size] * (states * (mean_square + module.eps).rsqrt())
-    if isinstance(module, ElasticLayerNorm):
-        result = result + module.bias[:size]
-    return (result * gate).to(hidden_states.dtype)
 
 
 class RelaxedSizes:
@@ -60,7 +45,7 @@ class RelaxedSizes:
 
     def norm(self, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """A norm over the chosen channels."""
-        return module(hidden_states) if self.channels is None else norm_over(module, hidden_states, self.channels)
+        return module(hidden_states) if self.channels is None else module(hidden_states, self.channels)
 
     def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
         """The attention of a layer with gates on its heads."""
