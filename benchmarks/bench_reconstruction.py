@@ -11,7 +11,8 @@ losses above the parent's are those of
     chosen          of these the one that the sample's held-out blocks choose
     chosen + corrections    that order with corrections of at most --corrections of the row's parameters, fitted to what
                     the parent's layers write
-    chosen + corrections, sequential    fitted layer by layer to what the corrected layers write, norms included (--sequential)
+    chosen + corrections, sequential    fitted layer by layer to what the corrected layers write, norms included
+                    (--sequential)
     chosen + least squares  the first kind at full rank: the bound of what such corrections can do (--bounds)
 
 Rows are, of each budget, the largest uniform one that cuts neurons alone, what `convert` chooses by size, and ("by

@@ -116,10 +116,7 @@ def attention_masks(
         masks = {kind: MASKS[kind](config, hidden_states, *known) for kind in dict.fromkeys(config.layer_types)}
     if places is None or not is_flash_attention_requested(config):
         return masks, {}
-    return masks, flash_options(places, len(hidden_states))
-
-
-def flash_options(places: torch.Tensor, batch: int) -> dict[str, Any]:
-    """Where documents begin in `batch` rows one after the other, as flash attention takes it."""
-    (queries, keys), (longest, _) = prepare_fa_kwargs_from_position_ids(places.expand(batch, -1))
-    return {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys, "max_length_q": longest, "max_length_k": longest}
+    # Where documents begin in all rows one after the other.
+    (queries, keys), (longest, _) = prepare_fa_kwargs_from_position_ids(places.expand(len(hidden_states), -1))
+    ends = {"cu_seq_lens_q": queries, "cu_seq_lens_k": keys, "max_length_q": longest, "max_length_k": longest}
+    return masks, ends

@@ -10,9 +10,10 @@ from helpers import VARIANTS, elastic_of, flextron, let_tokens_choose, parent_of
 from training import arguments, rows, with_adapter
 
 from flextron_trainer import FlextronTrainer, convert
-from flextron_trainer.blockwise import BlockRecipe, ModelBlocks, States, Streams, Text, distill_blocks
+from flextron_trainer.blockwise import BlockRecipe, States, Streams, distill_blocks
 from flextron_trainer.data import collator
 from flextron_trainer.demo import train_tokenizer
+from flextron_trainer.layerwise import ModelBlocks, Text
 from flextron_trainer.models import load_elastic
 from flextron_trainer.training.block_stage import train_folder
 from modeling_flextron.frontier import held

@@ -14,7 +14,7 @@ from flextron_trainer.conversion.convert import _elastic_config, _ranked_heads, 
 from flextron_trainer.conversion.importance import Importance, fingerprint, measure, rank_layers
 from flextron_trainer.conversion.orders import RANKINGS
 from flextron_trainer.conversion.rows import mean_loss
-from flextron_trainer.conversion.walk import Walk, parts_of
+from flextron_trainer.layerwise import Walk, parts_of
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.subnetwork import AXES, smallest_subnetwork
 
@@ -169,7 +169,7 @@ def test_layers_are_ranked_by_the_logits_without_computing_them(variant, monkeyp
 @torch.no_grad()
 def test_running_layer_by_layer_is_running_the_model(elastic, ids):
     for subnetwork in all_sizes(elastic, 3):
-        (states,) = Walk(elastic.model, subnetwork).all([ids])
+        (states,) = Walk(elastic, subnetwork).all([ids])
         torch.testing.assert_close(states, elastic.model(ids, flextron_budget=subnetwork).last_hidden_state)
     assert [len(part) for part in parts_of([ids] * 5, 2 * ids.numel())] == [2, 2, 1]
 
@@ -178,7 +178,7 @@ def test_second_moments_are_kept_and_used_again(tmp_path, monkeypatch):
     same = {"mlp": [1, 0.5], "heads": [1, 0.5], "budgets": [1, 0.7], "order": "obs", "moments": tmp_path / "moments"}
     first = convert(parent_of("gqa-wide-heads"), DATA, **same)
     assert len(list((tmp_path / "moments").iterdir())) == 2 * 4
-    monkeypatch.setattr("flextron_trainer.conversion.reconstruction.Halves.read_by_down", None)  # measured no more
+    monkeypatch.setattr("flextron_trainer.conversion.reconstruction.run_half", None)  # measured no more
     again = convert(parent_of("gqa-wide-heads"), DATA, **same)
     for (name, a), (_, b) in zip(first.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name

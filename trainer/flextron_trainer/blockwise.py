@@ -13,7 +13,7 @@ being forgotten.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils.generic import is_flash_attention_requested
 
-from modeling_flextron.corrections import Owner, number_of_owner, owner_number
+from modeling_flextron.corrections import owner_number
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
-from modeling_flextron.positions import MASKS, documents, flash_options
 from modeling_flextron.switching import quantization_method
+
+from .layerwise import FULL, Blocks, Sizes, Text, run_layer, sizes_of
 
 PARAMETERS, INPUTS = ("all", "corrections"), ("own", "parent")
 IN_MEMORY = 2**28  # bytes of the states behind one layer; more of them go to a file
@@ -71,47 +71,6 @@ class BlockRecipe:
     quiet: bool = False
 
 
-@dataclass(frozen=True)
-class Text:
-    """Sequences to learn from.
-
-    Args:
-        input_ids: `[N, S]`.
-        attention_mask: `[N, S]` with zeros at padding; None without any.
-        position_ids: `[N, S]` that keep documents apart; None where each sequence is one.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-
-    def at(self, places: Sequence[int], device: torch.device | str) -> "Text":
-        """Some of the sequences, on a device."""
-        parts = (self.input_ids, self.attention_mask, self.position_ids)
-        return Text(*(part if part is None else part[list(places)].to(device) for part in parts))  # type: ignore[arg-type]
-
-
-class Blocks(Protocol):
-    """The layers of an elastic model, of which one at a time need be in memory."""
-
-    config: Any
-    owners: Sequence[Owner]
-    device: torch.device
-    dtype: torch.dtype
-
-    def embed(self, text: Text) -> torch.Tensor:
-        """States `[B, S, D]` before the first layer."""
-
-    def layer(self, number: int) -> AbstractContextManager[torch.nn.Module]:
-        """A layer, on the device; what it learns inside of the block must be taken from it there."""
-
-    def rotary(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines of positions; None where those are learned."""
-
-    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the output head, `[V, D]`, and of the norm before it, `[D]`, wherever they are."""
-
-
 class Kept(Protocol):
     """Where layers are kept that have learned, for a run that goes on."""
 
@@ -127,39 +86,11 @@ class Kept(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """What a row does in a layer: `aim` is the layer whose entry it aims at; a size is None where it is full."""
+    """A row in a layer, with its sizes there; `aim` is the layer whose entry it aims at."""
 
     name: str
-    hidden: int | None
-    mlp: int | None
-    heads: int | None
-    owner: str | None
+    sizes: Sizes
     aim: int
-
-
-class ModelBlocks:
-    """The layers of a model in memory, which change in place."""
-
-    def __init__(self, model: Any):
-        self.model, self.decoder = model, model.base_model
-        self.config, self.owners = self.decoder.config, self.decoder.owners
-        self.device, self.dtype = self.decoder.device, self.decoder.dtype
-
-    def embed(self, text: Text) -> torch.Tensor:
-        states = self.decoder.embed_tokens(text.input_ids)
-        if self.decoder.embed_positions is None:
-            return states
-        return states + self.decoder.embed_positions(positions_of(text, states))
-
-    @contextmanager
-    def layer(self, number: int) -> Iterator[torch.nn.Module]:
-        yield self.decoder.layers[number]
-
-    def rotary(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return None if self.decoder.rotary_emb is None else self.decoder.rotary_emb(states, position_ids)
-
-    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.get_output_embeddings().weight.detach(), self.decoder.norm.weight.detach()
 
 
 class States:
@@ -235,7 +166,7 @@ class Streams:
         for following in range(max(self.at) + 1, number + 1):
             before = following - 1
             with self.blocks.layer(before) as layer:
-                make = partial(self._advanced, layer, before)
+                make = partial(self._behind, layer, self.at[before], FULL)
                 self.at[following] = self._states(make, str(following), self.shape[-1])
         return self.at[number]
 
@@ -248,13 +179,9 @@ class Streams:
         """Let rows read what they wrote in a layer from here on."""
         for part in parts:
             before = self.read_by(part, number)
-            hidden = self.shape[-1] if part.hidden is None else part.hidden
-
-            def run(text: Text, places: list[int], part: Part = part, before: States = before) -> torch.Tensor:
-                states = before.read(places).to(self.blocks.device)
-                return run_part(layer, part, states, surroundings(self.blocks, number, states, text))
-
-            self.own[part.name] = self._states(run, f"{part.name}-{number + 1}", hidden)
+            hidden = part.sizes["hidden"] or self.shape[-1]
+            make = partial(self._behind, layer, before, part.sizes)
+            self.own[part.name] = self._states(make, f"{part.name}-{number + 1}", hidden)
             if before is not self.at.get(number):
                 before.close()
 
@@ -268,9 +195,10 @@ class Streams:
         for states in (*self.at.values(), *self.own.values()):
             states.close()
 
-    def _advanced(self, layer: torch.nn.Module, number: int, text: Text, places: list[int]) -> torch.Tensor:
-        states = self.at[number].read(places).to(self.blocks.device)
-        return layer(states, **surroundings(self.blocks, number, states, text))
+    def _behind(
+        self, layer: torch.nn.Module, before: States, sizes: Sizes, text: Text, places: list[int]
+    ) -> torch.Tensor:
+        return run_layer(self.blocks, layer, before.read(places).to(self.blocks.device), text, sizes)
 
     def _states(self, make: Callable[[Text, list[int]], torch.Tensor], name: str, hidden: int) -> States:
         """Make states batch by batch."""
@@ -282,30 +210,6 @@ class Streams:
         return states
 
 
-def positions_of(text: Text, states: torch.Tensor) -> torch.Tensor:
-    """Positions of the tokens of `states` `[B, S, D]`."""
-    if text.position_ids is not None:
-        return text.position_ids
-    return torch.arange(states.shape[1], device=states.device)[None]
-
-
-def surroundings(blocks: Blocks, number: int, states: torch.Tensor, text: Text) -> dict[str, Any]:
-    """What a layer is called with beside states and sizes: its mask, and where tokens are."""
-    places = documents(text.position_ids, text.attention_mask, None, False)
-    known = (text.attention_mask, None) if places is None else (None, None, places)
-    positions, config = positions_of(text, states), blocks.config
-    found: dict[str, Any] = {
-        "attention_mask": MASKS[config.layer_types[number]](config, states, *known),
-        "position_ids": positions if places is None else places,
-        "position_embeddings": None,
-    }
-    if (rotary := blocks.rotary(states, positions)) is not None:
-        found["position_embeddings"] = tuple(part.unsqueeze(1) for part in rotary)  # the same for every head
-    if places is not None and is_flash_attention_requested(config):
-        found |= flash_options(places, len(states))
-    return found
-
-
 def parts_of(blocks: Blocks, number: int, recipe: BlockRecipe) -> list[Part]:
     """The rows that learn in a layer, the largest first."""
     built, found = blocks.config.built, []
@@ -313,28 +217,14 @@ def parts_of(blocks: Blocks, number: int, recipe: BlockRecipe) -> list[Part]:
     if built in held(blocks.config.frontier).values():
         del rows["full"]
     for name, row in rows.items():
-        owner = number_of_owner(blocks.owners, row)
-        if number not in row.layers or (owner is None and recipe.parameters == "corrections"):
+        if number not in row.layers:
             continue
-        at = row.layers.index(number)
-        mlp, heads = row.mlp[at], row.heads[at]
-        found.append(
-            Part(
-                name,
-                hidden=None if row.hidden == built.hidden else row.hidden,
-                mlp=None if mlp == built.mlp[number] else mlp,
-                heads=None if heads == built.heads[number] else heads,
-                owner=owner,
-                aim=(*row.layers, len(built.layers))[at + 1],
-            )
-        )
+        sizes = sizes_of(blocks, row)[number]
+        if sizes["owner"] is None and recipe.parameters == "corrections":
+            continue
+        aim = (*row.layers, len(built.layers))[row.layers.index(number) + 1]
+        found.append(Part(name, sizes, aim))
     return found
-
-
-def run_part(layer: torch.nn.Module, part: Part, states: torch.Tensor, around: dict[str, Any]) -> torch.Tensor:
-    """What a row writes in a layer, `[B, S, d]`, of the leading channels of `states`."""
-    sizes = {"mlp": part.mlp, "heads": part.heads, "hidden": part.hidden, "owner": part.owner}
-    return layer(states[..., : part.hidden], **sizes, **around)
 
 
 @dataclass(frozen=True)
@@ -512,7 +402,7 @@ def _errors(
         for part in parts:
             states = streams.read_by(part, number).read(places).to(blocks.device, torch.float32)
             aim = streams.reach(part.aim).read(places).to(blocks.device)
-            error = metric.errors(run_part(layer, part, states, surroundings(blocks, number, states, rows)), aim)
+            error = metric.errors(run_layer(blocks, layer, states, rows, part.sizes), aim)
             real = torch.ones_like(error) if rows.attention_mask is None else rows.attention_mask.to(error)
             yield part, (error * real).sum() / real.sum()
 

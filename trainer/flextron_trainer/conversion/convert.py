@@ -296,7 +296,7 @@ def elastic_config(
     depth: Choices | None = None,
     budgets: Sequence[Any] | Mapping[str, Any] = DEFAULT_BUDGETS,
 ) -> FlextronConfig:
-    """What `convert` would make of a parent, from its config alone.
+    """Make the config that `convert` would give a parent, from its config alone.
 
     Its layers are dropped from the last one upwards, and its frontier has the largest sub-network within each budget;
     `convert` chooses by importance and by loss.
@@ -484,7 +484,7 @@ def _permute(elastic: FlextronForCausalLM, scores: Importance, place: Place | No
 
 
 def _sorted(config: FlextronConfig, start: Permutation, scores: Importance) -> Permutation:
-    """What was made for the parent stays in its order on every axis that has one size."""
+    """The permutation by scores; axes that have one size stay in the order of the parent."""
     kv_heads = config.num_key_value_heads
     orders: dict[str, Any] = {}
     if len(config.choices("hidden")) > 1:

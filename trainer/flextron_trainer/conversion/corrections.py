@@ -17,7 +17,8 @@ from modeling_flextron.families import is_shared
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import SubNetwork
 
-from ..blockwise import BlockRecipe, ModelBlocks, Text, distill_blocks
+from ..blockwise import BlockRecipe, distill_blocks
+from ..layerwise import ModelBlocks, Text
 from .moments import Moments
 from .reconstruction import Corrections, from_inputs, within
 from .rows import mean_loss

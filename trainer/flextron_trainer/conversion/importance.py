@@ -1,4 +1,4 @@
-"""How important each neuron, head, channel and layer is, from forward passes alone.
+"""Scores the importance of each neuron, head, channel and layer, from forward passes alone.
 
 The score of a unit is the L2 norm over samples of its mean absolute activation over the sequence, in float32
 (Minitron, arXiv 2407.14679, section 2.2; the aggregation its Table 13 finds best):
@@ -26,8 +26,8 @@ from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import stored_heads
 
+from ..layerwise import Walk, parts_of
 from .moments import MOMENT_TOKENS
-from .walk import Walk, parts_of
 
 CONTROLS = ("random", "reverse")
 
@@ -144,7 +144,7 @@ def measure(model, batches: Sequence[torch.Tensor]) -> Importance:
         model: A `FlextronForCausalLM` at full size.
         batches: Token ids `[B, S]`.
     """
-    statistics, walk = _Statistics(), Walk(model.model)
+    statistics, walk = _Statistics(), Walk(model)
     for part in tqdm(list(parts_of(batches, MOMENT_TOKENS)), desc="Importance", unit="part"):
         walk.all(part, statistics.observe)
     by_channel = statistics.scores("heads")
@@ -201,7 +201,7 @@ def rank_layers(model, batches: Sequence[torch.Tensor], count: int) -> torch.Ten
     before the logits: their square is a quadratic form of what the head reads. So one round takes half a pass for each
     candidate, and in memory are two states of one batch beside what the head reads of all.
     """
-    walk, square = Walk(model.model), _squared_logits(model.lm_head.weight)
+    walk, square = Walk(model), _squared_logits(model.lm_head.weight)
     whole = walk.all(batches)
     energy = sum(square(states) for states in whole)
     remaining, ranking, anchors = list(model.built.layers), list[int](), model.config.anchors()
@@ -226,7 +226,7 @@ def rank_layers(model, batches: Sequence[torch.Tensor], count: int) -> torch.Ten
 
 
 def _squared_logits(head: torch.Tensor) -> Callable[[torch.Tensor], float]:
-    """What gives the sum of the squares of the logits of states `[..., D]` under a head `[V, D]`, without logits."""
+    """A function that sums the squares of the logits of states `[..., D]` under a head `[V, D]`, without logits."""
     gram = torch.zeros(head.shape[1], head.shape[1], device=head.device)
     for part in head.split(2**14):
         gram.addmm_(part.float().T, part.float())

@@ -46,7 +46,7 @@ class MomentFiles:
             raise invalid("moments", str(path), rule, "Delete it to measure them again.") from error
 
     def complete(self, layers: int) -> bool:
-        """Whether there is a file for every matrix of so many layers."""
+        """Tell whether there is a file for every matrix of so many layers."""
         return all((layer, axis) in self for layer in range(layers) for axis in ("heads", "mlp"))
 
     def save(self, layer: int, axis: str, moments: Moments) -> None:
@@ -60,7 +60,7 @@ class MomentFiles:
             save_file(tensors, path, metadata=self.about)
 
     def load(self, layer: int, axis: str, device: torch.device | str) -> Moments:
-        """What `save` kept."""
+        """Read what `save` kept."""
         with safe_open(self._path(layer, axis), framework="pt", device=str(device)) as file:
             inputs, input_sum = file.get_tensor("inputs"), file.get_tensor("input_sum")
             weighted, count = file.get_tensor("tokens").tolist()
@@ -71,7 +71,7 @@ class MomentFiles:
 def moment_files(
     folder: str | os.PathLike | None, model: Any, batches: Sequence[torch.Tensor], wanted: bool
 ) -> Iterator[MomentFiles | None]:
-    """Where second moments of a model in its parent's order are kept: in a folder, or for as long as the block runs.
+    """Keep second moments of a model in its parent's order in a folder, or in files for as long as the block runs.
 
     Args:
         folder: None for the latter.

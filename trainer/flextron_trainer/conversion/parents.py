@@ -1,4 +1,4 @@
-"""What may be given as a parent, brought to one plain dense model: loaded, adapters merged, anything else refused."""
+"""Brings whatever may be a parent to one plain dense model: loads it, merges adapters, refuses anything else."""
 
 import copy
 import os
@@ -76,7 +76,7 @@ def adapter_of(source: str | os.PathLike, **hub: Any) -> Any:
 
 
 def place_of(source: str | os.PathLike, file: str, **hub: Any) -> str:
-    """Where a file of a parent is looked for: with itself, or with the base of an adapter that has no such file."""
+    """Find the source of a file of a parent: the parent itself, or the base of an adapter that has no such file."""
     adapter = adapter_of(source, **hub)
     quiet = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
     if adapter is None or cached_file(os.fspath(source), file, **hub, **quiet) is not None:

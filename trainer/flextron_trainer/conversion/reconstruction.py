@@ -1,4 +1,4 @@
-"""What is lost when units are cut, and how much of it linear algebra brings back, without training.
+"""Fits corrections of rows by linear algebra: they bring back a part of what is lost when units are cut.
 
 A row of the frontier runs the leading units that `down_proj` and `o_proj` read. What it writes differs from what the
 parent writes, in part by what the units that are left could make up for (`moments.py`): low-rank corrections of these
@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
+from ..layerwise import ModelBlocks, Text, observed, run_half, surroundings
 from .moment_files import MomentFiles
 from .moments import RIDGE, Moments, allocate, least_squares, low_rank, norm_scale
-from .walk import Walk
 
 PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 LIKELY = 16  # times the mean rank: no matrix of a row is expected to get more
@@ -31,7 +31,7 @@ LIKELY = 16  # times the mean rank: no matrix of a row is expected to get more
 
 @dataclass(frozen=True)
 class Corrections:
-    """What one row of the frontier adds to the weights that it shares with the others.
+    """Tensors that one row of the frontier adds to the weights that it shares with the others.
 
     Names are those of the parameters of the full elastic model, so `layers.3` is layer 3 whether or not others are
     dropped. `d` and `k` are the sizes of the row, `r` the rank, which differs between matrices.
@@ -45,13 +45,13 @@ class Corrections:
     vectors: dict[str, torch.Tensor]
 
     def parameters(self) -> int:
-        """How many numbers the row owns."""
+        """Count the numbers that the row owns."""
         return sum(up.numel() + down.numel() for up, down in self.low_rank.values()) + sum(
             vector.numel() for vector in self.vectors.values()
         )
 
     def cut(self, ranks: Mapping[str, int]) -> "Corrections":
-        """Those of lower ranks."""
+        """Cut each to a lower rank."""
         kept = {name: ranks.get(name, 0) for name in self.low_rank}
         low_rank = {
             name: (up[:, : kept[name]].clone(), down[: kept[name]].clone())
@@ -59,25 +59,6 @@ class Corrections:
             if kept[name]
         }
         return Corrections(low_rank, self.vectors)
-
-
-class Halves(Walk):
-    """The two halves of each layer of a decoder, run one after the other on states that are given."""
-
-    def read_by_output(self, layer: int, normed: torch.Tensor, heads: int, hidden: int) -> torch.Tensor:
-        """What `o_proj` reads, `[B, S, heads E]`, of states that are normed already."""
-        found: list[torch.Tensor] = []
-        self.decoder.layers[layer].self_attn(
-            normed, heads=heads, hidden=hidden, observe=lambda _, __, states: found.append(states),
-            **self.around(layer, normed),
-        )  # fmt: skip
-        return found[0]
-
-    def read_by_down(self, layer: int, normed: torch.Tensor, mlp: int, hidden: int) -> torch.Tensor:
-        """What `down_proj` reads, `[B, S, mlp]`, of states that are normed already."""
-        found: list[torch.Tensor] = []
-        self.decoder.layers[layer].mlp(normed, mlp, hidden, observe=lambda _, __, states: found.append(states))
-        return found[0]
 
 
 @torch.no_grad()
@@ -97,26 +78,23 @@ def input_moments(
     Yields:
         Number of the layer, `"heads"` or `"mlp"`, the matrix `[D, K]`, and the moments of what it reads.
     """
-    halves, built = Halves(model.model), model.model.built
+    blocks = ModelBlocks(model)
     if files is not None and files.complete(len(model.model.layers)):
         for i, layer in enumerate(model.model.layers):
-            for axis, matrix in (("heads", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
-                yield i, axis, matrix.weight, files.load(i, axis, model.device)
+            for axis, place in PLACES.items():
+                yield i, axis, layer.get_submodule(place).weight, files.load(i, axis, model.device)
         return
-    states = [halves.embed(ids.to(model.device)) for ids in batches]
+    states = [blocks.embed(Text(ids.to(model.device))) for ids in batches]
     for i, layer in enumerate(tqdm(model.model.layers, desc="Second moments", unit="layer")):
         entering = states
-        for axis, matrix in (("heads", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
+        for axis, place in PLACES.items():
+            matrix = layer.get_submodule(place)
             moments = Moments.zeros(matrix.in_features, 0, model.device)
             following = []
             for x, first in zip(states, entering, strict=True):
-                if axis == "heads":
-                    h = halves.read_by_output(i, layer.input_layernorm(x), built.heads[i], built.hidden)
-                else:
-                    normed = layer.post_attention_layernorm(first if layer.parallel_residual else x)
-                    h = halves.read_by_down(i, normed, built.mlp[i], built.hidden)
-                following.append(x + matrix(h))
-                moments.add(h, h[..., :0], token_weights(following[-1]))
+                h, behind = run_half(blocks, layer, axis, first, x)
+                following.append(behind)
+                moments.add(h, h[..., :0], token_weights(behind))
             states = following
             if files is not None:
                 files.save(i, axis, moments)
@@ -168,13 +146,12 @@ def _fits(
     Yields:
         Name of the matrix, its moments, and the matrix `[d, k]` itself.
     """
-    halves, decoder, d = Halves(model.model), model.model, subnetwork.hidden
+    blocks, decoder, d = ModelBlocks(model), model.model, subnetwork.hidden
     answers, vectors = {} if answers is None else answers, {} if vectors is None else vectors
     device = model.device
-    parent = [halves.embed(ids.to(device)) for ids in batches]
+    parent = [blocks.embed(Text(ids.to(device))) for ids in batches]
     reduced = [states[..., :d] for states in parent]
     at = {layer: i for i, layer in enumerate(subnetwork.layers)}
-    built = model.model.built
 
     def normed(name: str, module: Any, ours: list[torch.Tensor], whole: list[torch.Tensor]) -> list[torch.Tensor]:
         outputs = [module(states) for states in ours]
@@ -191,13 +168,9 @@ def _fits(
     for i, layer in enumerate(tqdm(decoder.layers, desc="Reconstructing", unit="layer", leave=False)):
         prefix = f"model.layers.{i}"
         o, down = layer.self_attn.o_proj, layer.mlp.down_proj
-        middle, after, reads = [], [], []
-        for states in parent:  # the parent, which is what the row is to become
-            h = halves.read_by_output(i, layer.input_layernorm(states), built.heads[i], built.hidden)
-            middle.append(states + torch.nn.functional.linear(h, o.weight, o.bias))
-            inner = layer.post_attention_layernorm(states if layer.parallel_residual else middle[-1])
-            h = halves.read_by_down(i, inner, built.mlp[i], built.hidden)
-            after.append(middle[-1] + torch.nn.functional.linear(h, down.weight, down.bias))
+        # the parent, which is what the row is to become
+        middle = [run_half(blocks, layer, "heads", states, states)[1] for states in parent]
+        after = [run_half(blocks, layer, "mlp", *both)[1] for both in zip(parent, middle, strict=True)]
         if i not in at:
             parent = after
             if not sequential:
@@ -208,12 +181,13 @@ def _fits(
         for name, module, aims in ((f"{prefix}.self_attn.o_proj", o, middle), (f"{prefix}.mlp.down_proj", down, after)):
             if module is o:
                 inputs = normed(f"{prefix}.input_layernorm", layer.input_layernorm, start, parent)
-                reads = [halves.read_by_output(i, states, heads, d) for states in inputs]
+                sizes = {"heads": heads, "hidden": d}
+                reads = [observed(layer.self_attn, x, **sizes, **surroundings(blocks, layer, x))[0] for x in inputs]
             else:
                 sides = (start, parent) if layer.parallel_residual else (reduced, middle)
                 key = f"{prefix}.post_attention_layernorm"
                 inputs = normed(key, layer.post_attention_layernorm, *sides)
-                reads = [halves.read_by_down(i, states, mlp, d) for states in inputs]
+                reads = [observed(layer.mlp, x, mlp=mlp, hidden=d)[0] for x in inputs]
             weight = module.weight[:d, : reads[0].shape[-1]]
             moments = Moments.zeros(weight.shape[1], weight.shape[0], device)
             bias = 0 if module.bias is None else module.bias[:d]
@@ -350,7 +324,7 @@ def from_inputs(
 def _ranks(
     model: Any, subnetwork: SubNetwork, full: Corrections, gains: Mapping[str, torch.Tensor], share: float
 ) -> dict[str, int]:
-    """What of the corrections of a row is kept, so that it owns at most `share` of its parameters."""
+    """Ranks of the corrections of a row with which it owns at most `share` of its parameters."""
     costs = {name: len(up) + down.shape[1] for name, (up, down) in full.low_rank.items()}
     own = sum(vector.numel() for vector in full.vectors.values())
     return allocate(gains, costs, share * count_parameters(model.config, subnetwork, embeddings=False) - own)

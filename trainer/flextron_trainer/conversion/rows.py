@@ -1,4 +1,4 @@
-"""Which sub-networks are recommended: the rows of the frontier, one for each budget."""
+"""Chooses the sub-networks that are recommended: the rows of the frontier, one for each budget."""
 
 import math
 import warnings
@@ -25,10 +25,10 @@ from modeling_flextron.subnetwork import (
 )
 
 from ..evaluation.quality import quality
+from ..layerwise import Walk, parts_of
 from ..losses import RowScores
 from .moments import MOMENT_TOKENS
 from .search import search
-from .walk import Walk, parts_of
 
 _UNITS = {"parameters": "parameters", "memory": "bytes with its KV cache"}
 USED = 0.95  # of a budget: what a row saves beyond that is lost before any training
@@ -216,7 +216,7 @@ def _chain(
 
 
 def name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
-    """What a row is called whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
+    """Name a row whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
     fraction = count_parameters(config, smallest, embeddings=False) / config.parent_size()
     warnings.warn(
         f"The choices do not reach budget {budget!r}: the smallest sub-network costs {fraction:.4g} of the parent's"
@@ -251,7 +251,7 @@ def warn_of_same(name: str) -> None:
 
 
 def limit_of(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
-    """What a budget counts, and how much of it there may be."""
+    """Read a budget: the cost that it limits, and the limit."""
     parsed = parse_budget(budget)
     whole = config.parent_size() if parsed.kind == "fraction" else 1
     return cost_of(config, parsed.kind, budget), parsed.value * whole
@@ -262,7 +262,7 @@ def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: Seque
     """Mean next-token loss in nats over batches of ids `[B, S]`, run layer by layer."""
     found = []
     for part in parts_of(batches, MOMENT_TOKENS):
-        for ids, states in zip(part, Walk(model.model, subnetwork).all(part), strict=True):
+        for ids, states in zip(part, Walk(model, subnetwork).all(part), strict=True):
             scores = RowScores(ids, LOSS_CHUNK)
             scores(states, model.lm_head)
             assert scores.rows is not None
@@ -295,7 +295,7 @@ class TextLoss:
         return self.known[subnetwork]
 
     def effort(self) -> dict[str, int]:
-        """How many `evaluations` were made here, how many `tokens` they read, and how many `full_size_tokens` the
+        """Count the `evaluations` that were made here, the `tokens` that they read, and the `full_size_tokens` that the
         full network reads with as many floating-point operations."""
         config, tokens = self.model.config, sum(batch.numel() for batch in self.batches)
         length = max(batch.shape[1] for batch in self.batches)

@@ -1,4 +1,4 @@
-"""What it costs in nats when a layer writes something else, predicted to second order before anything is cut.
+"""Predicts what it costs in nats when a layer writes something else, to second order, before anything is cut.
 
 Where a layer writes `y + e` instead of `y` into the residual stream, the divergence from the parent's predictions is
 about `e^T F e / 2` per token, with the Fisher information `F = E[g g^T]` of the stream there: `g` is the gradient of
@@ -23,8 +23,9 @@ from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.static_router import Candidate, Step, repaired
 from modeling_flextron.subnetwork import smallest_subnetwork
 
+from ..layerwise import ModelBlocks, Text, run_half
 from .moments import Moments, least_squares, low_rank, regularised
-from .reconstruction import PLACES, Halves, matrix_name, token_weights
+from .reconstruction import PLACES, matrix_name, token_weights
 from .rows import limit_of, name_of_smallest, warn_of_same
 
 SENSITIVITY_TOKENS = 8192
@@ -68,14 +69,13 @@ def sensitivities(model: Any, batches: Sequence[torch.Tensor], seed: int = 0) ->
 
 def _streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     """States `[B, S, D]` behind each half of each layer, in the order of `PLACES`, with a graph between them."""
-    halves, built = Halves(model.model), model.model.built
-    states, found = halves.embed(ids).detach().requires_grad_(), list[torch.Tensor]()
-    for i, layer in enumerate(model.model.layers):
-        h = halves.read_by_output(i, layer.input_layernorm(states), built.heads[i], built.hidden)
-        middle = states + layer.self_attn.o_proj(h)
-        normed = layer.post_attention_layernorm(states if layer.parallel_residual else middle)
-        states = middle + layer.mlp.down_proj(halves.read_by_down(i, normed, built.mlp[i], built.hidden))
-        found += [middle, states]
+    blocks = ModelBlocks(model)
+    states, found = blocks.embed(Text(ids)).detach().requires_grad_(), list[torch.Tensor]()
+    for layer in model.model.layers:
+        entering = states
+        for half in PLACES:
+            states = run_half(blocks, layer, half, entering, states)[1]
+            found.append(states)
     return found
 
 
@@ -86,10 +86,10 @@ def predicted_losses(
     config: FlextronConfig,
     corrections: float = 0.0,
 ) -> dict[str, list[list[float]]]:
-    """What is lost for every number of leading units that a layer may keep.
+    """Predict the loss for every number of leading units that a layer may keep.
 
-    That is between what the slice loses and what the best small matrix does, as near to the latter as the ranks that
-    corrections are likely to have bring it at half of the size.
+    It lies between the loss of the slice and that of the best small matrix, as near to the latter as corrections of
+    the likely rank bring it at half of the size.
 
     Args:
         inputs: Of `sorted_moments`.

@@ -30,15 +30,8 @@ from modeling_flextron.loading import HUB_DEFAULTS, find_files
 from modeling_flextron.modeling_flextron import FlextronRotaryEmbedding
 from modeling_flextron.permutation import FILE as PERMUTATION
 
-from ..blockwise import (
-    BlockRecipe,
-    Blocks,
-    Errors,
-    Text,
-    check_blocks,
-    distill_blocks,
-    positions_of,
-)
+from ..blockwise import BlockRecipe, Errors, check_blocks, distill_blocks
+from ..layerwise import Blocks, Text, positions_of
 from ..models import kind_of, read_config, refuse_tensors
 from .arguments import FlextronTrainingArguments
 
@@ -104,7 +97,7 @@ def steps_of(args: FlextronTrainingArguments, rows: Any) -> int:
 
 
 def recipe_of(args: FlextronTrainingArguments, steps: int) -> BlockRecipe:
-    """How the layers learn, from training arguments."""
+    """Make the recipe of the layers from training arguments."""
     return BlockRecipe(
         steps,
         args.per_device_train_batch_size,
@@ -192,7 +185,7 @@ class StoredBlocks:
         states = rows("embed_tokens", text.input_ids)
         if not self.config.learned_positions:
             return states
-        return states + rows("embed_positions", positions_of(text, states))
+        return states + rows("embed_positions", positions_of(states, text))
 
     @contextmanager
     def layer(self, number: int) -> Iterator[torch.nn.Module]:
@@ -204,9 +197,6 @@ class StoredBlocks:
             yield layer.eval()
         finally:
             layer.to("meta")
-
-    def rotary(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return None if self.rotary_emb is None else self.rotary_emb(states, position_ids)
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor]:
         name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"

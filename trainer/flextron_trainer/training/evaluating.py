@@ -65,7 +65,7 @@ class FrontierEvaluation(Trainer):
         return self.eval_text if dataset is self.eval_dataset else None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """As the base class does, with losses over tokens; for `evaluate()` at every size that has figures."""
+        """Evaluate with losses over tokens; for `evaluate()` at every size that has figures."""
         sizes = measured_sizes(self.model.config) if description == "Evaluation" else {}
         same = (name for name, budget in sizes.items() if self.model.resolve_budget(budget) == self.model.subnetwork)
         current = next(same, "")

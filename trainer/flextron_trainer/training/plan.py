@@ -1,4 +1,4 @@
-"""What a training run keeps in memory on each device, by arithmetic alone: `flextron train --plan`.
+"""Plans the memory of a training run on each device, by arithmetic alone: `flextron train --plan`.
 
 Elastic training runs one sub-network after the other, the largest first, so the peak is the larger of two moments:
 the end of the forward pass of the largest network, when there are no gradients yet (with gradient accumulation there

@@ -1,4 +1,4 @@
-"""What a training run pushes: whole models and checkpoints in one commit each, with a card and without pickles."""
+"""Pushes of a training run: whole models and checkpoints in one commit each, with a card and without pickles."""
 
 import shutil
 from pathlib import Path
@@ -27,7 +27,7 @@ class FamilyPublishing(Trainer):
 
     @property
     def _sharded(self) -> bool:
-        """Whether every process holds a part of each weight (FSDP)."""
+        """Tell whether every process holds a part of each weight (FSDP)."""
         return self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

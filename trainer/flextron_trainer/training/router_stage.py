@@ -1,4 +1,4 @@
-"""What a `FlextronTrainer` does in its stages `router` and `joint`: which routers learn, from what, and what is kept.
+"""Trains routers in the stages `router` and `joint` of a `FlextronTrainer`.
 
 With `surrogate` the losses of real slices teach a small network, and scores learn through it (`surrogate.py`). With
 `gumbel` and `token` routers learn through the language model itself, in passes whose gates have gradients
@@ -98,7 +98,7 @@ class RouterStage:
     # --------------------------------------------------------------------------------------------- parameters
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What learns with `router_learning_rate`."""
+        """List the parameters that learn with `router_learning_rate`."""
         if self.learner is not None:
             return list(self.learner.scores.parameters())
         return [p for name, p in self.model.named_parameters() if ".router." in name]
@@ -115,12 +115,12 @@ class RouterStage:
 
     @property
     def measures(self) -> bool:
-        """Whether routers learn from losses of networks that run as they are, without gradients."""
+        """Tell whether routers learn from losses of networks that run as they are, without gradients."""
         return self.args.router_method == "surrogate"
 
     @property
     def alone(self) -> bool:
-        """Whether only scores learn, which are no part of the model."""
+        """Tell whether only scores learn, which are no part of the model."""
         return self.args.stage == "router" and self.learner is not None
 
     def freeze(self) -> list[torch.nn.Parameter]:
@@ -187,7 +187,7 @@ class RouterStage:
         return nats[1:].mean() / tokens, objective
 
     def draws(self, step: int, inputs: dict[str, Any]) -> list[Draw]:
-        """What a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""
+        """Draw what a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""
         config, count = self.model.config, self.args.subnetworks_per_step
         full = [Draw("full", config.built)] if self.args.stage == "joint" else []
         result = []

@@ -1,4 +1,4 @@
-"""Which sub-networks a training step trains: a function of the seed and the step alone.
+"""Chooses the sub-networks that a training step trains, by the seed and the step alone.
 
 Every process draws the same ones, and a resumed run continues the sequence of the uninterrupted one.
 """

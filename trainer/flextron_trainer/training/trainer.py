@@ -23,8 +23,8 @@ from modeling_flextron.checkpoint import sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 
-from ..blockwise import ModelBlocks
 from ..data import collator
+from ..layerwise import ModelBlocks
 from ..losses import HeadLoss, Teacher
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
@@ -293,7 +293,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
     # ------------------------------------------------------------------------------------ saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        """Train; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if self.args.stage == "blocks":
             return self._train_blocks(bool(resume_from_checkpoint))
         if resume_from_checkpoint is True:
@@ -369,7 +369,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         return TrainOutput(state.global_step, 0.0, {})
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As `Trainer.create_optimizer`, with the routers in a group of their own."""
+        """Make the optimizer, with the routers in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.routers is not None:
             self.routers.join(optimizer)
@@ -382,7 +382,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, with the arguments as JSON instead of a pickle, and with the routers."""
+        """Save the model with the arguments as JSON instead of a pickle, and with the routers."""
         if self.routers is not None:
             self.routers.write()
         super().save_model(output_dir, _internal_call)
