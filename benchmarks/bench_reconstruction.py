@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 
 from flextron_trainer.conversion.convert import _elastic_config, _permute, _take
 from flextron_trainer.conversion.corrections import put_corrections
-from flextron_trainer.conversion.importance import measure
+from flextron_trainer.conversion.importance import fingerprint, fingerprint_of_data, measure
 from flextron_trainer.conversion.moment_files import moment_files
 from flextron_trainer.conversion.orders import RANKINGS, rankings
 from flextron_trainer.conversion.reconstruction import Corrections, from_inputs, sorted_moments, within
@@ -139,7 +139,11 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
             seconds.setdefault(name, time.process_time() - begin)
             return found
 
-        with moment_files(args.moments and args.moments / str(number), model, seen, wanted=True) as files:
+        folder, about = (
+            args.moments and args.moments / str(number),
+            (fingerprint(model), fingerprint_of_data(config, seen)),
+        )
+        with moment_files(folder, config, *about, wanted=True) as files:
             scores = timed("importance", partial(measure, model, seen))
             found = timed("orders", partial(rankings, model, scores, seen, args.orders, files))
             for order, each in found.items():
@@ -150,7 +154,7 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
             result.setdefault("chosen", {})[str(number)] = best
             _permute(model, found[best])
             metrics = timed("sensitivity", partial(sensitivities, model, leading_tokens(seen, SENSITIVITY_TOKENS)))
-            predicted = predicted_losses(sorted_moments(model, seen, files), metrics, config, args.corrections)
+            predicted = predicted_losses(model, sorted_moments(model, seen, files), metrics, args.corrections)
             by_layer = rows_by_prediction(config, {f"{budget:g}": budget for budget in args.budgets}, predicted)
             for row in by_layer[1:]:
                 sample.rows[f"{row.name} by layer"] = row.subnetwork

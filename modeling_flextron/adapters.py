@@ -331,7 +331,8 @@ def _needs_order(model: Any, config: Any, parts: dict[str, re.Match[str]], dims:
     permutation = model.permutation
     if any(m.group("part", "kind") == ("base_layer", "weight") and NUMBER.search(m["module"]) for m in parts.values()):
         return False  # the state of a whole model of ours
-    if permutation is not None:
+    rotated = permutation is not None and permutation.rotated
+    if permutation is not None and not rotated:
         touched = chain.from_iterable(dims[n] or axes(f"{match['module']}.weight") for n, match in parts.items())
         if not permutation.moved & set(touched):
             return False
@@ -340,6 +341,10 @@ def _needs_order(model: Any, config: Any, parts: dict[str, re.Match[str]], dims:
     if theirs and permutation is None:
         rule = "It was trained on a stock model, and this checkpoint does not know in which order that has its units."
         remedy = "Convert the parent again with this version, or train an adapter on this model."
+        raise invalid("adapter", name, rule, remedy)
+    if rotated and theirs is not False:
+        rule = "The residual stream was rotated in the conversion: no channel is one of the parent's."
+        remedy = "Merge it into the parent and convert that, or train an adapter on this model."
         raise invalid("adapter", name, rule, remedy)
     if theirs is None and permutation is not None:
         rule = (

@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 # In a folder of its own: some engines read every safetensors file beside a config as weights.
 FILE = "parent/permutation.safetensors"
 PARTS = ("mlp", "heads", "kv_heads")
+ROTATED = "rotated-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +125,15 @@ class Permutation:
         return self.sizes[axis] * (self.head_dim if axis in ("heads", "kv_heads") else 1)
 
     # ------------------------------------------------------------------------------------------- deriving
+
+    def rotated_by(self, rotation: str) -> "Permutation":
+        """That of a model whose residual stream was rotated as well, which a text tells from other rotations."""
+        return replace(self, conversion=f"{ROTATED}{rotation}")
+
+    @property
+    def rotated(self) -> bool:
+        """Whether no channel is one of the parent's."""
+        return self.conversion.startswith(ROTATED)
 
     def narrowed(self, subnetwork: SubNetwork) -> "Permutation":
         """That of a model which holds only `subnetwork`, a part of this one."""

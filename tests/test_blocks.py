@@ -15,7 +15,7 @@ from flextron_trainer.data import collator
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.layerwise import ModelBlocks, Text
 from flextron_trainer.models import load_elastic
-from flextron_trainer.training.block_stage import train_folder
+from flextron_trainer.training.block_stage import train_blocks, train_folder
 from modeling_flextron.frontier import held
 
 DATA = torch.randint(0, 96, (32, 24), generator=torch.Generator().manual_seed(5))
@@ -118,7 +118,7 @@ def test_a_folder_gives_what_a_model_in_memory_gives(variant, changes, dtype, tm
     monkeypatch.setattr("flextron_trainer.blockwise.IN_MEMORY", 0)
     elastic_of(variant, **changes).to(dtype).save_pretrained(tmp_path / "begin")
     settings = {"stage": "blocks", "max_steps": 3}
-    model, errors = train_folder(
+    model, _, errors = train_folder(
         tmp_path / "begin", arguments(tmp_path / "out", **settings), rows(), collator(), resume=False
     )
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -175,7 +175,9 @@ def test_a_killed_run_goes_on_behind_the_last_layer(inputs, tmp_path):
     results = {}
     for name in ("killed", "whole"):
         settings = arguments(tmp_path / name, stage="blocks", max_steps=3, block_inputs=inputs)
-        _, results[name] = train_folder(tmp_path / "begin", settings, rows(), collator(), resume=name == "killed")
+        found = train_folder(tmp_path / "begin", settings, rows(), collator(), resume=name == "killed")
+        _, kept, results[name] = found
+        kept.remove()
     found, whole = (load_elastic(tmp_path / name) for name in ("killed", "whole"))
     assert equal(weights(found), weights(whole)) and results["killed"] == results["whole"]
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
@@ -259,3 +261,45 @@ def test_conversion_trains_what_rows_own():
     model = convert(copy.deepcopy(parent), DATA, corrections=0.1, block_steps=8, **changes)
     for name, tensor in plain.state_dict().items():
         assert "corrections" in name or torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_run_goes_on_from_its_own_layers_alone(tmp_path):
+    """Not from those of other weights, other documents, or a folder without any."""
+    model = elastic_of("gqa-wide-heads")
+    texts = [{"input_ids": ids.tolist()} for ids in DATA]
+    args = arguments(tmp_path, stage="blocks", max_steps=2)
+    with pytest.raises(ValueError, match="no layers"):
+        train_blocks(ModelBlocks(model), args, texts, collator(None), True)
+    train_blocks(ModelBlocks(copy.deepcopy(model)), args, texts, collator(None), False)
+    train_blocks(ModelBlocks(copy.deepcopy(model)), args, texts, collator(None), True)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights differ"):
+        train_blocks(ModelBlocks(other), args, texts, collator(None), True)
+    parts = [{**row, "position_ids": [*range(12), *range(len(row["input_ids"]) - 12)]} for row in texts]
+    with pytest.raises(ValueError, match="text differ"):
+        train_blocks(ModelBlocks(model), args, parts, collator(None), True)
+
+
+def test_parents_are_run_without_dropout():
+    model = elastic_of("gpt2")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = layer.dropout = 0.5
+    found = []
+    for training in (False, True):
+        model.train(training)
+        streams = Streams(ModelBlocks(model), Text(DATA), 8)
+        found.append(streams.reach(4).read(range(len(DATA))))
+        assert model.model.layers[0].training is training
+    torch.testing.assert_close(*found)
+
+
+def test_what_has_no_gradients_does_not_learn():
+    model = elastic_of("gqa-wide-heads")
+    model.model.layers[1].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    distill_blocks(ModelBlocks(model), Text(DATA), BlockRecipe(2, 4, quiet=True))
+    same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert {name for name in before if "layers.1." in name} <= same
+    assert not any("layers.2.mlp" in name for name in same)

@@ -223,6 +223,19 @@ def test_fingerprints_differ():
     assert fingerprint(a) != fingerprint(b)
 
 
+def test_calibrations_are_told_apart():
+    config = elastic_of("mha").config
+    ids = torch.arange(48).view(2, 24)
+    found = [
+        fingerprint_of_data(config, [ids]),
+        fingerprint_of_data(config, [ids.view(8, 6)]),
+        fingerprint_of_data(config, [ids], rotated=True),
+        fingerprint_of_data(config, [ids + 1]),
+    ]
+    assert len(set(found)) == 4
+    assert fingerprint_of_data(config, [ids[:1], ids[1:]]) == found[0]  # batches do not matter
+
+
 @pytest.mark.parametrize(
     "data",
     [

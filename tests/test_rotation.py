@@ -59,7 +59,7 @@ def test_a_rotated_model_is_saved_loaded_and_extracted_as_any_other(tmp_path):
         dense = AutoModelForCausalLM.from_pretrained(tmp_path / f"dense-{budget}")
         assert difference(dense(DATA).logits, expected) < 1e-4
     assert difference(elastic(DATA).logits, parent(DATA).logits) < 1e-4
-    assert elastic.permutation is None and elastic.config.permutation is None
+    assert loaded.config.permutation == elastic.config.permutation and loaded.permutation.rotated
 
 
 def test_what_cannot_be_rotated_is_refused():
@@ -69,3 +69,24 @@ def test_what_cannot_be_rotated_is_refused():
         convert(parent_of("mha"), DATA, rotate=True)
     with pytest.raises(ValueError, match="smaller sizes of `hidden`"):
         convert(parent_of("mha"), "weights", rotate=True, hidden=[1, 0.5])
+
+
+def test_no_adapter_of_the_parent_or_of_another_rotation_fits(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(parent_of("mha"), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    adapted.save_pretrained(tmp_path / "of-the-parent")
+    elastic = convert(parent_of("mha"), DATA, rotate=True, **HOW)
+    with pytest.raises(ValueError, match="rotated in the conversion"):
+        elastic.load_adapter(str(tmp_path / "of-the-parent"))
+    other = convert(parent_of("mha"), DATA.flip(0)[:12], rotate=True, **HOW)
+    assert other.permutation.conversion != elastic.permutation.conversion
+
+
+def test_scores_of_one_parent_serve_conversions_with_and_without(tmp_path):
+    how = {**HOW, "importance": tmp_path / "scores.safetensors"}
+    convert(parent_of("mha"), DATA, **how)
+    with pytest.warns(UserWarning, match="measured again"):
+        turned = convert(parent_of("mha"), DATA, rotate=True, **how)
+    again = convert(parent_of("mha"), DATA, rotate=True, **how)
+    assert difference(turned(DATA).logits, again(DATA).logits) < 1e-5

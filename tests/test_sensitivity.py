@@ -16,6 +16,7 @@ from flextron_trainer.conversion.sensitivity import (
     rows_by_prediction,
     sensitivities,
 )
+from modeling_flextron import SubNetwork
 from modeling_flextron.frontier import held
 
 DATA = torch.randint(0, 96, (32, 24), generator=torch.Generator().manual_seed(2))
@@ -73,6 +74,24 @@ def test_the_predicted_divergence_is_the_measured_one(variant):
         assert 0.5 < predicted / divergence < 2, (layer, axis)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0, 0.3, 1])
+def test_biases_go_with_a_dropped_layer(scale):
+    model = elastic_of("gpt2", depth=[1, 0.75])
+    for layer in model.model.layers:
+        for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            matrix.weight.mul_(0.1)
+            matrix.bias.mul_(scale)
+    losses = predicted_losses(model, input_moments(model, [DATA]), sensitivities(model, [DATA]))
+    before = model(DATA).logits.log_softmax(-1)
+    model.config.elastic["layer_ranking"] = [2]
+    built = model.built
+    kept = SubNetwork(64, (0, 1, 3), built.mlp[:3], built.heads[:3])
+    after = model(DATA, flextron_budget=kept).logits.log_softmax(-1)
+    divergence = (before.exp() * (before - after)).sum(-1).mean()
+    assert 0.5 < (losses["mlp"][2][0] + losses["heads"][2][0]) / divergence < 2
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_use_their_budgets_nest_and_are_predicted_to_lose_less(variant):
     depth = [1, 0.75]
@@ -81,7 +100,7 @@ def test_rows_use_their_budgets_nest_and_are_predicted_to_lose_less(variant):
     config, rows = model.config, held(model.config.frontier)
     assert list(rows) == ["1", "0.8", "0.6"]
     metrics = sensitivities(model, [DATA])
-    losses = predicted_losses(input_moments(model, [DATA]), metrics, config)
+    losses = predicted_losses(model, input_moments(model, [DATA]), metrics)
     uniform = convert(parent_of(variant), DATA, depth=depth, hidden=hidden, budgets=[1, 0.8, 0.6], **HOW)
     for (name, row), other in zip(rows.items(), held(uniform.config.frontier).values(), strict=True):
         used = config.row(name, row).non_embedding_parameters / config.parent_size()
@@ -99,12 +118,12 @@ def _lost(subnetwork, losses):
 
 def test_budgets_that_cannot_be_reached_or_are_the_same_are_said():
     model = elastic_of("mha", mlp=[1, 0.5], heads=[1, 0.5])
-    losses = predicted_losses(input_moments(model, [DATA]), sensitivities(model, [DATA]), model.config)
+    losses = predicted_losses(model, input_moments(model, [DATA]), sensitivities(model, [DATA]))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         rows = rows_by_prediction(model.config, {"0.1": 0.1, "0.8": 0.8, "0.799": 0.799}, losses)
     assert [row.name for row in rows][:2] == ["1", "0.8"] and len(rows) == 3
-    assert rows[-1].name.startswith("0.5") and len(said) == 2
+    assert rows[-1].name.startswith("0.5") and len(said) == 3  # and "0.8" leaves some of its budget
     assert sum("same sub-network" in str(each.message) for each in said) == 1
 
 
@@ -116,6 +135,13 @@ def test_sinks_are_left_out():
 
 
 def test_what_cannot_be_chosen_by_prediction_is_refused():
-    for how in ({"calibration": "weights"}, {"search_evaluations": 5}):
+    for how in ({"calibration": "weights"}, {"search_evaluations": 5}, {"nested": False}):
         with pytest.raises(ValueError, match="`uniform`=False"):
             convert(parent_of("mha"), **{"calibration": DATA, "uniform": False, **HOW, **how})
+
+
+def test_a_row_that_leaves_much_of_its_budget_is_said():
+    model = elastic_of("mha", mlp=[1, 0.75], heads=[1, 0.75], hidden=[1, 0.5])
+    losses = predicted_losses(model, input_moments(model, [DATA]), sensitivities(model, [DATA]))
+    with pytest.warns(UserWarning, match="of its budget"):
+        rows_by_prediction(model.config, {"0.7": 0.7}, losses)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,17 +158,18 @@ class Streams:
         self.batches = [part.tolist() for part in torch.arange(self.shape[0], device="cpu").split(batch_size)]
         self.at: dict[int, States] = {}
         self.own: dict[str, States] = {}  # of rows that read what they wrote themselves
+        self.numbers = count()  # of files
 
     @torch.no_grad()
     def reach(self, number: int) -> States:
         """States at the entry of a layer; behind the last layer, of one more."""
         if not self.at:
-            self.at[0] = self._states(lambda text, places: self.blocks.embed(text), "0", self.shape[-1])
+            self.at[0] = self._states(lambda text, places: self.blocks.embed(text), self.shape[-1])
         for following in range(max(self.at) + 1, number + 1):
             before = following - 1
             with self.blocks.layer(before) as layer:
                 make = partial(self._behind, layer, self.at[before], FULL)
-                self.at[following] = self._states(make, str(following), self.shape[-1])
+                self.at[following] = self._states(make, self.shape[-1])
         return self.at[number]
 
     def read_by(self, part: "Part", number: int) -> States:
@@ -181,7 +183,7 @@ class Streams:
             before = self.read_by(part, number)
             hidden = part.sizes["hidden"] or self.shape[-1]
             make = partial(self._behind, layer, before, part.sizes)
-            self.own[part.name] = self._states(make, f"{part.name}-{number + 1}", hidden)
+            self.own[part.name] = self._states(make, hidden)
             if before is not self.at.get(number):
                 before.close()
 
@@ -200,11 +202,12 @@ class Streams:
     ) -> torch.Tensor:
         return run_layer(self.blocks, layer, before.read(places).to(self.blocks.device), text, sizes)
 
-    def _states(self, make: Callable[[Text, list[int]], torch.Tensor], name: str, hidden: int) -> States:
+    def _states(self, make: Callable[[Text, list[int]], torch.Tensor], hidden: int) -> States:
         """Make states batch by batch."""
-        shape = (*self.text.input_ids.shape, hidden)
-        large = prod(self.shape) * self.blocks.dtype.itemsize > IN_MEMORY
-        states = States(shape, self.blocks.dtype, self.folder / f"states-{name}" if large and self.folder else None)
+        shape, path = (*self.text.input_ids.shape, hidden), None
+        if self.folder and prod(self.shape) * self.blocks.dtype.itemsize > IN_MEMORY:
+            path = self.folder / f"states-{next(self.numbers)}"
+        states = States(shape, self.blocks.dtype, path)
         for places in self.batches:
             states.write(places[0], make(self.text.at(places, self.blocks.device), places))
         return states
@@ -305,8 +308,9 @@ def check_blocks(model: Any, parameters: str) -> None:
 
 
 def learning_parameters(layer: torch.nn.Module, parameters: str) -> list[torch.nn.Parameter]:
-    """What of a layer learns."""
-    return [p for name, p in layer.named_parameters() if parameters == "all" or owner_number(name) is not None]
+    """What of a layer learns: nothing that has no gradients."""
+    own = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    return [p for name, p in own.items() if parameters == "all" or owner_number(name) is not None]
 
 
 def distill_blocks(
@@ -342,10 +346,11 @@ def distill_blocks(
                     errors = kept.restore(number, layer)
                 else:
                     bar.set_postfix_str(f"layer {number}", refresh=False)
-                    errors = _learn(blocks, number, layer, parts, streams, metric, text, recipe, bar) if parts else {}
+                    learns = parts and learning_parameters(layer, recipe.parameters)
+                    errors = _learn(blocks, number, layer, parts, streams, metric, text, recipe, bar) if learns else {}
                     if kept is not None:
                         kept.save(number, layer, errors)
-                if recipe.inputs == "own":
+                if recipe.inputs == "own" and number + 1 < depth:
                     streams.go_on(parts, number, layer)
             streams.forget(number)
             for name, change in errors.items():
@@ -404,14 +409,14 @@ def _errors(
             aim = streams.reach(part.aim).read(places).to(blocks.device)
             error = metric.errors(run_layer(blocks, layer, states, rows, part.sizes), aim)
             real = torch.ones_like(error) if rows.attention_mask is None else rows.attention_mask.to(error)
-            yield part, (error * real).sum() / real.sum()
+            yield part, (error * real).sum() / real.sum().clamp_min(1)
 
 
 @contextmanager
 def _learning(layer: torch.nn.Module, parameters: str, dtype: torch.dtype) -> Iterator[list[torch.nn.Parameter]]:
-    """Let what learns of a layer have gradients, in float32 and without dropout; afterwards all is as before."""
-    asked, training = {name: p.requires_grad for name, p in layer.named_parameters()}, layer.training
-    layer.eval().float()
+    """Let what learns of a layer have gradients, in float32; afterwards all is as before."""
+    asked = {name: p.requires_grad for name, p in layer.named_parameters()}
+    layer.float()
     found = learning_parameters(layer, parameters)
     layer.requires_grad_(False)
     for parameter in found:
@@ -419,7 +424,7 @@ def _learning(layer: torch.nn.Module, parameters: str, dtype: torch.dtype) -> It
     try:
         yield found
     finally:
-        layer.train(training).to(dtype)
+        layer.to(dtype)
         for name, parameter in layer.named_parameters():
             parameter.grad = None
             parameter.requires_grad_(asked[name])

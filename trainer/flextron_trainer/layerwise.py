@@ -4,7 +4,8 @@ A layer is run on all of a text before the next one: so it is read once, whereve
 memory where it need be; and nothing is computed again that is known of the layers before.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,10 +76,24 @@ class ModelBlocks:
 
     @contextmanager
     def layer(self, number: int) -> Iterator[torch.nn.Module]:
-        yield self.decoder.layers[number]
+        layer = self.decoder.layers[number]
+        training = layer.training
+        try:
+            yield layer.eval()
+        finally:
+            layer.train(training)
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.get_output_embeddings().weight.detach(), self.decoder.norm.weight.detach()
+
+
+def digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Make a short text that tells models apart: shapes, and a few values of every tensor."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().flatten()[:: max(1, tensor.numel() // 16)][:16].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def positions_of(states: torch.Tensor, text: Text | None = None) -> torch.Tensor:

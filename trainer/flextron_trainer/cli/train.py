@@ -86,14 +86,19 @@ def train(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
     rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     if arguments.stage == "blocks":
-        options = {"resume": resume or bool(arguments.resume_from_checkpoint), "teacher": teacher}
-        options["eval_dataset"] = eval_dataset
-        trained, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **options)
+        if arguments.resume_from_checkpoint is not None:
+            rule = "Stage 'blocks' goes on from its output folder."
+            raise invalid("resume_from_checkpoint", arguments.resume_from_checkpoint, rule, "Pass --resume.")
+        if streaming:
+            rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        options = {"resume": resume, "teacher": teacher, "eval_dataset": eval_dataset}
+        trained, kept, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **options)
         tokenizer.save_pretrained(arguments.output_dir)
         write_model_card(trained, arguments.output_dir)
+        kept.remove()
         return print_result(output=arguments.output_dir, **errors)
-    seed = arguments.data_seed or arguments.seed
     if eval_dataset is None:
         rows, eval_rows, eval_text = held_out(rows, dataset, streaming, seed)
     else:

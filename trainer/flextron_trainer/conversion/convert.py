@@ -40,13 +40,14 @@ from modeling_flextron.subnetwork import AXES, SubNetwork
 
 from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
 from .corrections import add_corrections, train_corrections
-from .importance import CONTROLS, Importance, read_or_measure
+from .importance import CONTROLS, Importance, fingerprint, fingerprint_of_data, read_or_measure
 from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
 from .parents import place_of, plain_parent, tensor_of
 from .places import Place, place_in
 from .reconstruction import sorted_moments
+from .rotation import check_rotation
 from .rotation import rotate as turn
 from .rows import ROW_SAMPLES, TextLoss, choose_rows, mean_loss, named_budgets, search_rows
 from .sensitivity import SENSITIVITY_TOKENS, predicted_losses, rows_by_prediction, sensitivities
@@ -108,7 +109,8 @@ def convert(
         importance: File to keep the scores in (`importance.safetensors`). A later conversion of the same parent
             with the same data and other choices reads them.
         moments: Folder to keep the second moments in that orders are made from, for a later conversion, too: for every
-            layer `4 F^2` bytes for its F neurons, and `4 C^2` for the C channels of its heads.
+            layer `4 F^2` bytes for its F neurons, and `4 C^2` for the C channels of its heads. Nothing is kept with an
+            order that needs none of them.
         order: How neurons and heads are sorted: `"importance"` (mean activation), `"norms"` (times the norm of the
             outgoing weights), `"variance"` (of the activation, times that norm squared) or `"obs"` (removed one after
             the other, the rest making up for each). `"auto"` takes the one whose slices lose least on the last eighth
@@ -157,9 +159,10 @@ def convert(
     if order not in ORDERS:
         raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'auto' to get a good model.")
     require_int("search_evaluations", search_evaluations, minimum=0)
-    if not uniform and (by_weights or search_evaluations):
-        rule = "Sizes of each layer come from a prediction on calibration data, or from a search."
-        raise invalid("uniform", uniform, rule, "Pass some text for `calibration`, and no `search_evaluations`.")
+    if not uniform and (by_weights or search_evaluations or not nested):
+        rule = "Sizes of each layer come from a prediction on calibration data, each row from the one before."
+        remedy = "Pass some text for `calibration`, and neither `search_evaluations` nor `nested=False`."
+        raise invalid("uniform", uniform, rule, remedy)
     if search_evaluations and by_weights:
         rule = "The search asks for losses on calibration data, and there is none."
         raise invalid(
@@ -168,9 +171,6 @@ def convert(
     if not 0 <= corrections < 1 or (corrections and by_weights):
         rule = "It is the part of a row's parameters that it may own, fitted to calibration data."
         raise invalid("corrections", corrections, rule, "Pass 0.03 with some text for `calibration`, or 0 for none.")
-    if rotate and (by_weights or offload_folder is not None or hidden is None or len(hidden) < 2):
-        rule = "It sorts what the residual stream holds on some text, for smaller sizes of `hidden`, in memory."
-        raise invalid("rotate", rotate, rule, "Pass such sizes and text, and no `offload_folder`; or leave it out.")
     if offload_folder is not None and device is not None and torch.device(device).type != "cpu":
         rule = "Weights in files are mapped into the memory of the CPU."
         raise invalid("device", str(device), rule, "Pass 'cpu', or no `offload_folder`.")
@@ -180,13 +180,24 @@ def convert(
     elif offload_folder is not None and load_kwargs.get("dtype", "auto") != "auto":
         dtype = load_kwargs.pop("dtype")  # the parent stays mapped, as it is stored
     require_int("block_steps", block_steps, minimum=0)
+    if block_steps and offload_folder is not None:
+        rule = "Layers that learn are in memory, one after the other, and stay there."
+        raise invalid("block_steps", block_steps, rule, "Leave out `offload_folder`, or train in stage 'blocks'.")
     if block_steps and not corrections:
         rule = "Only what rows own learns here, so that the full network stays the parent."
         raise invalid("block_steps", block_steps, rule, "Pass corrections=0.03, or train all in stage 'blocks'.")
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
+    counted = config
+    if rotate:
+        if by_weights or offload_folder is not None or len(config.choices("hidden")) < 2:
+            rule = "It sorts what the residual stream holds on some text, for smaller sizes of `hidden`, in memory."
+            raise invalid("rotate", rotate, rule, "Pass such sizes and text, and no `offload_folder`; or leave it out.")
+        check_rotation(config)
+        counted = copy.deepcopy(config)
+        counted.tie_word_embeddings = False
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
-    named, origin = named_budgets(config, budgets), origin_of(dense.name_or_path, **hub)
+    named, origin = named_budgets(counted, budgets), origin_of(dense.name_or_path, **hub)
 
     batches: list[torch.Tensor] = []
     if not by_weights:
@@ -207,13 +218,14 @@ def convert(
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
     fitted = leading_tokens(seen, MOMENT_TOKENS) if seen else []
-    if rotate:
-        turn(elastic, fitted)
-    scores = read_or_measure(importance, elastic, seen, depth_drops)
+    about = {"parent": fingerprint(elastic), "data": fingerprint_of_data(config, seen, rotate)}
+    rotation = turn(elastic, fitted) if rotate else None
+    scores = read_or_measure(importance, elastic, seen, depth_drops, **about)
     elastic.config.elastic["layer_ranking"] = scores.layer_ranking.tolist()
     record: dict[str, Any] = {"order": order if batches or order in CONTROLS else "weights"}
     rows = batches[: -(-ROW_SAMPLES // batch_size)]
-    with moment_files(moments, elastic, fitted, wanted=bool(corrections) or not uniform) as files:
+    about["data"], again = fingerprint_of_data(config, fitted, rotate), bool(corrections) or not uniform
+    with moment_files(moments, config, **about, wanted=again, for_now=offload_folder) as files:
         permute = partial(_permute, elastic, place=place)
         if order in CONTROLS or not batches:
             permute(scores.reordered(order, seed))
@@ -230,7 +242,7 @@ def convert(
             metrics = sensitivities(elastic, leading_tokens(fitted, SENSITIVITY_TOKENS), seed)
         if not uniform and metrics is not None:
             record["rows"] = {"predicted": True}
-            losses = predicted_losses(sorted_moments(elastic, fitted, files), metrics, config, corrections)
+            losses = predicted_losses(elastic, sorted_moments(elastic, fitted, files), metrics, corrections)
             elastic.config.frontier = rows_by_prediction(elastic.config, named, losses)
         else:
             loss = TextLoss(elastic, rows) if rows else None
@@ -242,8 +254,8 @@ def convert(
             add_corrections(elastic, inputs, fitted, held_out, corrections, metrics)
         if block_steps:
             train_corrections(elastic, seen, held_out, block_steps, seed)
-    if rotate:  # no channel of the parent is left that an adapter could be for
-        elastic.permutation = None
+    if rotation is not None:  # no channel of the parent is left that an adapter could be for
+        elastic.permutation = elastic.permutation.rotated_by(rotation)
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.validate()
     return elastic

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,7 +27,7 @@ from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import stored_heads
 
-from ..layerwise import Walk, parts_of
+from ..layerwise import Walk, digest, parts_of
 from .moments import MOMENT_TOKENS
 
 CONTROLS = ("random", "reverse")
@@ -91,17 +92,17 @@ class Importance:
 
 
 def fingerprint(model) -> str:
-    """A short text that tells two parents apart: shapes, and a digest of a few values of every tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.flatten()[:: max(1, tensor.numel() // 16)][:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Make a short text that tells two parents apart: shapes, and a digest of a few values of every tensor."""
+    return digest(sorted(model.state_dict().items()))
 
 
-def fingerprint_of_text(batches: Sequence[torch.Tensor]) -> str:
-    """A short text that tells calibration batches apart."""
-    return hashlib.sha256(b"".join(batch.numpy().tobytes() for batch in batches)).hexdigest()[:16]
+def fingerprint_of_data(config: Any, batches: Sequence[torch.Tensor], rotated: bool = False) -> str:
+    """Make a short text that tells calibrations apart: by the text in its rows, and by how such a model reads it."""
+    read = (config.rope_parameters, config.sliding_window, config.norm_eps, config.hidden_act, str(config.dtype))
+    found = hashlib.sha256(repr((rotated, batches and batches[0].shape[1:], *read)).encode())
+    for batch in batches:
+        found.update(batch.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 class _Statistics:
@@ -234,7 +235,7 @@ def _squared_logits(head: torch.Tensor) -> Callable[[torch.Tensor], float]:
 
 
 def read_or_measure(
-    path: str | os.PathLike | None, model, batches: Sequence[torch.Tensor], depth_drops: int
+    path: str | os.PathLike | None, model, batches: Sequence[torch.Tensor], depth_drops: int, parent: str, data: str
 ) -> Importance:
     """Scores from `path` when it has those of this parent and data, and otherwise (or what is missing) measured.
 
@@ -243,19 +244,16 @@ def read_or_measure(
         model: The elastic model in the parent's order.
         batches: Calibration batches; empty to fall back to the norms of the weights.
         depth_drops: How many layers the smallest depth drops.
+        parent, data: Fingerprints of both.
     """
-    parent, data, known = "", "", None
-    if path is not None:
-        parent = fingerprint(model)
-        data = fingerprint_of_text(batches)
-        if Path(path).exists():
-            known, measured_on = Importance.load(path, parent)
-            if batches and measured_on != data:
-                warnings.warn(
-                    f"The scores in {path} were measured on other calibration data. They are measured again.",
-                    stacklevel=3,
-                )
-                known = None
+    known = None
+    if path is not None and Path(path).exists():
+        known, measured_on = Importance.load(path, parent)
+        if batches and measured_on != data:
+            warnings.warn(
+                f"The scores in {path} were measured on other calibration data. They are measured again.", stacklevel=3
+            )
+            known = None
     scores = known or (measure(model, batches) if batches else from_weights(model))
     if len(scores.layer_ranking) < depth_drops:
         if batches:

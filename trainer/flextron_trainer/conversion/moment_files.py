@@ -1,7 +1,7 @@
 """Second moments in files, so that a later conversion of the same parent with the same text reads them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 
-from .importance import fingerprint, fingerprint_of_text
 from .moments import Moments
 
 KEPT_FOR_NOW = 2**32  # bytes of second moments that are kept unasked while a conversion runs
@@ -69,22 +68,22 @@ class MomentFiles:
 
 @contextmanager
 def moment_files(
-    folder: str | os.PathLike | None, model: Any, batches: Sequence[torch.Tensor], wanted: bool
+    folder: str | os.PathLike | None, config: Any, parent: str, data: str, wanted: bool, for_now: Any = None
 ) -> Iterator[MomentFiles | None]:
-    """Keep second moments of a model in its parent's order in a folder, or in files for as long as the block runs.
+    """Where second moments of a model in its parent's order are kept: in a folder, or for as long as the block runs.
 
     Args:
         folder: None for the latter.
-        model: A `FlextronForCausalLM`.
-        batches: The text that they are of.
+        config: Of the elastic model.
+        parent, data: Fingerprints of what they are measured on.
         wanted: Whether they are needed more than once. If so, and they are small, they are kept without a folder.
+        for_now: Where they are in that case; None for the system's folder for such files.
     """
-    config = model.config
     read = config.intermediate_size, config.num_attention_heads * config.head_dim
     size = 4 * config.num_hidden_layers * sum(inputs**2 for inputs in read)
-    if not batches or (folder is None and (not wanted or size > KEPT_FOR_NOW)):
+    if folder is None and (not wanted or size > KEPT_FOR_NOW):
         yield None
         return
     with ExitStack() as stack:
-        place = folder or stack.enter_context(TemporaryDirectory(prefix="flextron-moments-"))
-        yield MomentFiles(place, fingerprint(model), fingerprint_of_text(batches))
+        place = folder or stack.enter_context(TemporaryDirectory(prefix="flextron-moments-", dir=for_now))
+        yield MomentFiles(place, parent, data)

@@ -26,7 +26,7 @@ from .moment_files import MomentFiles
 from .moments import RIDGE, Moments, allocate, least_squares, low_rank, norm_scale
 
 PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-LIKELY = 16  # times the mean rank: no matrix of a row is expected to get more
+LIKELY = 10  # times the mean rank: no matrix of a row is expected to get more
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def from_inputs(
             part = replace(found, inputs=found.inputs[:kept, :kept], cross=written[:, :kept])
             change = least_squares(part, weight[:, :kept])
             up, down, worth = low_rank(change, part.inputs, metric=None if metrics is None else metrics[matrix])
-            # Several times what is likely to be kept, so that memory is a part of that of the weights.
+            # What is kept is chosen when all matrices are known. Of a few rows this takes as much as 16-bit weights.
             most = -(-LIKELY * share * sizes[name] // (2 * len(row.layers) * (len(weight) + kept)))
             up, down, worth = up[:, : int(most)], down[: int(most)], worth[: int(most)]
             low[name][matrix], gains[name][matrix] = (up.float(), down.float()), worth.float().cpu()

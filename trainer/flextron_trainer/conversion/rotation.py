@@ -15,9 +15,11 @@ from tqdm.auto import tqdm
 
 from modeling_flextron.errors import invalid
 
+from ..layerwise import digest
+
 
 @torch.no_grad()
-def rotate(model: Any, batches: Sequence[torch.Tensor]) -> None:
+def rotate(model: Any, batches: Sequence[torch.Tensor]) -> str:
     """Turn the residual stream of a model, in place, into the principal axes that it has on some text.
 
     Embeddings that are tied to the output are untied: the output has the weights of the last norm in it. What was made
@@ -27,13 +29,14 @@ def rotate(model: Any, batches: Sequence[torch.Tensor]) -> None:
         model: A `FlextronForCausalLM` at full size, its channels in any order.
         batches: Token ids `[B, S]`.
 
+    Returns:
+        A short text that tells this rotation from others.
+
     Raises:
         ValueError: its norms take the mean of the stream away, which depends on the axes.
     """
     decoder = model.model
-    if model.config.norm_type != "rms":
-        rule = "Layer norms take the mean over the channels away, which is another one after a rotation."
-        raise invalid("rotate", True, rule, "Leave it out for models with layer norms.")
+    check_rotation(model.config)
     axes = principal_axes(model, batches)
     if model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
@@ -48,13 +51,21 @@ def rotate(model: Any, batches: Sequence[torch.Tensor]) -> None:
             _replace(writer, "weight", axes.T @ writer.weight.double())
             if writer.bias is not None:
                 _replace(writer, "bias", axes.T @ writer.bias.double())
+    return digest([("axes", axes)])
+
+
+def check_rotation(config: Any) -> None:
+    """Refuse a model whose norms depend on the axes; see `rotate`."""
+    if config.norm_type != "rms":
+        rule = "Layer norms take the mean over the channels away, which is another one after a rotation."
+        raise invalid("rotate", True, rule, "Leave it out for models with layer norms.")
 
 
 @torch.no_grad()
 def principal_axes(model: Any, batches: Sequence[torch.Tensor]) -> torch.Tensor:
     """`[D, D]` float64, orthogonal: a column for each direction of the residual stream, what holds most of it first.
 
-    States of all tokens count alike at every layer, as the norms see them.
+    States of all tokens count alike, before and behind every layer, relative to their size.
 
     Args:
         model: A `FlextronForCausalLM` at full size.

@@ -102,7 +102,7 @@ def choose_rows(
         if use[best] > TOLERANCE:
             name = name_of_smallest(config, name, budgets[name], best)
         elif use[best] < USED and best != config.built:
-            _warn_of_unused(config, name, use[best])
+            warn_of_unused(config, name, use[best])
         if any(best == row.subnetwork for row in rows):
             warn_of_same(name)
             continue
@@ -226,7 +226,7 @@ def name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: S
     return name if name != str(budget) else f"{math.ceil(fraction * 1000) / 1000:g}"
 
 
-def _warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
+def warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
     """Say that a row is much smaller than its budget, and which sizes would help."""
     gaps = {
         (larger / smaller, axis, larger, smaller)

@@ -8,7 +8,7 @@ left make up for it, and so which layers had better be narrow (`rows_by_predicti
 best correction of a matrix is worth its parameters (`moments.low_rank`).
 
 Errors and gradients are relative to the size of the stream at each token, as in `reconstruction.py`. Tokens whose state
-is many times larger than usual (attention sinks) are left out: no error of this size reaches their predictions.
+has ten times the usual mean square (attention sinks) are left out: no error of this size reaches their predictions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from modeling_flextron.subnetwork import smallest_subnetwork
 from ..layerwise import ModelBlocks, Text, run_half
 from .moments import Moments, least_squares, low_rank, regularised
 from .reconstruction import PLACES, matrix_name, token_weights
-from .rows import limit_of, name_of_smallest, warn_of_same
+from .rows import USED, limit_of, name_of_smallest, warn_of_same, warn_of_unused
 
 SENSITIVITY_TOKENS = 8192
 PREDICTION_RIDGE = 1e-3
@@ -81,9 +81,9 @@ def _streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def predicted_losses(
+    model: Any,
     inputs: Iterable[tuple[int, str, torch.Tensor, Moments]],
     metrics: Mapping[str, torch.Tensor],
-    config: FlextronConfig,
     corrections: float = 0.0,
 ) -> dict[str, list[list[float]]]:
     """Predict the loss for every number of leading units that a layer may keep.
@@ -92,20 +92,26 @@ def predicted_losses(
     the likely rank bring it at half of the size.
 
     Args:
-        inputs: Of `sorted_moments`.
-        metrics: Of `sensitivities`, on the sorted model.
-        config: Of the elastic model.
+        model: A `FlextronForCausalLM`, its units sorted.
+        inputs: Of `sorted_moments`, on this model.
+        metrics: Of `sensitivities`, on this model.
         corrections: Part of its parameters that a row may own.
 
     Returns:
-        `"heads"` and `"mlp"` -> layer -> number of units -> nats per token.
+        `"heads"` and `"mlp"` -> layer -> number of units -> nats per token; for no units, what goes with the layer.
     """
+    config = model.config
     units = {"heads": config.head_dim, "mlp": 1}
     each = corrections * config.parent_size() / config.num_hidden_layers / 4  # half of a layer, two matrices
     found: dict[str, list[list[float]]] = {axis: [] for axis in PLACES}
     for layer, axis, weight, moments in inputs:
         metric = metrics[matrix_name(layer, axis)]
         sliced, fitted = leading_losses(moments, weight, metric)
+        bias = model.get_submodule(matrix_name(layer, axis).removesuffix(".weight")).bias
+        if bias is not None:  # it goes with the layer
+            b, mean = bias.detach().double(), moments.input_sum.double() / moments.count
+            more = 2 * (weight.double() @ mean) + moments.tokens / moments.count * b
+            sliced[0] = fitted[0] = sliced[0] + (metric.double() @ b @ more).cpu() / 2
         rank = int(each / (weight.shape[0] + weight.shape[1] / 2))
         missed = 1.0 if not rank else _missed(moments, weight, metric, rank)
         found[axis].append((fitted + missed * (sliced - fitted))[:: units[axis]].tolist())
@@ -129,6 +135,7 @@ def leading_losses(
     w, inputs = weight.double(), regularised(moments.inputs, ridge) / moments.count
     pairs = (w.T @ (metric.double() @ w)).mul_(inputs)
     sliced = pairs.flip(0, 1).cumsum_(0).cumsum_(1).diagonal().flip(0) / 2
+    del pairs  # as large as the moments
     white = w @ torch.linalg.cholesky(inputs)
     fitted = ((metric.double() @ white) * white).sum(0).flip(0).cumsum(0).flip(0) / 2
     end = fitted.new_zeros(1)
@@ -149,7 +156,8 @@ def rows_by_prediction(
 ) -> list[FrontierRow]:
     """The full network, and for each budget the sub-network of which least is predicted to be lost.
 
-    Every layer gets sizes of its own, and layers may go; `hidden` keeps its full size. Each row contains the next.
+    Every layer gets sizes of its own, and layers may go; `hidden`, of which nothing is known, shrinks last. Each row
+    contains the next.
 
     Args:
         config: Of the elastic model.
@@ -185,6 +193,8 @@ def rows_by_prediction(
         elif cost(outer) > limit:
             found = repaired(config, Candidate.of(config, outer), cost, limit, best).subnetwork(config)
             found = found.intersection(outer)
+            if cost(found) < USED * limit:
+                warn_of_unused(config, name, cost(found) / limit)
         if rows and found == outer:
             warn_of_same(name)
             continue

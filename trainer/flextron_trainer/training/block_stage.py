@@ -25,13 +25,14 @@ from transformers.utils import logging
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.checkpoint import UNFINISHED, write_beside, write_config, write_file_beside
 from modeling_flextron.errors import invalid
+from modeling_flextron.frontier import held
 from modeling_flextron.level_reader import empty_model, stored_state, stored_tensors
 from modeling_flextron.loading import HUB_DEFAULTS, find_files
 from modeling_flextron.modeling_flextron import FlextronRotaryEmbedding
 from modeling_flextron.permutation import FILE as PERMUTATION
 
 from ..blockwise import BlockRecipe, Errors, check_blocks, distill_blocks
-from ..layerwise import Blocks, Text, positions_of
+from ..layerwise import Blocks, Text, digest, positions_of
 from ..models import kind_of, read_config, refuse_tensors
 from .arguments import FlextronTrainingArguments
 
@@ -39,6 +40,10 @@ logger = logging.get_logger(__name__)
 FOLDER = "blocks"  # in the output folder: layers that have learned, and states that are too large for memory
 RUN = "run.json"
 PREFIX = "model.layers."
+UNUSED = {
+    "kd_weight", "ce_weight", "temperature", "sampler", "sampling_weights", "subnetworks_per_step", "loss_chunk_size",
+    "neftune_noise_alpha", "activation_checkpointing",
+}  # fmt: skip
 LARGE = 2**24  # numbers; a tensor of more gets a file of its own, because a file is made in memory
 
 
@@ -78,8 +83,15 @@ def check_block_run(model: Any, args: FlextronTrainingArguments, given: dict[str
         if found != wanted:
             raise invalid(name, found, f"Stage 'blocks': {rule}", remedy)
     optimizer = str(getattr(args.optim, "value", args.optim))
-    if not optimizer.startswith("adamw_torch"):
+    if optimizer not in ("adamw_torch", "adamw_torch_fused"):
         raise invalid("optim", optimizer, "Stage 'blocks' has an AdamW for each layer.", "Leave it out.")
+    for name in ("optimizers", "callbacks"):
+        if any(one is not None for one in given.get(name) or ()):
+            rule = "Stage 'blocks': Every layer has an optimizer of its own, and no steps of a trainer."
+            raise invalid(name, given[name], rule, "Leave it out.")
+    for name in sorted(UNUSED & set(args.changed())):
+        rule = "Stage 'blocks': It is of training the whole model."
+        raise invalid(name, args.changed()[name], rule, "Leave it out.")
 
 
 def steps_of(args: FlextronTrainingArguments, rows: Any) -> int:
@@ -217,7 +229,10 @@ class KeptBlocks:
 
     def __init__(self, output: str | os.PathLike, run: dict[str, Any], resume: bool):
         self.folder = Path(output, FOLDER)
-        if resume and (self.folder / RUN).is_file():
+        if resume and not (self.folder / RUN).is_file():
+            rule = f"There are no layers in {str(self.folder)!r} to go on from."
+            raise invalid("resume_from_checkpoint", True, rule, "Begin anew, or name the output folder of the run.")
+        if resume:
             before = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
             if differing := [name for name in run if before.get(name) != run[name]]:
                 rule = f"The layers in {str(self.folder)!r} are of another run: {', '.join(differing)} differ."
@@ -272,13 +287,14 @@ def train_blocks(
     """
     steps = steps_of(args, rows)
     recipe = recipe_of(args, steps)
-    text = text_of(rows, steps * recipe.batch_size, args.data_seed or args.seed, collate)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    text = text_of(rows, steps * recipe.batch_size, seed, collate)
     plain = {name: value for name, value in vars(recipe).items() if name != "quiet"}
     run = {
         "recipe": repr(plain),
-        "text": hashlib.sha256(repr(text.input_ids.tolist()).encode()).hexdigest(),
-        "model": repr([blocks.config.permutation, blocks.config.training_runs]),
-        "sizes": repr([blocks.config.built, [row.to_dict()["subnetwork"] for row in blocks.config.frontier]]),
+        "text": [None if part is None else fingerprint_of(part) for part in vars(text).values()],
+        "weights": _weights(blocks),
+        "rows": repr([(name, row) for name, row in held(blocks.config.frontier).items()]),
     }
     kept = KeptBlocks(args.output_dir, run, resume)
     errors = distill_blocks(blocks, text, recipe, kept=kept, folder=kept.folder)
@@ -292,9 +308,23 @@ def train_blocks(
     return kept, means
 
 
+def fingerprint_of(tensor: torch.Tensor) -> str:
+    """Make a short text that tells numbers apart."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _weights(blocks: Blocks) -> list[str]:
+    """What tells the weights from those of other models, in their dtype."""
+    found = [str(blocks.dtype), digest(zip(("head", "norm"), blocks.head(), strict=True))]
+    for number in range(blocks.config.num_hidden_layers):
+        with blocks.layer(number) as layer:
+            found.append(digest(layer.named_parameters()))
+    return found
+
+
 def train_folder(
     source: Path, args: FlextronTrainingArguments, rows: Any, collate: Callable, resume: bool, **given: Any
-) -> tuple[FlextronForCausalLM, dict[str, float]]:
+) -> tuple[FlextronForCausalLM, KeptBlocks, dict[str, float]]:
     """Let the layers of a saved model learn, of which one at a time is in memory, and write it to the output folder.
 
     Args:
@@ -303,15 +333,17 @@ def train_folder(
         given: Keywords that a trainer takes and this stage refuses, such as `teacher`.
 
     Returns:
-        The model without its weights, and the errors.
+        The model without its weights, its layers that have learned, to be removed when all is written, and the errors.
     """
+    if Path(args.output_dir).resolve() == source.resolve():
+        rule = "Its layers are read from there till the end, and a run that is stopped goes on from them."
+        raise invalid("output_dir", args.output_dir, rule, "Write to another folder.")
     blocks = StoredBlocks(source, args.device)
     check_block_run(blocks.model, args, given)
     kept, errors = train_blocks(blocks, args, rows, collate, resume)
     with write_beside(args.output_dir) as folder:
         _write(blocks, kept, Path(source), folder)
-    kept.remove()
-    return blocks.model, errors
+    return blocks.model, kept, errors
 
 
 def _write(blocks: StoredBlocks, kept: KeptBlocks, source: Path, folder: Path) -> None:

@@ -295,6 +295,9 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if self.args.stage == "blocks":
+            if resume_from_checkpoint not in (True, False, None):
+                rule = "Stage 'blocks' goes on from its output folder."
+                raise invalid("resume_from_checkpoint", resume_from_checkpoint, rule, "Pass True.")
             return self._train_blocks(bool(resume_from_checkpoint))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
