@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 INTEROP ?= interop-work
 INSTALLED := $(VENV)/.installed
+# What runs on other versions than those of constraints.txt.
+PART := $(addprefix tests/test_,$(addsuffix .py,remote_code levels checkpoint invariants caches))
 
-.PHONY: demo test test-newest test-kill test-fsdp2 check interop clean
+.PHONY: demo test test-newest test-oldest test-kill test-fsdp2 check interop clean
 
 demo: $(INSTALLED)
 	$(BIN)/flextron demo $(ARGS)
@@ -20,8 +22,13 @@ test: $(INSTALLED)
 # What the Hub's users may have: the newest transformers that pyproject.toml allows, beside the tested one.
 test-newest: $(INSTALLED)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target build/newest 'transformers<6'
-	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_remote_code.py tests/test_levels.py \
-		tests/test_checkpoint.py tests/test_invariants.py tests/test_caches.py $(ARGS)
+	PYTHONPATH=build/newest $(BIN)/python -m pytest -n 2 --dist loadfile $(PART) $(ARGS)
+
+# The lowest versions that pyproject.toml allows, beside the tested torch. The lowest huggingface-hub needs httpx. Minutes.
+test-oldest: $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --upgrade --no-deps --target build/oldest httpx httpcore \
+		$$(sed -n 's/^    "\([a-z-]*\)>=\([0-9.]*\).*",$$/\1==\2/p' pyproject.toml | grep -v ^torch=)
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -n 2 --dist loadfile $(PART) $(ARGS)
 
 # SIGKILL at many moments of a run; every resume must give the uninterrupted one. Minutes.
 test-kill: $(INSTALLED)

@@ -11,7 +11,7 @@ from helpers import CHOICES, all_sizes, difference, elastic_of, parent_of, run_p
 
 from flextron_trainer import convert as convert_in_any_order
 from flextron_trainer.conversion.convert import _elastic_config, _ranked_heads, _take, origin_of
-from flextron_trainer.conversion.importance import Importance, fingerprint, measure, rank_layers
+from flextron_trainer.conversion.importance import Importance, fingerprint, fingerprint_of_data, measure, rank_layers
 from flextron_trainer.conversion.orders import RANKINGS
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.layerwise import Walk, parts_of

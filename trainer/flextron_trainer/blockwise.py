@@ -347,7 +347,7 @@ def distill_blocks(
                 else:
                     bar.set_postfix_str(f"layer {number}", refresh=False)
                     learns = parts and learning_parameters(layer, recipe.parameters)
-                    errors = _learn(blocks, number, layer, parts, streams, metric, text, recipe, bar) if learns else {}
+                    errors = _learn(number, layer, parts, streams, metric, recipe, bar) if learns else {}
                     if kept is not None:
                         kept.save(number, layer, errors)
                 if recipe.inputs == "own" and number + 1 < depth:
@@ -362,22 +362,23 @@ def distill_blocks(
 
 
 def _learn(
-    blocks: Blocks, number: int, layer: torch.nn.Module, parts: list[Part], streams: Streams, metric: Metric,
-    text: Text, recipe: BlockRecipe, bar: tqdm,
+    number: int, layer: torch.nn.Module, parts: list[Part], streams: Streams, metric: Metric, recipe: BlockRecipe,
+    bar: tqdm,
 ) -> Errors:  # fmt: skip
     """Let one layer learn; the errors of its parts before and after."""
     from transformers import get_scheduler  # PEFT comes with it
 
-    errors = partial(_errors, blocks, number, layer, parts, streams, metric, text, recipe.autocast)
-    few, r = list(range(min(MEASURED, len(text.input_ids)))), recipe
-    with _learning(layer, r.parameters, blocks.dtype) as parameters:
+    errors = partial(_errors, number, layer, parts, streams, metric, recipe.autocast)
+    sequences, r = streams.shape[0], recipe
+    few = list(range(min(MEASURED, sequences)))
+    with _learning(layer, r.parameters, streams.blocks.dtype) as parameters:
         with torch.no_grad():
             before = {part.name: error.item() for part, error in errors(few)}
         optimizer = torch.optim.AdamW(parameters, r.learning_rate, r.betas, r.epsilon, r.weight_decay, fused=True)
         schedule = get_scheduler(
             r.scheduler, optimizer, r.warmup_steps, r.steps, scheduler_specific_kwargs=r.scheduler_kwargs
         )
-        for step, places in enumerate(batches_of(len(text.input_ids), r, number)):
+        for step, places in enumerate(batches_of(sequences, r, number)):
             for part, error in errors(places):
                 if not torch.isfinite(error):
                     raise FloatingPointError(
@@ -398,11 +399,12 @@ def _learn(
 
 
 def _errors(
-    blocks: Blocks, number: int, layer: torch.nn.Module, parts: list[Part], streams: Streams, metric: Metric,
-    text: Text, autocast: torch.dtype | None, places: Sequence[int],
+    number: int, layer: torch.nn.Module, parts: list[Part], streams: Streams, metric: Metric,
+    autocast: torch.dtype | None, places: Sequence[int],
 ) -> Iterator[tuple[Part, torch.Tensor]]:  # fmt: skip
     """Each part of a layer and its mean error over the tokens of some sequences, one after the other."""
-    rows = text.at(places, blocks.device)
+    blocks = streams.blocks
+    rows = streams.text.at(places, blocks.device)
     with torch.autocast(blocks.device.type, autocast, enabled=autocast is not None):
         for part in parts:
             states = streams.read_by(part, number).read(places).to(blocks.device, torch.float32)

@@ -178,29 +178,24 @@ def run(
     elastic.export(repo)
     tokenizer.save_pretrained(repo)
     write_model_card(elastic, repo)
-    _plot(
-        elastic,
-        parent_loss,
-        {"slices": sliced, "repaired slices": repaired, "after training": after},
-        output / "frontier.png",
-    )
+    curves = {"slices": sliced, "repaired slices": repaired, "after training": after}
+    _plot(elastic, parent_loss, curves, output / "frontier.png")
 
     console.rule("6/6 loading without this package")
     runs = use_without_package(repo, "def main():\n", [row.name for row in elastic.frontier])
-    results = []
-    for row, used in zip(elastic.frontier, runs, strict=True):
-        results.append(
-            {
-                "budget": row.name,
-                "parameters": used["parameters"],
-                "bytes": used["bytes"],
-                "parent_loss": parent_loss,
-                "sliced_loss": sliced[row.name]["loss"],
-                "repaired_loss": repaired[row.name]["loss"],
-                "trained_loss": after[row.name]["loss"],
-                "tokens_per_second": round(used["tokens_per_second"], 1),
-            }
-        )
+    results = [
+        {
+            "budget": row.name,
+            "parameters": used["parameters"],
+            "bytes": used["bytes"],
+            "parent_loss": parent_loss,
+            "sliced_loss": sliced[row.name]["loss"],
+            "repaired_loss": repaired[row.name]["loss"],
+            "trained_loss": after[row.name]["loss"],
+            "tokens_per_second": round(used["tokens_per_second"], 1),
+        }
+        for row, used in zip(elastic.frontier, runs, strict=True)
+    ]
     _print_table(results)
     for used in runs:
         console.print(f"\n[bold]budget {used['budget']} writes:[/bold] {used['text']!r}", highlight=False)
@@ -233,14 +228,7 @@ def _plot(elastic: FlextronForCausalLM, parent_loss: float, results: dict[str, d
 def _print_table(results: list[dict[str, Any]]) -> None:
     table = Table("budget", "parameters", "bytes", "loss parent", "sliced", "repaired", "trained", "tokens/s")
     for row in results:
-        table.add_row(
-            row["budget"],
-            f"{row['parameters']:,}",
-            f"{row['bytes']:,}",
-            f"{row['parent_loss']:.3f}",
-            f"{row['sliced_loss']:.3f}",
-            f"{row['repaired_loss']:.3f}",
-            f"{row['trained_loss']:.3f}",
-            f"{row['tokens_per_second']:,.0f}",
-        )
+        counts = (f"{row[name]:,}" for name in ("parameters", "bytes"))
+        losses = (f"{row[f'{name}_loss']:.3f}" for name in ("parent", "sliced", "repaired", "trained"))
+        table.add_row(row["budget"], *counts, *losses, f"{row['tokens_per_second']:,.0f}")
     console.print(table)

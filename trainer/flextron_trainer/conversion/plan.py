@@ -100,7 +100,7 @@ def plan_conversion(
         "importance": max_samples * length,
         "orders": ordered * moments + (len(names) * budgets * held_out if order == "auto" else 0),
         "layer ranking": ranked * (1 + drops + candidates // 2) if drops else 0,
-        "rows": budgets * TRIED * few,
+        "rows": budgets * TRIED * few * uniform,
         "search": budgets * search_evaluations * few,
         # A pass forward and one backward, which costs two.
         "sensitivity": 3 * min(moments, SENSITIVITY_TOKENS) if corrections or not uniform else 0,
@@ -115,7 +115,7 @@ def plan_conversion(
     logits = 3 * 4 * config.vocab_size * min(LOSS_CHUNK, batch)
     algebra, read = 0, (config.intermediate_size, built.heads[0] * config.head_dim)
     states = STATES * size * moments * config.hidden_size
-    if ordered or corrections:
+    if ordered or corrections or not uniform:
         algebra = SQUARES * 8 * max(read) ** 2
     kept = 4 * config.num_hidden_layers * sum(size**2 for size in read) if ordered and keeps_moments else 0
     if not calibrated:
@@ -134,15 +134,15 @@ def plan_conversion(
     )
 
 
-def product_speed(dtype: torch.dtype, device: str, rounds: int = 3) -> float:
-    """Floating-point operations per second of a matrix product of 1024 rows, the best of a few."""
+def product_speed(dtype: torch.dtype, device: str) -> float:
+    """Floating-point operations per second of a matrix product of 1024 rows, the best of three."""
     left, right = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
     seconds = []
-    for _ in range(rounds + 1):
+    for _ in range(4):
         start = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / min(seconds[1:])
+    return 2 * 1024**3 / min(seconds[1:])  # the first one warms up
 
 
 @contextmanager

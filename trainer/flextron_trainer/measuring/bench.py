@@ -55,7 +55,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def interleaved(
-    variants: dict[str, Callable[[], object]], rounds: int, device: str, seed: int = 0, warm_up: int = 2
+    variants: dict[str, Callable[[], object]], rounds: int, device: str, warm_up: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round, the variants of a round in random order.
 
@@ -65,7 +65,7 @@ def interleaved(
     on_gpu = device.startswith("cuda")
     clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    shuffle = random.Random(seed)
+    shuffle = random.Random(0)
     for round_number in range(rounds + warm_up):
         order = list(variants)
         shuffle.shuffle(order)
@@ -175,10 +175,10 @@ def parameter_bytes(*models: torch.nn.Module) -> int:
     return sum(storages.values())
 
 
-def switching(model: Any, budgets: Sequence[Any], repeats: int = 50) -> dict[str, float]:
+def switching(model: Any, budgets: Sequence[Any]) -> dict[str, float]:
     """Milliseconds of `set_budget` (median), and the weight bytes that it and `share` add."""
     times, before = [], parameter_bytes(model)
-    for budget in list(budgets) * repeats:
+    for budget in list(budgets) * 50:
         start = time.perf_counter()
         model.set_budget(budget)
         times.append(time.perf_counter() - start)
@@ -261,7 +261,7 @@ def bench(
 
 
 def loading(
-    folder: Path, budgets: dict[str, Any], rounds: int, device: str = "cpu", dtype: Any = "auto"
+    folder: Path, budgets: dict[str, Any], rounds: int, device: str, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """Medians of `measure_loads` over rounds, for every budget and way to load it; empty where there is no `fork`."""
     if not hasattr(os, "fork"):
@@ -279,14 +279,10 @@ def loading(
     ]
 
 
-def loads_of(ways: dict[Any, Load], rounds: int, seed: int = 0) -> dict[Any, dict[str, Any]]:
+def loads_of(ways: dict[Any, Load], rounds: int) -> dict[Any, dict[str, Any]]:
     """Medians and all seconds of ways to load, those of a round in random order."""
-    order: list[Any] = []
-    shuffle = random.Random(seed)
-    for _ in range(rounds):
-        names = list(ways)
-        shuffle.shuffle(names)
-        order += names
+    shuffle = random.Random(0)
+    order = [name for _ in range(rounds) for name in shuffle.sample(list(ways), len(ways))]
     results: dict[Any, list[dict[str, Any]]] = {name: [] for name in ways}
     for name, result in zip(order, measure_loads([ways[name] for name in order]), strict=True):
         results[name].append(result)
@@ -318,8 +314,7 @@ def tokens_per_second(
         for what, task in TASKS.items():
             place = {"what": what, "batch": len(ids)}
             tokens = ids.numel() if task is forward else len(ids) * STEPS
-            device = str(ids.device)
-            seconds = interleaved({name: task(*pair, ids) for name, pair in budgets.items()}, rounds, device)
+            seconds = _timed(task, budgets, ids, rounds)
             for name, times in seconds.items():
                 rate = round(tokens / statistics.median(times), 1)
                 speed.append({"budget": name, **place, "tokens_per_second": rate})
@@ -330,12 +325,17 @@ def tokens_per_second(
     return speed, slower
 
 
+def _timed(task: Callable, variants: Variants, ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """`interleaved` of a task on one text."""
+    return interleaved({name: task(*pair, ids) for name, pair in variants.items()}, rounds, str(ids.device))
+
+
 def _cost(variants: Variants, texts: Sequence[torch.Tensor], rounds: int) -> list[dict[str, Any]]:
     """The ratios of one budget, for every text and task."""
     reference, rows = next(iter(variants)), []
     for ids in texts:
         for what, task in TASKS.items():
-            seconds = interleaved({name: task(*pair, ids) for name, pair in variants.items()}, rounds, str(ids.device))
+            seconds = _timed(task, variants, ids, rounds)
             rows.append({"what": what, "batch": len(ids), "reference": reference, **against(seconds, reference)})
     return rows
 

@@ -25,7 +25,9 @@ from modeling_flextron.subnetwork import Cost, smallest_subnetwork
 from ..conversion.search import fill, random_candidate
 
 ERROR_THRESHOLD = 0.7  # error of the surrogate, as a fraction of that of a constant, above which nothing learns
+SCORED = 9  # budgets that have scores, from the smallest to 1
 UPDATES_PER_STEP = 20  # of the surrogate
+ASKED = 128  # budgets at which the scores learn in a step
 FINAL_UPDATES = 500  # of the scores, when the surrogate does not change any more
 GAP_IN_DEVIATIONS = 6.0  # of |cost - budget|, in standard deviations of the losses
 SHARPEST = 0.1  # last temperature of the soft choices through which scores learn; the first is 1
@@ -63,11 +65,6 @@ class Places:
         parts = [F.one_hot(torch.tensor(s.index(w)), len(s)) for s, w in zip(self.sizes, wanted, strict=True)]
         return torch.cat(parts).float()
 
-    def decode(self, flat: torch.Tensor) -> Candidate:
-        """The candidate with the largest entries of `[C]`."""
-        best = [sizes[int(part.argmax())] for sizes, part in zip(self.sizes, self.split(flat), strict=True)]
-        return Candidate(best[0], best[1], tuple(best[2 : 2 + self.layers]), tuple(best[2 + self.layers :]))
-
     def keep(self, flat: torch.Tensor) -> torch.Tensor:
         """How likely each layer is kept, `[N, layers]`."""
         return self.split(flat)[1] @ self.kept.to(flat)
@@ -84,12 +81,8 @@ class ExpectedCost:
         self.rest = torch.tensor([cost.rest(h) for h in at]) / full  # [hidden]
         # A layer costs the sum of what its neurons and its heads do.
         self.mlp = torch.tensor([[float(cost.layer(h, m, heads[-1])) for m in mlp] for h in at]) / full
-        self.heads = (
-            torch.tensor(
-                [[float(cost.layer(h, mlp[-1], a) - cost.layer(h, mlp[-1], heads[-1])) for a in heads] for h in at]
-            )
-            / full
-        )
+        more = [[cost.layer(h, mlp[-1], a) - cost.layer(h, mlp[-1], heads[-1]) for a in heads] for h in at]
+        self.heads = torch.tensor(more, dtype=torch.float32) / full
         cache = [[float(cost.cache(layer, a)) for a in heads] for layer in range(places.layers)]
         self.cache = torch.tensor(cache) / full  # [layers, heads]
 
@@ -240,7 +233,8 @@ class SurrogateLearner:
         self.latency_weight, self.uniform, self.seed = latency_weight, uniform, seed
         self.whole = float(cost(config.built))
         self.places = Places(config)
-        self.scores = ScoreTable(self.places, budgets_between(smallest), uniform)
+        budgets = [round(smallest + (1 - smallest) * i / (SCORED - 1), 6) for i in range(SCORED)]
+        self.scores = ScoreTable(self.places, budgets, uniform)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.surrogate = Surrogate(self.places)
@@ -296,8 +290,8 @@ class SurrogateLearner:
         generator = torch.Generator().manual_seed(_seed(self.seed, step, "objective"))
         return self._loss(step / self.steps, generator)
 
-    def _loss(self, done: float, generator: torch.Generator, count: int = 128) -> torch.Tensor:
-        budgets = self.smallest + (1 - self.smallest) * torch.rand(count, generator=generator)
+    def _loss(self, done: float, generator: torch.Generator) -> torch.Tensor:
+        budgets = self.smallest + (1 - self.smallest) * torch.rand(ASKED, generator=generator)
         temperature = SHARPEST ** min(1.0, done)
         choice = self.places.each(self.scores(budgets) / temperature, lambda part: part.softmax(dim=-1))
         weight = GAP_IN_DEVIATIONS * self.latency_weight * self.surrogate.scale
@@ -341,11 +335,6 @@ class SurrogateLearner:
         self.surrogate.load_state_dict(surrogate)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": entries})
         self.asked, self.losses, self.error = state["asked"], state["losses"], state["error"].item()
-
-
-def budgets_between(smallest: float, count: int = 9) -> list[float]:
-    """Budgets that get scores of their own, from `smallest` to 1."""
-    return [round(smallest + (1 - smallest) * i / (count - 1), 6) for i in range(count)]
 
 
 def smallest_budget(config: FlextronConfig, cost: Cost) -> float:

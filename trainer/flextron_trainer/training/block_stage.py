@@ -177,13 +177,10 @@ class StoredBlocks:
         wrong = [name for name in state if shapes[name] != tuple(state[name].shape)]
         refuse_tensors("model", folder, "mismatched", wrong, remedy)
         self.owners, self.device = self.model.model.owners, device
-        self.dtype: torch.dtype = self._dtype()
+        dtype = self.config.dtype or self.tensor("model.norm.weight").dtype
+        self.dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         learned = self.config.learned_positions
         self.rotary_emb = None if learned else FlextronRotaryEmbedding(self.config).to(device)
-
-    def _dtype(self) -> torch.dtype:
-        dtype = self.config.dtype or self.tensors["model.norm.weight"][...].dtype
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """A stored tensor, which may be a view of its file."""

@@ -57,7 +57,8 @@ class RouterStage:
         kind = "fraction" if args.router_cost == "parameters" else "latency"
         self.cost = cost_of(config, kind, args.router_cost, "router_cost")
         self.whole = float(self.cost(config.built))
-        self.budgets = self._budgets()
+        smallest = smallest_budget(config, self.cost)
+        self.budgets = self._budgets(smallest)
         self.learner: SurrogateLearner | None = None
         self._begun: int | None = None
         self._batch = 0  # of the accumulated ones of the step
@@ -68,7 +69,7 @@ class RouterStage:
         self.learner = SurrogateLearner(
             config,
             self.cost,
-            smallest_budget(config, self.cost),
+            smallest,
             steps=self.steps,
             latency_weight=args.latency_weight,
             uniform=args.router_uniform,
@@ -77,13 +78,11 @@ class RouterStage:
         if config.static_router is not None:
             self.learner.scores.load(config.static_router)
 
-    def _budgets(self) -> list[float]:
+    def _budgets(self, smallest: float) -> list[float]:
         """The wanted budgets, largest first."""
-        config = self.model.config
-        smallest = smallest_budget(config, self.cost)
         budgets = self.args.router_budgets
         if budgets is None:
-            named = [parse_budget(row.name) for row in config.frontier]
+            named = [parse_budget(row.name) for row in self.model.config.frontier]
             budgets = [b.value for b in named if b.kind == "fraction" and smallest <= b.value < 1]
             if not budgets:
                 rule = (
@@ -243,7 +242,7 @@ class RouterStage:
     @property
     def _learned(self) -> bool:
         """Whether scores are worth something: a surrogate must predict well what they learn from."""
-        return not self.measures or (self.learner is not None and self.learner.trusted)
+        return self.learner is None or not self.measures or self.learner.trusted
 
     def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
         """Make what was learned final.
