@@ -1,11 +1,13 @@
-"""`flextron bench` and what it shares with the benchmarks: what is reported, and that it is what happened."""
+"""`flextron bench` and what it shares with the benchmarks: what is reported, and that it is what happened.
+
+Of a repo on the Hub: `test_hub.py`.
+"""
 
 import json
 
 import pytest
 import torch
-from helpers import elastic_of, flextron, run_python
-from hub_server import HubServer, Repo
+from helpers import elastic_of, flextron
 from planted import plant
 
 from flextron_trainer.measuring.bench import (
@@ -17,7 +19,6 @@ from flextron_trainer.measuring.bench import (
     warnings,
 )
 from flextron_trainer.measuring.loading import Load, fetched_bytes, measure_loads
-from modeling_flextron.hub import files_of
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +58,6 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
     assert {(row["budget"], row["what"]) for row in result["speed"]} == {place[:2] for place in places}
     assert result["switching"]["set_budget_bytes"] == result["switching"]["share_bytes"] == 0
     assert {"threads", "versions", "device"} <= set(result["machine"]) and result["dtype"] == "float32"
-
-
-def test_the_verb_takes_a_hub_id(exported, tmp_path):
-    """And loads of a budget are downloads of its own bytes."""
-    _, root = exported
-    files = {name: path.read_bytes() for name, path in files_of(root / "levels").items()}
-    with HubServer() as hub:
-        hub.repos["me/elastic"] = Repo()
-        hub.repos["me/elastic"].add(files, "family", "main", None)
-        arguments = ["bench", "me/elastic", "--budgets", "0.6", "--rounds", "1", "--device", "cpu"]
-        arguments += ["--threads", "1", "--batch-sizes", "1", "--json", str(tmp_path / "result.json")]
-        code = f"from flextron_trainer.cli import app; app({arguments!r})"
-        run_python(code, env=hub.environment(tmp_path / "home"))
-        assert not hub.unknown
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["context"] == 112  # of its 128 positions
-    fetched = {row["how"]: row["fetched_bytes"] for row in result["loading"]}
-    assert fetched == {"budget": fetched_bytes(root / "levels", "0.6"), "slice": fetched_bytes(root / "levels", None)}
 
 
 def test_a_load_that_fails_says_why(exported):

@@ -4,10 +4,13 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from helpers import flextron, parent_of, run_python
+from planted import plant
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
@@ -319,11 +322,19 @@ def test_an_error_is_one_message(elastic):
 
 
 @pytest.mark.slow
-def test_demo_in_small(work):
-    """All six parts of the demo, with a handful of steps, on the text of this checkout."""
+def test_demo_in_small(work, monkeypatch):
+    """All parts of the demo but the training of a parent. Nothing runs of what the files of its parent name."""
+    tokenizer = AutoTokenizer.from_pretrained("parent")
+    shape = {"vocab_size": 300, "num_hidden_layers": 2, "pad_token_id": tokenizer.pad_token_id}
+    parent_of("gqa-wide-heads", **shape).save_pretrained("planted")
+    tokenizer.save_pretrained("planted")
+    plant(Path("planted"), work / "marker")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("A question is asked on the terminal."))
     result = flextron(
-        "demo", "--output", "demo", "--dataset", "few", "--parent-steps", 3, "--elastic-steps", 2, "--device", "cpu"
+        "demo", "--output", "demo", "--dataset", "few", "--parent", "planted", "--elastic-steps", 2, "--device", "cpu"
     )
+    assert not Path("marker").exists()
+    assert not [path for path in Path("demo").rglob("*.json") if "--planted" in path.read_text()]
     assert Path(result["plot"]).stat().st_size > 1000
     assert {"config.json", "model.level0.safetensors", "README.md", "tokenizer.json"} <= {
         path.name for path in Path(result["repo"]).iterdir()
@@ -332,5 +343,19 @@ def test_demo_in_small(work):
     for row in result["rows"]:
         assert row["tokens_per_second"] > 0 and row["bytes"] == 4 * row["parameters"]
         assert all(row[key] > 0 for key in ("parent_loss", "sliced_loss", "repaired_loss", "trained_loss"))
+    assert result["rows"][0]["sliced_loss"] == pytest.approx(result["rows"][0]["parent_loss"], rel=1e-4)
     sizes = [row["parameters"] for row in result["rows"]]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_demo_trains_a_parent_where_none_is_given(work, monkeypatch):
+    """Up to the conversion of it, behind which the demo is the same."""
+    converted = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("flextron_trainer.demo.convert", converted)
+    with pytest.raises(InterruptedError):
+        flextron("demo", "--output", "untaught", "--dataset", "few", "--parent-steps", 2, "--device", "cpu")
+    teacher, calibration = converted.call_args.args
+    assert type(teacher).__name__ == "LlamaForCausalLM" and not teacher.training
+    assert not torch.equal(teacher.model.norm.weight, torch.ones(128))  # which it begins with
+    assert len(calibration) and len(calibration[0]["input_ids"]) == 128
+    assert max(max(row["input_ids"]) for row in calibration) < teacher.config.vocab_size

@@ -1,4 +1,4 @@
-"""Text to blocks of ids."""
+"""Text to blocks of ids. Data sets of the Hub: `test_hub.py`."""
 
 import bz2
 import copy
@@ -9,8 +9,6 @@ import pickle
 import datasets
 import pytest
 import torch
-from helpers import run_python
-from hub_server import HubServer, Repo
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training import trainer
 from transformers import PreTrainedTokenizerFast
@@ -222,32 +220,6 @@ def test_every_source_can_be_streamed(tokenizer, tmp_path, name):
     assert [row["input_ids"] for row in stream] == [[2, 3, 4, 5, 1]]
     with pytest.raises(ValueError, match="ends before the first block of 6"):
         pack(load_text(str(path), streaming=True), tokenizer, 6)
-
-
-def test_a_dataset_of_the_hub(tmp_path):
-    """By its id: every split, downloaded or streamed; what is not there is refused."""
-    with HubServer() as hub:
-        hub.repos["datasets/me/text"] = Repo()
-        files = {}
-        for split, text in (("train", "w2 w3"), ("validation", "w4")):
-            path = tmp_path / f"{split}.parquet"
-            datasets.Dataset.from_dict({"text": [text]}).to_parquet(path)
-            files[f"data/{split}-00000-of-00001.parquet"] = path.read_bytes()
-        hub.repos["datasets/me/text"].add(files, "text", "main", None)
-        run_python(
-            """
-import pytest
-from flextron_trainer.data import load_text
-for streaming in (False, True):
-    assert list(load_text("me/text", streaming=streaming)) == [{"text": "w2 w3"}]
-    assert list(load_text("me/text", split="validation", streaming=streaming)) == [{"text": "w4"}]
-    for name, split, reason in (("me/text", "other", "(Bad|Unknown) split"), ("me/none", "train", "doesn't exist")):
-        with pytest.raises(ValueError, match=f"the Hub gave no dataset of this name: .*{reason}"):
-            load_text(name, split=split, streaming=streaming)
-""",
-            env=hub.environment(tmp_path / "home"),
-        )
-        assert not hub.unknown
 
 
 @pytest.mark.parametrize("streaming", [False, True])

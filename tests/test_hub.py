@@ -1,26 +1,33 @@
 """The whole circle against a Hub of our own: create, push, card, load, pin, offline, private, and what goes wrong.
 
-Three processes do all of it, because the Hub's address is read at import: one pushes, one loads without our package,
-one loads again without the network.
+Three processes do all of it, because the Hub's address is read at import: one pushes and uses what else takes an id
+of the Hub, one loads without our package, one loads again without the network.
 """
 
 import json
 import re
+from pathlib import Path
 
+import datasets
 import pytest
-from helpers import run_python
-from hub_server import HubServer
+from helpers import elastic_of, parent_of, run_python
+from hub_server import HubServer, Repo
 from huggingface_hub import ModelCard
+from planted import plant
 
+from flextron_trainer.measuring.loading import fetched_bytes
+from modeling_flextron.hub import files_of
 from modeling_flextron.permutation import FILE as PERMUTATION
 
 PUSH = """
 import json, sys
 from pathlib import Path
+import pytest
 import torch
 from helpers import elastic_of, flextron, parent_of
 from planted import plant
 from training import rows, trainer
+from flextron_trainer.data import load_text
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation.quality import evaluate_frontier
 
@@ -58,7 +65,6 @@ elastic.save_pretrained("saved")
 tokenizer.save_pretrained("saved")
 plant(Path("saved"), Path("marker").resolve())
 done["command"] = flextron("push", "saved", "me/private", "--private", "--commit-message", "by command", "--tag", "cli")
-done["ran"] = Path("marker").exists()
 push("fourth")
 
 run = trainer(
@@ -71,6 +77,16 @@ run.evaluate()
 run.push_to_hub(tags=["trained"])
 done["generated"] = flextron("generate", "me/trained", "def main", "--max-new-tokens", 1, "--budget", "0.35")
 done["verified"] = flextron("verify", "me/trained")
+
+how = ("--budgets", "0.35", "--rounds", 1, "--batch-sizes", 1, "--threads", 1, "--device", "cpu")
+done["bench"] = flextron("bench", "me/family", *how)
+done["ran"] = Path("marker").exists()
+for streaming in (False, True):
+    assert list(load_text("me/text", streaming=streaming)) == [{"text": "w2 w3"}]
+    assert list(load_text("me/text", split="validation", streaming=streaming)) == [{"text": "w4"}]
+    for name, split, reason in (("me/text", "other", "(Bad|Unknown) split"), ("me/none", "train", "doesn't exist")):
+        with pytest.raises(ValueError, match=f"the Hub gave no dataset of this name: .*{reason}"):
+            load_text(name, split=split, streaming=streaming)
 print(json.dumps(done))
 """
 
@@ -151,16 +167,34 @@ def hub():
         assert not server.unknown
 
 
+def add(hub, repo: str, files: dict[str, Path]) -> None:
+    hub.repos[repo] = Repo()
+    hub.repos[repo].add({name: path.read_bytes() for name, path in files.items()}, "files", "main", None)
+
+
+def texts(folder: Path) -> dict[str, Path]:
+    """The files of a data set of two splits."""
+    files = {}
+    for split, text in (("train", "w2 w3"), ("validation", "w4")):
+        files[f"data/{split}-00000-of-00001.parquet"] = folder / f"{split}.parquet"
+        datasets.Dataset.from_dict({"text": [text]}).to_parquet(folder / f"{split}.parquet")
+    return files
+
+
 @pytest.fixture(scope="module")
 def pushed(hub, tmp_path_factory):
-    """What the process that pushes saw."""
+    """What the process that pushes saw, and its home."""
     home = tmp_path_factory.mktemp("push")
+    elastic_of("gqa-wide-heads", parent_of("gqa-wide-heads", max_position_embeddings=32)).export(home / "family")
+    plant(home / "family", home / "marker")
+    add(hub, "me/family", files_of(home / "family"))
+    add(hub, "datasets/me/text", texts(home))
     hub.refuse_commits("me/elastic", "second", 1)
     hub.refuse_commits("me/elastic", "third", 100)
     hub.refuse_commits("me/trained", "Training in progress, step 2", 100)
     for path in BUSY:
         hub.be_busy("me/trained", path, 1)
-    return last_line(run_python(PUSH, env=hub.environment(home / "cache"), folder=home))
+    return last_line(run_python(PUSH, env=hub.environment(home / "cache"), folder=home)) | {"home": home}
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +275,14 @@ class TestPush:
         assert "last-checkpoint/model.safetensors" in files
         assert not [path for path in files if path.endswith((".bin", ".pt", ".pth", "arguments.json"))]
         assert "tokenizer.json" in files and "- `max_steps`: `3`" in card.text and "trained" in card.data.tags
+
+
+def test_bench_takes_a_hub_id(pushed):
+    """And loads of a budget are downloads of its own bytes."""
+    result, family = pushed["bench"], pushed["home"] / "family"
+    assert result["context"] == 16  # of its 32 positions
+    fetched = {row["how"]: row["fetched_bytes"] for row in result["loading"]}
+    assert fetched == {"budget": fetched_bytes(family, "0.35"), "slice": fetched_bytes(family, None)}
 
 
 class TestLoad:

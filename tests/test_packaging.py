@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import run_forked
 
 from modeling_flextron.configuration_flextron import VERSION
 
@@ -61,7 +62,7 @@ elastic.save_pretrained("saved")
 write_model_card(elastic, "saved")
 print("DONE")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = run_forked(code, [], 240, tmp_path)
     assert done.returncode == 0 and "DONE" in done.stdout, done.stderr[-2000:]
     assert (tmp_path / "saved" / "modeling_flextron.py").is_file()
 

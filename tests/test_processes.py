@@ -6,13 +6,12 @@ each against one process with the global batch.
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import difference, elastic_of
+from helpers import difference, elastic_of, run_forked
 from hub_server import HubServer
 from safetensors.torch import load_file
 from test_corrections import corrected
@@ -106,7 +105,8 @@ def launched(tmp_path_factory):
     (folder / "cases.json").write_text(json.dumps(cases))
     with HubServer() as hub:
         variables = environment() | hub.environment(folder / "home")
-        done = subprocess.run([*launch("ddp"), folder], env=variables, capture_output=True, text=True)
+        code = f"import os; os.environ.update({variables!r}); from accelerate.commands.launch import main; main()"
+        done = run_forked(code, [str(part) for part in (*launch("ddp")[3:], folder)], 1200, Path.cwd())
         for name, content in (hub.files("me/sharded") if "me/sharded" in hub.repos else {}).items():
             (folder / "pushed" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "pushed" / name).write_bytes(content)

@@ -1,6 +1,7 @@
 """The rules that let transformers copy `modeling_flextron/` into a Hub repo and run it from there."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ class TestImports:
                 assert node.module.split(".")[0] in allowed
 
 
+@functools.cache
 def reached(path: Path) -> set[str]:
     direct = {f"{node.module}.py" for node in relative_imports(path)}
     return direct.union(*(reached(FOLDER / name) for name in direct)) if direct else set()
