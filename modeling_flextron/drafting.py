@@ -10,7 +10,6 @@ times as fast as plain decoding: `token` and `draft` are the seconds of a decodi
 latency table (`latency.py`); acceptance is estimated from the measured losses, and then from what is observed.
 """
 
-import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,9 +151,7 @@ def share_draft(model: Any, subnetwork: SubNetwork, **settings: Any) -> Any:
     """
     decoder = model.base_model
     parts = (*model.children(), *decoder.children(), model.config, model._resolver, decoder._resolver)
-    draft = copy.deepcopy(model, {id(part): part for part in parts if part is not decoder})
-    draft.base_model._shared = True
-    draft.set_budget(subnetwork)
+    draft = model._twin(subnetwork, (part for part in parts if part is not decoder))
     for name in SETTINGS:
         if settings.get(name) is not None:
             setattr(draft.generation_config, name, settings[name])

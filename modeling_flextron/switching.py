@@ -7,10 +7,11 @@ never see each other's sizes.
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -181,9 +182,16 @@ class SwitchingMixin(PreTrainedModel):
         Only Python objects are created. Training or moving one model moves the other; only the original can be
         saved, or get another vocabulary, after which it must be shared again.
         """
-        subnetwork = self.resolve_budget(budget)
-        tensors = {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())}
-        twin = copy.deepcopy(self, tensors)
+        return self._twin(self.resolve_budget(budget), chain(self.parameters(), self.buffers()))
+
+    def _twin(self, subnetwork: SubNetwork, same: Iterable[Any]) -> Any:
+        """Copy this model object at a sub-network, around `same` parts of it that are not copied."""
+        twin = copy.deepcopy(self, {id(part): part for part in same})
+        for module in (twin, twin.base_model):
+            if isinstance(
+                vars(module).get("forward"), FunctionType
+            ):  # such as torch.compile(model.forward): it runs us
+                del module.forward
         twin.base_model._shared = True
         twin.set_budget(subnetwork)
         return twin

@@ -136,6 +136,19 @@ def test_a_draft_is_another_head_around_the_same_layers(model):
     assert not model.model._shared
 
 
+def test_a_wrapper_of_forward_stays_with_the_model(model, prompt):
+    """As `model.forward = torch.compile(model.forward)` puts one there, which runs the model and nothing else."""
+    size, plain = model.resolve_budget({"mlp": 72}), model.forward
+    expected = model(prompt, flextron_budget=size).logits
+    model.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    try:
+        for other in (share_draft(model, size), model.share(size)):
+            assert torch.equal(other(prompt).logits, expected)
+        assert not torch.equal(model(prompt).logits, expected)
+    finally:
+        del model.forward
+
+
 def test_what_was_kept_of_drafts():
     watch = Watch()
     for size in (5, 1, 3, 4, 2):  # the prompt, nothing kept, two of three, all of them, the end
