@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, save
+from common import RESULTS, machine, save, text_blocks
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
@@ -40,13 +40,6 @@ WAYS: dict[str, list[dict[str, Any]]] = {
     "blocks, global": [{"stage": "blocks"}, {"stage": "elastic"}],
 }
 RATES = {"elastic": 3e-3, "blocks": 3e-3, "corrections": 1e-2}
-
-
-def blocks_of_text(path: Path, tokenizer: Any, length: int) -> torch.Tensor:
-    """A text file as `[N, length]`, in an order of its own."""
-    ids = torch.tensor(tokenizer(path.read_text(errors="ignore"), verbose=False).input_ids)
-    found = ids[: len(ids) // length * length].view(-1, length)
-    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 
 def compute(config: Any, stage: dict[str, Any], tokens: int, distinct: int, length: int) -> float:
@@ -140,9 +133,9 @@ def main() -> None:
     if result["settings"] != settings:
         parser.error(f"{path} was measured with {result['settings']}; pass the same, or another --name.")
     tokenizer = load_tokenizer(args.parent)
-    data = blocks_of_text(args.train, tokenizer, args.length)
+    data = text_blocks(args.train, tokenizer, args.length)
     args.tests = {
-        each.stem: list(blocks_of_text(each, tokenizer, args.length)[: args.test_blocks].split(4)) for each in args.test
+        each.stem: list(text_blocks(each, tokenizer, args.length)[: args.test_blocks].split(4)) for each in args.test
     }
     parent = AutoModelForCausalLM.from_pretrained(args.parent, dtype=torch.float32)
     with tempfile.TemporaryDirectory() as temporary:

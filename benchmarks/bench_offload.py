@@ -1,7 +1,7 @@
 """Memory of a conversion whose weights lie in files (`convert(offload_folder=...)`), against one in memory.
 
-    python benchmarks/bench_offload.py /tmp/offload            # docs/results/offload_cpu.json
-    python benchmarks/bench_offload.py /tmp/offload --shape 12M
+    python benchmarks/bench_offload.py offload            # docs/results/offload_cpu.json
+    python benchmarks/bench_offload.py offload --shape 12M
 
 The parent is random, in bfloat16, and stays in the folder; so does whatever was measured, and a second start goes on.
 Each conversion runs in a process of its own. What is measured is its private anonymous memory (`RssAnon` of

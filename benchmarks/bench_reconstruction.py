@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, save
+from common import RESULTS, machine, save, text_blocks
 from transformers import AutoModelForCausalLM
 
-from flextron_trainer.conversion.convert import _elastic_config, _permute, _take
 from flextron_trainer.conversion.corrections import put_corrections
 from flextron_trainer.conversion.importance import fingerprint, fingerprint_of_data, measure
 from flextron_trainer.conversion.moment_files import moment_files
@@ -46,18 +45,12 @@ from flextron_trainer.conversion.sensitivity import (
     rows_by_prediction,
     sensitivities,
 )
+from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.weights import permute, take
 from flextron_trainer.data import leading_tokens, load_tokenizer
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import uniform_subnetworks
-
-
-def blocks(path: Path, tokenizer: Any, length: int, count: int, seed: int) -> list[torch.Tensor]:
-    """Random blocks of a text file, in batches of four."""
-    ids = torch.tensor(tokenizer(path.read_text(errors="ignore"), verbose=False).input_ids)
-    found = ids[: len(ids) // length * length].view(-1, length)
-    chosen = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
-    return list(found[chosen].split(4))
 
 
 def rows_of(config: Any, budgets: list[float]) -> dict[str, SubNetwork]:
@@ -120,13 +113,17 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
     """Fill `result`, and `keep` it after every figure."""
     parent = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = load_tokenizer(args.model)
-    config = _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden")) | {"depth": args.depth})
-    tests = {path.stem: blocks(path, tokenizer, args.length, args.test_blocks, 99) for path in args.test}
+    config = family_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden")) | {"depth": args.depth})
+    tests = {
+        path.stem: list(text_blocks(path, tokenizer, args.length, 99)[: args.test_blocks].split(4))
+        for path in args.test
+    }
     uniform, size = rows_of(config, args.budgets), config.parent_size()
     result["rows"] = {name: row.to_dict() | {"share": _size(config, row) / size} for name, row in uniform.items()}
     for number in range(args.samples):
-        model = _take(parent, config, release=False)
-        batches = blocks(args.calibration, tokenizer, args.length, args.calibration_blocks, number)
+        model = take(parent, config, release=False)
+        text = text_blocks(args.calibration, tokenizer, args.length, number)
+        batches = list(text[: args.calibration_blocks].split(4))
         few = max(1, len(batches) // 8)
         seen, losses = batches[:-few], result["losses"].setdefault(str(number), {})
         sample = Sample(model, dict(uniform), tests, batches[-few:], losses, keep)
@@ -139,20 +136,17 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
             seconds.setdefault(name, time.process_time() - begin)
             return found
 
-        folder, about = (
-            args.moments and args.moments / str(number),
-            (fingerprint(model), fingerprint_of_data(config, seen)),
-        )
-        with moment_files(folder, config, *about, wanted=True) as files:
+        folder, about = args.moments and args.moments / str(number), fingerprint_of_data(config, seen)
+        with moment_files(folder, config, fingerprint(model), about, wanted=True) as files:
             scores = timed("importance", partial(measure, model, seen))
             found = timed("orders", partial(rankings, model, scores, seen, args.orders, files))
             for order, each in found.items():
-                _permute(model, each)
+                permute(model, each)
                 for row in uniform:
                     sample.note(order, row)
             best = min(found, key=lambda order: sum(losses[order][row]["held out"] for row in uniform))
             result.setdefault("chosen", {})[str(number)] = best
-            _permute(model, found[best])
+            permute(model, found[best])
             metrics = timed("sensitivity", partial(sensitivities, model, leading_tokens(seen, SENSITIVITY_TOKENS)))
             predicted = predicted_losses(model, sorted_moments(model, seen, files), metrics, args.corrections)
             by_layer = rows_by_prediction(config, {f"{budget:g}": budget for budget in args.budgets}, predicted)

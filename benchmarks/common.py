@@ -15,7 +15,7 @@ from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.measuring.bench import against, interleaved, machine
 from modeling_flextron.checkpoint import write_file_beside
 
-__all__ = ["against", "interleaved", "machine", "peak_bytes", "save", "stdlib_blocks", "write_json"]
+__all__ = ["against", "interleaved", "machine", "peak_bytes", "save", "stdlib_blocks", "text_blocks", "write_json"]
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -36,6 +36,13 @@ def stdlib_blocks(
     stop = len(files) if documents is None else few + documents
     held_out = pack(files.select(range(few)), tokenizer, length).shuffle(seed=0)
     return pack(files.select(range(few, stop)), tokenizer, length), held_out, tokenizer
+
+
+def text_blocks(path: Path, tokenizer: Any, length: int, seed: int = 0) -> torch.Tensor:
+    """A text file as blocks of tokens `[N, length]`, in a random order."""
+    ids = torch.tensor(tokenizer(path.read_text(errors="ignore"), verbose=False).input_ids)
+    found = ids[: len(ids) // length * length].view(-1, length)
+    return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
 
 
 def peak_bytes(run: Callable[[], object], device: str, *models: torch.nn.Module) -> int:

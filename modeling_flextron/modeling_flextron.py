@@ -49,7 +49,7 @@ from .positions import attention_masks, check_positions, documents, real_tokens
 from .saving import SavingMixin
 from .subnetwork import is_routed
 from .switching import SwitchingMixin
-from .token_routing import Routing, TokenRouter, TokenRouting, run_layer, token_router
+from .token_routing import Routing, TokenRouter, TokenRouting, route_layer, token_router
 
 Observer = Callable[..., None]  # called as (kind, layer number, *tensors) while importance is measured
 
@@ -302,7 +302,7 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
             owner: Whose corrections it runs with.
         """
         if routing is not None:
-            return run_layer(self, routing, hidden_states, mlp, hidden, **kwargs)
+            return route_layer(self, routing, hidden_states, mlp, hidden, **kwargs)
         norms: Any = self
         of_attention = of_mlp = None
         if owner is not None:

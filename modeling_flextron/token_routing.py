@@ -70,7 +70,7 @@ def token_router(config: HasRouting) -> TokenRouter | None:
     return TokenRouter(config.built.hidden, len(config.token_routing["targets"]))
 
 
-def run_layer(
+def route_layer(
     layer: Any, routing: Routing, hidden_states: torch.Tensor, mlp: int | None, hidden: int | None, **kwargs
 ) -> torch.Tensor:
     """Run a decoder layer whose sizes differ between tokens or are being learned: `routing` runs each part."""

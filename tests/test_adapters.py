@@ -13,7 +13,8 @@ from training import trainer as flextron_trainer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from flextron_trainer.adapters import from_parent
-from flextron_trainer.conversion.convert import _take, elastic_config
+from flextron_trainer.conversion.sizes import elastic_config
+from flextron_trainer.conversion.weights import take
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.families import axes, family_of, from_stock, layer_of, stock_name
 from modeling_flextron.permutation import FILE
@@ -531,7 +532,7 @@ KINDS = {
 def twins():
     """A parent, and its family whose units are where the parent has them."""
     parent = parent_of("mha", num_hidden_layers=2, use_cache=False)
-    return parent, _take(parent, elastic_config(parent.config, **{**CHOICES, "depth": [1]}), release=False)
+    return parent, take(parent, elastic_config(parent.config, **{**CHOICES, "depth": [1]}), release=False)
 
 
 @pytest.mark.parametrize("kind", sorted(kind.value for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING))

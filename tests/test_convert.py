@@ -10,11 +10,13 @@ import torch
 from helpers import CHOICES, all_sizes, difference, elastic_of, parent_of, run_python
 
 from flextron_trainer import convert as convert_in_any_order
-from flextron_trainer.conversion.convert import _elastic_config, _ranked_heads, _take, origin_of
+from flextron_trainer.conversion.convert import origin_of
 from flextron_trainer.conversion.importance import Importance, fingerprint, fingerprint_of_data, measure, rank_layers
 from flextron_trainer.conversion.orders import RANKINGS
 from flextron_trainer.conversion.rows import mean_loss
-from flextron_trainer.layerwise import Walk, parts_of
+from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.weights import ranked_heads, take
+from flextron_trainer.layerwise import Walk, portions_of
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.subnetwork import AXES, smallest_subnetwork
 
@@ -93,8 +95,8 @@ def test_scores_are_those_of_the_definition():
     def score(name):
         return torch.cat(seen[name]).abs().mean(dim=1).square().sum(dim=0).sqrt()
 
-    config = _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth")))
-    unpermuted = _take(parent, config, release=False)
+    config = family_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth")))
+    unpermuted = take(parent, config, release=False)
     found = measure(unpermuted, list(DATA.split(5)))
     torch.testing.assert_close(found.mlp, torch.stack([score(f"mlp{i}") for i in range(4)]))
     by_head = torch.stack([score(f"heads{i}").view(8, 16).norm(dim=-1) for i in range(4)])
@@ -106,9 +108,9 @@ def test_scores_are_those_of_the_definition():
 
 def test_heads_are_ranked_inside_their_groups():
     scores = torch.tensor([1.0, 5.0, 2.0, 9.0, 8.0, 7.0])  # two groups of three
-    assert _ranked_heads(scores, 2) == [1, 3, 2, 4, 0, 5]
-    assert _ranked_heads(scores, 6) == [3, 4, 5, 1, 2, 0]
-    assert _ranked_heads(scores, 1) == [3, 4, 5, 1, 2, 0]
+    assert ranked_heads(scores, 2) == [1, 3, 2, 4, 0, 5]
+    assert ranked_heads(scores, 6) == [3, 4, 5, 1, 2, 0]
+    assert ranked_heads(scores, 1) == [3, 4, 5, 1, 2, 0]
 
 
 def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
@@ -149,7 +151,7 @@ def test_layers_are_dropped_in_the_order_of_the_least_error():
 @torch.no_grad()
 def test_layers_are_ranked_by_the_logits_without_computing_them(variant, monkeypatch):
     parent = parent_of(variant)
-    model = _take(parent, _elastic_config(parent.config, dict.fromkeys(AXES)), release=False)
+    model = take(parent, family_config(parent.config, dict.fromkeys(AXES)), release=False)
     batches = list(DATA[:6].split(4))
     remaining, expected = list(range(4)), []
     for _ in range(2):
@@ -171,7 +173,7 @@ def test_running_layer_by_layer_is_running_the_model(elastic, ids):
     for subnetwork in all_sizes(elastic, 3):
         (states,) = Walk(elastic, subnetwork).all([ids])
         torch.testing.assert_close(states, elastic.model(ids, flextron_budget=subnetwork).last_hidden_state)
-    assert [len(part) for part in parts_of([ids] * 5, 2 * ids.numel())] == [2, 2, 1]
+    assert [len(part) for part in portions_of([ids] * 5, 2 * ids.numel())] == [2, 2, 1]
 
 
 def test_second_moments_are_kept_and_used_again(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import pytest
 from helpers import elastic_of
 from transformers import AutoConfig, GPT2Config, LlamaConfig
 
-from flextron_trainer.conversion.convert import elastic_config
 from flextron_trainer.conversion.rows import USED, choose_rows, named_budgets
+from flextron_trainer.conversion.sizes import elastic_config
 from flextron_trainer.presets import load_preset, names
 from modeling_flextron import FlextronConfig
 from modeling_flextron.extraction import misfit

@@ -7,7 +7,6 @@ import torch
 from helpers import VARIANTS, difference, parent_of
 
 from flextron_trainer import convert
-from flextron_trainer.conversion.convert import _elastic_config, _take
 from flextron_trainer.conversion.corrections import put_corrections
 from flextron_trainer.conversion.importance import measure
 from flextron_trainer.conversion.moments import (
@@ -21,6 +20,8 @@ from flextron_trainer.conversion.moments import (
 )
 from flextron_trainer.conversion.orders import RANKINGS, best_order, rankings
 from flextron_trainer.conversion.reconstruction import from_inputs, input_moments, reconstruct, within
+from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.weights import take
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.subnetwork import smallest_subnetwork
 
@@ -44,29 +45,29 @@ def test_the_row_optimum_is_that_of_a_solver(moments):
     weight = torch.randn(D, K, dtype=torch.double)
     expected = torch.linalg.lstsq(h, y).solution.T
     torch.testing.assert_close(weight + least_squares(found, weight, 1e-12), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.error(expected), (y - h @ expected.T).square().sum(1).mean().item())
     assert least_squares(found, weight, 1e9).abs().max() < 1e-6  # ridge pulls towards no change
 
 
 def test_weights_of_tokens_count_them(moments):
-    found, h, y = moments
+    _, h, y = moments
     twice, weighted = Moments.zeros(K, D, dtype=torch.double), Moments.zeros(K, D, dtype=torch.double)
     for _ in range(2):
         twice.add(h, y)
     weighted.add(h, y, torch.full((400,), 2.0))
     torch.testing.assert_close(twice.inputs, weighted.inputs)
-    torch.testing.assert_close(twice.error(y[:D, :1].expand(D, K)), found.error(y[:D, :1].expand(D, K)))
+    torch.testing.assert_close(twice.cross, weighted.cross)
+    assert (twice.tokens, twice.count) == (weighted.tokens, 2 * weighted.count)
 
 
 def test_each_rank_takes_away_its_gain_and_no_other_does_better(moments):
-    found, *_ = moments
+    found, h, y = moments
     weight = torch.randn(D, K, dtype=torch.double)
     change = least_squares(found, weight, 1e-12)
     up, down, gains = low_rank(change, found.inputs, 1e-12)
     torch.testing.assert_close(up @ down, change)
-    errors = [found.error(weight + up[:, :r] @ down[:r]) for r in range(D + 1)]
+    errors = [(y - h @ (weight + up[:, :r] @ down[:r]).T).square().sum().item() for r in range(D + 1)]
     for rank in range(D):
-        assert errors[rank] - errors[rank + 1] == pytest.approx(gains[rank].item() / found.tokens, rel=1e-6)
+        assert errors[rank] - errors[rank + 1] == pytest.approx(gains[rank].item(), rel=1e-6)
     root = torch.linalg.cholesky(regularised(found.inputs, 1e-12))
     singular = torch.linalg.svdvals(change @ root).square()  # Eckart-Young: no change of a rank does better
     torch.testing.assert_close(gains, singular)
@@ -119,7 +120,7 @@ def test_units_are_removed_in_the_order_of_least_loss(moments, size):
 def unsorted_of(variant):
     parent = parent_of(variant)
     choices = {"mlp": [1, 0.5], "heads": [1, 0.5], "hidden": None, "depth": [1, 0.75]}
-    return _take(parent, _elastic_config(parent.config, choices), release=False), parent
+    return take(parent, family_config(parent.config, choices), release=False), parent
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -8,8 +8,9 @@ from helpers import VARIANTS, difference, parent_of
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer import convert
-from flextron_trainer.conversion.convert import _elastic_config, _take
 from flextron_trainer.conversion.rotation import principal_axes, rotate
+from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.weights import take
 from modeling_flextron import FlextronForCausalLM
 
 DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
@@ -20,8 +21,8 @@ HOW = {"hidden": [1, 0.5], "budgets": [1, 0.5], "sequence_length": 24, "batch_si
 @pytest.mark.parametrize("variant", RMS)
 def test_the_full_network_stays_the_parent_and_the_hidden_axis_is_turned(variant):
     parent = parent_of(variant)
-    config = _elastic_config(parent.config, {"mlp": None, "heads": None, "hidden": [1, 0.5], "depth": None})
-    elastic = _take(parent, config, release=False)
+    config = family_config(parent.config, {"mlp": None, "heads": None, "hidden": [1, 0.5], "depth": None})
+    elastic = take(parent, config, release=False)
     before = copy.deepcopy(elastic)
     rotate(elastic, [DATA[:8]])
     assert difference(elastic(DATA).logits, parent(DATA).logits) < 1e-4

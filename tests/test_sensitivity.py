@@ -7,15 +7,16 @@ import torch
 from helpers import VARIANTS, parent_of
 
 from flextron_trainer import convert
-from flextron_trainer.conversion.convert import _elastic_config, _take
-from flextron_trainer.conversion.moments import Moments, low_rank, regularised
-from flextron_trainer.conversion.reconstruction import input_moments, matrix_name, token_weights
+from flextron_trainer.conversion.moments import Moments, low_rank, matrix_name, regularised
+from flextron_trainer.conversion.reconstruction import input_moments, token_weights
 from flextron_trainer.conversion.sensitivity import (
     leading_losses,
     predicted_losses,
     rows_by_prediction,
     sensitivities,
 )
+from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.weights import take
 from modeling_flextron import SubNetwork
 from modeling_flextron.frontier import held
 
@@ -25,8 +26,8 @@ HOW = {"sequence_length": 24, "batch_size": 4, "corrections": 0}
 
 def elastic_of(variant, **sizes):
     parent = parent_of(variant)
-    config = _elastic_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth")) | sizes)
-    return _take(parent, config, release=False)
+    config = family_config(parent.config, dict.fromkeys(("mlp", "heads", "hidden", "depth")) | sizes)
+    return take(parent, config, release=False)
 
 
 def test_leading_losses_are_those_of_the_best_matrices():

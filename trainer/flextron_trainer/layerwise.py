@@ -206,7 +206,7 @@ class Walk:
         return [self.end(x) for x in states]
 
 
-def parts_of(batches: Sequence[torch.Tensor], tokens: int) -> Iterator[Sequence[torch.Tensor]]:
+def portions_of(batches: Sequence[torch.Tensor], tokens: int) -> Iterator[Sequence[torch.Tensor]]:
     """Batches `[B, S]` in runs of at most so many tokens, or of one batch: their states are in memory together."""
     start = held = 0
     for end, batch in enumerate(batches):

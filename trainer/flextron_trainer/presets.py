@@ -24,7 +24,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
 
-from .conversion.convert import convert, elastic_config
+from .conversion.convert import convert
+from .conversion.sizes import elastic_config
 
 # In the installed package, or in a checkout.
 FOLDER = next(p for p in (Path(__file__).with_name("presets"), Path(__file__).parents[2] / "hub_configs") if p.is_dir())

@@ -93,9 +93,9 @@ def convert(
     from modeling_flextron.model_card import write_model_card
 
     from ..conversion.convert import convert as run
-    from ..conversion.convert import elastic_config
     from ..conversion.parents import place_of
     from ..conversion.plan import measured, plan_conversion
+    from ..conversion.sizes import elastic_config
     from ..data import load_text, load_tokenizer
     from ..models import read_config
     from ..presets import load_preset

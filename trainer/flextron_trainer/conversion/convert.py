@@ -7,36 +7,22 @@ that no second copy of it exists at any time.
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import metadata_load
-from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import cached_file, logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.config_checks import LICENSE_FIELDS
 from modeling_flextron.errors import invalid, require_int
-from modeling_flextron.families import (
-    axes,
-    by_stock_name,
-    check_supported,
-    family_of,
-    from_stock,
-    layer_of,
-)
 from modeling_flextron.frontier import held
 from modeling_flextron.loading import HUB_DEFAULTS
-from modeling_flextron.permutation import Permutation
-from modeling_flextron.subnetwork import AXES, SubNetwork
+from modeling_flextron.subnetwork import SubNetwork
 
 from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
 from .corrections import add_corrections, train_corrections
@@ -44,19 +30,18 @@ from .importance import CONTROLS, Importance, fingerprint, fingerprint_of_data, 
 from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
-from .parents import place_of, plain_parent, tensor_of
-from .places import Place, place_in
+from .parents import place_of, plain_parent
+from .places import place_in
 from .reconstruction import sorted_moments
 from .rotation import check_rotation
 from .rotation import rotate as turn
 from .rows import ROW_SAMPLES, TextLoss, choose_rows, mean_loss, named_budgets, search_rows
 from .sensitivity import SENSITIVITY_TOKENS, predicted_losses, rows_by_prediction, sensitivities
+from .sizes import DEFAULT_BUDGETS, Choices, family_config
+from .weights import permute, take
 
 logger = logging.get_logger(__name__)
-LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given
-DEFAULT_BUDGETS = (1, 0.75, 0.5, 0.25)
 ORDERS = ("auto", *RANKINGS, *CONTROLS)
-Choices = Sequence[int | float]
 
 
 def convert(
@@ -187,7 +172,7 @@ def convert(
         rule = "Only what rows own learns here, so that the full network stays the parent."
         raise invalid("block_steps", block_steps, rule, "Pass corrections=0.03, or train all in stage 'blocks'.")
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
-    config = _elastic_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
+    config = family_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     counted = config
     if rotate:
         if by_weights or offload_folder is not None or len(config.choices("hidden")) < 2:
@@ -214,7 +199,7 @@ def convert(
 
     # The first weights of an offloaded parent are on the device meta, and files are mapped for the CPU.
     here = "cpu" if dense.device.type == "meta" or place is not None else dense.device
-    elastic = _take(dense, config, release=dense is not parent, place=place, dtype=dtype).to(device or here)
+    elastic = take(dense, config, release=dense is not parent, place=place, dtype=dtype).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
     fitted = leading_tokens(seen, MOMENT_TOKENS) if seen else []
@@ -226,15 +211,15 @@ def convert(
     rows = batches[: -(-ROW_SAMPLES // batch_size)]
     about["data"], again = fingerprint_of_data(config, fitted, rotate), bool(corrections) or not uniform
     with moment_files(moments, config, **about, wanted=again, for_now=offload_folder) as files:
-        permute = partial(_permute, elastic, place=place)
+        sort = partial(permute, elastic, place=place)
         if order in CONTROLS or not batches:
-            permute(scores.reordered(order, seed))
+            sort(scores.reordered(order, seed))
         else:
             found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order], files)
             if order == "auto":
                 slices = _rows_by_size(elastic.config, named, nested)
-                record["order"] = order = _best_order(elastic, found, slices, permute, held_out)
-            permute(found[order])
+                record["order"] = order = _best_order(elastic, found, slices, sort, held_out)
+            sort(found[order])
         if batches:
             record["calibration_tokens"] = sum(batch.numel() for batch in batches)
         metrics = None
@@ -299,33 +284,6 @@ def _rows_by_size(config: FlextronConfig, named: dict[str, Any], nested: bool) -
     return [subnetwork for subnetwork in held(rows).values() if subnetwork != config.built]
 
 
-def elastic_config(
-    parent: PreTrainedConfig,
-    *,
-    mlp: Choices | None = None,
-    heads: Choices | None = None,
-    hidden: Choices | None = None,
-    depth: Choices | None = None,
-    budgets: Sequence[Any] | Mapping[str, Any] = DEFAULT_BUDGETS,
-) -> FlextronConfig:
-    """Make the config that `convert` would give a parent, from its config alone.
-
-    Its layers are dropped from the last one upwards, and its frontier has the largest sub-network within each budget;
-    `convert` chooses by importance and by loss.
-
-    Args:
-        parent: Config of a dense model of a supported family.
-        mlp, heads, hidden, depth, budgets: as in `convert`.
-
-    Raises:
-        ValueError: as in `convert`.
-    """
-    config = _elastic_config(parent, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
-    config.frontier = choose_rows(config, named_budgets(config, budgets), None)
-    config.validate()
-    return config
-
-
 def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | None]:
     """Name and licence of a model, the licence as the metadata of its card has it; None for what is not known.
 
@@ -354,171 +312,3 @@ def _tokenizer_of(source: str | os.PathLike, trust_remote_code: bool, hub: dict[
         return load_tokenizer(place, trust_remote_code=trust_remote_code, **hub)
     except ValueError:
         return None  # token ids need none; text without one is refused where it is read
-
-
-# ------------------------------------------------------------------------------------------------ the config
-
-
-def _elastic_config(parent, fractions: dict[str, Choices | None]) -> FlextronConfig:
-    """The config of the elastic model: the parent's fields, and the allowed sizes."""
-    check_supported(parent)
-    family, kind = family_of(parent.model_type), parent.model_type
-    fields: dict[str, Any] = {
-        ours: copy.deepcopy(getattr(parent, theirs, None)) for ours, theirs in family.fields.items()
-    }
-    fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["hidden_size"]  # GPT-2 leaves it out
-    if not family.partial_rotary and fields.get("rope_parameters"):
-        fields["rope_parameters"].pop("partial_rotary_factor", None)  # the stock class rotates all channels
-    if fields.get("sliding_window"):
-        fields["layer_types"] = fields.get("layer_types") or ["sliding_attention"] * fields["num_hidden_layers"]
-    if "sliding_attention" not in (fields.get("layer_types") or ()):
-        fields |= {"sliding_window": None, "layer_types": None}
-    config = FlextronConfig(**family.constants | fields, base_model_type=kind, dtype=parent.dtype)
-
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    full = {"mlp": config.intermediate_size, "heads": heads, "hidden": config.hidden_size}
-    full["depth"] = config.num_hidden_layers
-    units = {"mlp": 1, "heads": kv_heads if heads > kv_heads else 1, "hidden": 1, "depth": 1}
-    elastic = {axis: _sizes(axis, fractions[axis], full[axis], units[axis], config.head_dim) for axis in AXES}
-    if fractions["hidden"] is None and not family.own_head_dim:
-        elastic["hidden"] = [heads * config.head_dim for heads in elastic["heads"]]
-    droppable = [layer for layer in reversed(range(full["depth"])) if layer not in config.anchors()]
-    if full["depth"] - elastic["depth"][-1] > len(droppable):
-        rule = f"The layers {sorted(config.anchors())}, the first of each kind of attention, always stay."
-        raise invalid("depth", elastic["depth"][-1], rule, f"Keep at least {full['depth'] - len(droppable)} layers.")
-    # Any ranking will do until the real one is known.
-    config.elastic = {**elastic, "layer_ranking": droppable[: full["depth"] - elastic["depth"][-1]]}
-    config.validate()
-    return config
-
-
-def _sizes(axis: str, given: Choices | None, full: int, unit: int, head_dim: int) -> list[int]:
-    """Sizes from fractions or sizes; `unit` must divide each."""
-    if given is None:
-        parts = 64 if axis == "mlp" else 8
-        step = unit * max(1, round(full / unit / parts))
-        fine = [size for size in range(full, 0, -step) if size >= LEAST[axis] * full]
-        if axis != "mlp":
-            return fine
-        # Small budgets need steps that are small for them.
-        return [size for i, size in enumerate(fine) if i % 2 == 0 or 4 * size < full]
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-        raise invalid(axis, given, "It is a list of sizes or fractions.", f"Pass for instance {axis}=[1, 0.5].")
-    sizes: list[int] = []
-    for size in given:
-        if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 < size <= full:
-            rule = f"A size is a fraction in (0, 1] or a number up to {full}."
-            raise invalid(axis, size, rule, f"Pass for instance {axis}=[1, 0.5].")
-        one = isinstance(size, int) and size == 1 and bool(sizes)  # behind larger sizes it is a size
-        exact_size = full * size if size <= 1 and not one else size
-        rounded = round(exact_size)
-        if abs(exact_size - rounded) > 1e-6 or rounded % unit:
-            good = head_dim if axis == "hidden" else unit
-            nearest = min(full, max(good, round(exact_size / good) * good))
-            what = f" of the {unit} KV heads" if unit > 1 else ""
-            rule = f"It makes {exact_size:g} of {full}, which is not a whole multiple{what}."
-            raise invalid(axis, size, rule, f"The nearest size is {nearest}.")
-        sizes.append(rounded)
-    if not sizes or sizes[0] != full:
-        raise invalid(axis, list(given), "The first size is the full one.", f"Begin the list with 1 (or {full}).")
-    if any(small >= large for large, small in pairwise(sizes)):
-        raise invalid(axis, list(given), "The sizes must descend strictly.", "Sort them and drop repeated ones.")
-    return sizes
-
-
-# ----------------------------------------------------------------------------------------------- the weights
-
-
-@torch.no_grad()
-def _take(
-    parent: PreTrainedModel,
-    config: FlextronConfig,
-    release: bool,
-    place: Place | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> FlextronForCausalLM:
-    """An elastic model with the parent's weights in the parent's order, heads rank-major.
-
-    Args:
-        release: Empty each of the parent's tensors as soon as it is taken.
-        place: Where the weights go; None for memory.
-        dtype: Another one than that of the parent.
-    """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    family, start = family_of(config.base_model_type), Permutation.unsorted(config)
-    with no_init_weights():
-        elastic = FlextronForCausalLM._from_config(config, dtype=dtype or parent.dtype)
-    theirs = dict(parent.state_dict(keep_vars=True))
-    names = list(elastic.state_dict())
-    if config.tie_word_embeddings:
-        names.remove("lm_head.weight")
-        theirs.pop("lm_head.weight", None)
-    for stock, ours in tqdm(by_stock_name(family, names).items(), desc="Converting", unit="tensor"):
-        source = theirs.pop(stock, None)
-        if source is None:
-            rule = f"It has no tensor {stock!r}."
-            raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
-        source = tensor_of(parent, stock, source)
-        for name in ours:
-            view = from_stock(family, name, source.detach(), config.num_attention_heads)
-            tensor = start.to_ours(view, axes(name), layer_of(name))
-            if place is not None:
-                tensor = place(tensor if dtype is None else tensor.to(dtype))
-            elif tensor is view and (len(ours) > 1 or not release or not view.is_contiguous()):
-                tensor = view.clone(memory_format=torch.contiguous_format)
-            module, _, kind = name.rpartition(".")
-            setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
-        if release:
-            source.data = source.new_empty(0)
-    if theirs:
-        rule = f"It has tensors that the family does not: {', '.join(sorted(theirs)[:3])}."
-        raise invalid("parent", type(parent).__name__, rule, "Use an unmodified model of a supported family.")
-    elastic.tie_weights()
-    elastic.generation_config = copy.deepcopy(parent.generation_config)
-    elastic.permutation = start
-    return elastic.eval()
-
-
-@torch.no_grad()
-def _permute(elastic: FlextronForCausalLM, scores: Importance, place: Place | None = None) -> None:
-    """Sort every axis that can shrink by importance, one tensor at a time; the function stays the same.
-
-    Args:
-        place: Where the sorted ones go; None for memory.
-    """
-    assert elastic.permutation is not None
-    permutation = _sorted(elastic.config, elastic.permutation, scores)
-    change = permutation.since(elastic.permutation)
-    for name, parameter in tqdm(list(elastic.named_parameters()), desc="Permuting", unit="tensor"):
-        tensor = change.to_ours(parameter.data, axes(name), layer_of(name))
-        parameter.data = tensor if place is None or tensor is parameter.data else place(tensor)
-    elastic.permutation = permutation
-
-
-def _sorted(config: FlextronConfig, start: Permutation, scores: Importance) -> Permutation:
-    """The permutation by scores; axes that have one size stay in the order of the parent."""
-    kv_heads = config.num_key_value_heads
-    orders: dict[str, Any] = {}
-    if len(config.choices("hidden")) > 1:
-        orders["hidden"] = _descending(scores.hidden)
-    if len(config.choices("mlp")) > 1:
-        orders["mlp"] = tuple(map(_descending, scores.mlp))
-    if len(config.choices("heads")) > 1:
-        ranked = (_ranked_heads(layer, kv_heads) for layer in scores.heads)
-        orders["heads"] = tuple(torch.tensor(heads, device="cpu") for heads in ranked)
-        if kv_heads == config.num_attention_heads:
-            orders["kv_heads"] = orders["heads"]
-    return replace(start, **orders, conversion="")
-
-
-def _descending(scores: torch.Tensor) -> torch.Tensor:
-    return scores.cpu().argsort(descending=True, stable=True)
-
-
-def _ranked_heads(scores: torch.Tensor, kv_heads: int) -> list[int]:
-    """The parent's heads in stored order: the best of every group, then the second best of every group, ..."""
-    if kv_heads == len(scores):  # MHA: heads are free to change places
-        return scores.argsort(descending=True, stable=True).tolist()
-    ranks = scores.view(kv_heads, -1).argsort(dim=1, descending=True, stable=True)
-    heads = ranks + torch.arange(kv_heads)[:, None] * ranks.shape[1]
-    return heads.T.flatten().tolist()

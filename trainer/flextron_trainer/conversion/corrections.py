@@ -19,7 +19,7 @@ from modeling_flextron.subnetwork import SubNetwork
 
 from ..blockwise import BlockRecipe, distill_blocks
 from ..layerwise import ModelBlocks, Text
-from .moments import Moments
+from .moments import PLACES, Read, matrix_name
 from .reconstruction import Corrections, from_inputs, within
 from .rows import mean_loss
 
@@ -32,7 +32,7 @@ LEARNING_RATE = 3e-3  # of corrections
 @torch.no_grad()
 def add_corrections(
     model: Any,
-    inputs: Iterable[tuple[int, str, torch.Tensor, Moments]],
+    inputs: Iterable[Read],
     batches: Sequence[torch.Tensor],
     held_out: list[torch.Tensor],
     share: float,
@@ -146,8 +146,7 @@ def put_corrections(model: Any, fitted: Mapping[str, tuple[SubNetwork, Correctio
 def _ranks(found: Corrections, subnetwork: SubNetwork) -> dict[str, tuple[int, ...]]:
     """Projection -> rank of its correction in each kept layer."""
     ranks = {name: up.shape[1] for name, (up, _) in found.low_rank.items()}
-    blocks = {"o_proj": "self_attn", "down_proj": "mlp"}
     return {
-        projection: tuple(ranks.get(f"model.layers.{i}.{block}.{projection}.weight", 0) for i in subnetwork.layers)
-        for projection, block in blocks.items()
+        place.rpartition(".")[2]: tuple(ranks.get(matrix_name(i, axis), 0) for i in subnetwork.layers)
+        for axis, place in PLACES.items()
     }

@@ -27,7 +27,7 @@ from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import stored_heads
 
-from ..layerwise import Walk, digest, parts_of
+from ..layerwise import Walk, digest, portions_of
 from .moments import MOMENT_TOKENS
 
 CONTROLS = ("random", "reverse")
@@ -146,7 +146,7 @@ def measure(model, batches: Sequence[torch.Tensor]) -> Importance:
         batches: Token ids `[B, S]`.
     """
     statistics, walk = _Statistics(), Walk(model)
-    for part in tqdm(list(parts_of(batches, MOMENT_TOKENS)), desc="Importance", unit="part"):
+    for part in tqdm(list(portions_of(batches, MOMENT_TOKENS)), desc="Importance", unit="part"):
         walk.all(part, statistics.observe)
     by_channel = statistics.scores("heads")
     return Importance(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 
-from .moments import Moments
+from .moments import PLACES, Moments
 
 KEPT_FOR_NOW = 2**32  # bytes of second moments that are kept unasked while a conversion runs
 
@@ -46,7 +46,7 @@ class MomentFiles:
 
     def complete(self, layers: int) -> bool:
         """Tell whether there is a file for every matrix of so many layers."""
-        return all((layer, axis) in self for layer in range(layers) for axis in ("heads", "mlp"))
+        return all((layer, axis) in self for layer in range(layers) for axis in PLACES)
 
     def save(self, layer: int, axis: str, moments: Moments) -> None:
         """Keep the moments of the inputs of a matrix; those of its outputs are not kept."""
@@ -63,7 +63,7 @@ class MomentFiles:
         with safe_open(self._path(layer, axis), framework="pt", device=str(device)) as file:
             inputs, input_sum = file.get_tensor("inputs"), file.get_tensor("input_sum")
             weighted, count = file.get_tensor("tokens").tolist()
-            return Moments(inputs, inputs[:0], input_sum, inputs.new_zeros(0), tokens=weighted, count=int(count))
+            return Moments(inputs, inputs[:0], input_sum, weighted, int(count))
 
 
 @contextmanager

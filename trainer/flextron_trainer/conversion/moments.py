@@ -11,11 +11,12 @@ From second moments on calibration text of what a matrix reads, `C = E[h h^T]`, 
 
 import heapq
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the matrices that write into the residual stream
 RIDGE = 1e-2  # of the mean of the diagonal
 METRIC_RIDGE = 0.1  # the same, of a metric of outputs: no direction is free
 MOMENT_TOKENS = 32768  # that moments are taken of: the hidden states of all of them are in memory
@@ -29,8 +30,6 @@ class Moments:
         inputs: `[K, K]`, sum of `h h^T`.
         cross: `[D, K]`, sum of `y h^T`.
         input_sum: `[K]`, sum of `h`.
-        output_sum: `[D]`, sum of `y`.
-        energy: Sum of `|y|^2`.
         tokens: Sum of the weights of the tokens.
         count: Number of the tokens.
     """
@@ -38,8 +37,6 @@ class Moments:
     inputs: torch.Tensor
     cross: torch.Tensor
     input_sum: torch.Tensor
-    output_sum: torch.Tensor
-    energy: float = 0.0
     tokens: float = 0.0
     count: int = 0
 
@@ -50,7 +47,7 @@ class Moments:
         def empty(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        return cls(empty(read, read), empty(written, read), empty(read), empty(written))
+        return cls(empty(read, read), empty(written, read), empty(read))
 
     def add(self, inputs: torch.Tensor, outputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Count tokens: inputs `[..., K]`, outputs `[..., D]` and how much each token counts, `[...]`."""
@@ -60,16 +57,21 @@ class Moments:
         self.inputs += (h * w[:, None]).T @ h
         self.cross += (y * w[:, None]).T @ h
         self.input_sum += w @ h
-        self.output_sum += w @ y
-        self.energy += float((w * y.square().sum(-1)).sum())
         self.tokens += float(w.sum())
         self.count += len(h)
 
-    def error(self, weight: torch.Tensor) -> float:
-        """Mean of `|y - W h|^2` over tokens, of a matrix `[D, K]`."""
-        w = weight.double()
-        fitted = 2 * (w * self.cross.double()).sum() - ((w @ self.inputs.double()) * w).sum()
-        return (self.energy - float(fitted)) / self.tokens
+    def leading(self, count: int, weight: torch.Tensor) -> "Moments":
+        """Of the first inputs alone, which are to write what a matrix `[D, K]` writes from all of them."""
+        cross = weight.double() @ self.inputs[:, :count].double()
+        return replace(self, inputs=self.inputs[:count, :count], cross=cross, input_sum=self.input_sum[:count])
+
+
+Read = tuple[int, str, torch.Tensor, Moments]  # a layer, "heads" or "mlp", the matrix that writes, what that reads
+
+
+def matrix_name(layer: int, axis: str) -> str:
+    """The parameter that writes what the units of an axis, `"heads"` or `"mlp"`, do in a layer."""
+    return f"model.layers.{layer}.{PLACES[axis]}.weight"
 
 
 def regularised(inputs: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:

@@ -11,6 +11,7 @@ A row owns its corrections. The weights that it shares with the other rows stay 
 the parent.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +24,9 @@ from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
 from ..layerwise import ModelBlocks, Text, observed, run_half, surroundings
 from .moment_files import MomentFiles
-from .moments import RIDGE, Moments, allocate, least_squares, low_rank, norm_scale
+from .moments import PLACES, RIDGE, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
 
-PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}
-LIKELY = 10  # times the mean rank: no matrix of a row is expected to get more
+LIKELY = 10  # times the mean rank
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Corrections:
 
 
 @torch.no_grad()
-def input_moments(
-    model: Any, batches: Sequence[torch.Tensor], files: MomentFiles | None = None
-) -> Iterator[tuple[int, str, torch.Tensor, Moments]]:
+def input_moments(model: Any, batches: Sequence[torch.Tensor], files: MomentFiles | None = None) -> Iterator[Read]:
     """Second moments of what `o_proj` and `down_proj` of every layer read in the whole model.
 
     One matrix at a time: in memory are `4 K^2` bytes for its `K` inputs and `4 T (2 D + K)` for the states of `T`
@@ -102,9 +100,7 @@ def input_moments(
 
 
 @torch.no_grad()
-def sorted_moments(
-    model: Any, batches: Sequence[torch.Tensor], files: MomentFiles | None = None
-) -> Iterator[tuple[int, str, torch.Tensor, Moments]]:
+def sorted_moments(model: Any, batches: Sequence[torch.Tensor], files: MomentFiles | None = None) -> Iterator[Read]:
     """`input_moments` of a model whose units are sorted, from files that were written before they were.
 
     Args:
@@ -134,7 +130,6 @@ def _fits(
     batches: Sequence[torch.Tensor],
     *,
     sequential: bool,
-    weighted: bool = True,
     norms: bool = False,
     vectors: dict[str, torch.Tensor] | None = None,
     answers: dict[str, torch.Tensor] | None = None,
@@ -178,7 +173,8 @@ def _fits(
             continue
         heads, mlp = subnetwork.heads[at[i]], subnetwork.mlp[at[i]]
         start = reduced
-        for name, module, aims in ((f"{prefix}.self_attn.o_proj", o, middle), (f"{prefix}.mlp.down_proj", down, after)):
+        for axis, module, aims in (("heads", o, middle), ("mlp", down, after)):
+            name = matrix_name(i, axis)
             if module is o:
                 inputs = normed(f"{prefix}.input_layernorm", layer.input_layernorm, start, parent)
                 sizes = {"heads": heads, "hidden": d}
@@ -192,11 +188,9 @@ def _fits(
             moments = Moments.zeros(weight.shape[1], weight.shape[0], device)
             bias = 0 if module.bias is None else module.bias[:d]
             for aim, states, h in zip(aims, reduced, reads, strict=True):
-                aimed = aim[..., :d] - states
-                size = token_weights(aim) if weighted else None
-                moments.add(h, aimed - bias, size)
-            yield f"{name}.weight", moments, weight
-            weight = answers.pop(f"{name}.weight", weight).to(weight.dtype)
+                moments.add(h, aim[..., :d] - states - bias, token_weights(aim))
+            yield name, moments, weight
+            weight = answers.pop(name, weight).to(weight.dtype)
             if sequential:
                 bias = module.bias if module.bias is None else module.bias[:d]
                 outputs = [torch.nn.functional.linear(h, weight, bias) for h in reads]
@@ -216,11 +210,10 @@ def reconstruct(
     *,
     ranks: Mapping[str, int] | None = None,
     sequential: bool = True,
-    weighted: bool = True,
     norms: bool = False,
     metrics: Mapping[str, torch.Tensor] | None = None,
     ridge: float = RIDGE,
-    dtype: torch.dtype = torch.float32,
+    share: float | None = None,
 ) -> tuple[Corrections, dict[str, torch.Tensor]]:
     """The corrections with which a row writes what the parent writes, as nearly as linear algebra gets.
 
@@ -230,12 +223,11 @@ def reconstruct(
         batches: Calibration batches `[B, S]`.
         ranks: Name of a matrix -> its rank; None for full ranks, an upper bound.
         sequential: Each layer reads what the corrected layers before it write; otherwise what the parent's write.
-        weighted: Count errors relative to the residual stream of each token.
         norms: Fit the weights of the norms, too, channel by channel to the parent's outputs. It helps some parents much
             and harms others.
         metrics: Name of a matrix -> how much errors of its output count, `[D, D]`; see `sensitivity.py`.
         ridge: See `least_squares`.
-        dtype: Of the corrections.
+        share: Of the row's parameters that it will own in the end; much higher ranks are then not kept.
 
     Returns:
         The corrections; and of each matrix that was fitted the error that each rank takes away.
@@ -243,8 +235,7 @@ def reconstruct(
     low, vectors, gains = {}, dict[str, torch.Tensor](), {}
     answers: dict[str, torch.Tensor] = {}
     walk = _fits(
-        model, subnetwork, batches, sequential=sequential, weighted=weighted, norms=norms,
-        vectors=vectors, answers=answers,
+        model, subnetwork, batches, sequential=sequential, norms=norms, vectors=vectors, answers=answers,
     )  # fmt: skip
     for name, moments, weight in walk:
         rank, fitted = (ranks or {}).get(name, 0), weight.double()
@@ -252,10 +243,10 @@ def reconstruct(
             change = least_squares(moments, weight, ridge)
             metric = None if metrics is None else metrics[name][: len(weight), : len(weight)]
             up, down, worth = low_rank(change, moments.inputs, ridge, metric)
-            gains[name] = worth.float().cpu()
             up, down = (up, down) if ranks is None else (up[:, :rank], down[:rank])
-            low[name] = up.to(dtype), down.to(dtype)
             fitted = fitted + up @ down
+            kept = len(worth) if share is None else _likely_rank(model, subnetwork, share, weight)
+            gains[name], low[name] = worth[:kept].float().cpu(), (up[:, :kept].float(), down[:kept].float())
         answers[name] = fitted
     return Corrections(low, vectors), gains
 
@@ -272,7 +263,7 @@ def within(
         share: Of the row's parameters, norms included. Too little for the norms alone gives these.
         how: Options of `reconstruct`.
     """
-    full, gains = reconstruct(model, subnetwork, batches, **how)
+    full, gains = reconstruct(model, subnetwork, batches, share=share, **how)
     ranks = _ranks(model, subnetwork, full, gains, share)
     if not how.get("sequential", True):
         return full.cut(ranks)
@@ -283,7 +274,7 @@ def within(
 def from_inputs(
     model: Any,
     rows: Mapping[str, SubNetwork],
-    moments: Iterable[tuple[int, str, torch.Tensor, Moments]],
+    moments: Iterable[Read],
     share: float,
     metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Corrections]:
@@ -299,26 +290,29 @@ def from_inputs(
     """
     low: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {name: {} for name in rows}
     gains: dict[str, dict[str, torch.Tensor]] = {name: {} for name in rows}
-    sizes = {name: count_parameters(model.config, row, embeddings=False) for name, row in rows.items()}
     for layer, axis, weight, found in moments:
         matrix = matrix_name(layer, axis)
-        written = weight.double() @ found.inputs.double()
         for name, row in rows.items():
             if layer not in row.layers:
                 continue
             at = row.layers.index(layer)
-            kept = row.mlp[at] if axis == "mlp" else row.heads[at] * model.config.head_dim
-            if kept == weight.shape[1]:
+            count = row.mlp[at] if axis == "mlp" else row.heads[at] * model.config.head_dim
+            if count == weight.shape[1]:
                 continue
-            part = replace(found, inputs=found.inputs[:kept, :kept], cross=written[:, :kept])
-            change = least_squares(part, weight[:, :kept])
-            up, down, worth = low_rank(change, part.inputs, metric=None if metrics is None else metrics[matrix])
-            # What is kept is chosen when all matrices are known. Of a few rows this takes as much as 16-bit weights.
-            most = -(-LIKELY * share * sizes[name] // (2 * len(row.layers) * (len(weight) + kept)))
-            up, down, worth = up[:, : int(most)], down[: int(most)], worth[: int(most)]
-            low[name][matrix], gains[name][matrix] = (up.float(), down.float()), worth.float().cpu()
+            part, slice_ = found.leading(count, weight), weight[:, :count]
+            metric = None if metrics is None else metrics[matrix]
+            up, down, worth = low_rank(least_squares(part, slice_), part.inputs, metric=metric)
+            kept = _likely_rank(model, row, share, slice_)
+            low[name][matrix] = up[:, :kept].float(), down[:kept].float()
+            gains[name][matrix] = worth[:kept].float().cpu()
     fitted = {name: Corrections(found, {}) for name, found in low.items()}
     return {name: found.cut(_ranks(model, rows[name], found, gains[name], share)) for name, found in fitted.items()}
+
+
+def _likely_rank(model: Any, subnetwork: SubNetwork, share: float, weight: torch.Tensor) -> int:
+    """A rank that no matrix of a row is expected to get: what is kept is chosen when all of them are known."""
+    budget = share * count_parameters(model.config, subnetwork, embeddings=False)
+    return math.ceil(LIKELY * budget / (len(PLACES) * len(subnetwork.layers) * sum(weight.shape)))
 
 
 def _ranks(
@@ -328,8 +322,3 @@ def _ranks(
     costs = {name: len(up) + down.shape[1] for name, (up, down) in full.low_rank.items()}
     own = sum(vector.numel() for vector in full.vectors.values())
     return allocate(gains, costs, share * count_parameters(model.config, subnetwork, embeddings=False) - own)
-
-
-def matrix_name(layer: int, axis: str) -> str:
-    """The parameter that writes what the units of an axis, `"heads"` or `"mlp"`, do in a layer."""
-    return f"model.layers.{layer}.{PLACES[axis]}.weight"

@@ -25,7 +25,7 @@ from modeling_flextron.subnetwork import (
 )
 
 from ..evaluation.quality import quality
-from ..layerwise import Walk, parts_of
+from ..layerwise import Walk, portions_of
 from ..losses import RowScores
 from .moments import MOMENT_TOKENS
 from .search import search
@@ -261,7 +261,7 @@ def limit_of(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
 def mean_loss(model: FlextronForCausalLM, subnetwork: SubNetwork, batches: Sequence[torch.Tensor]) -> float:
     """Mean next-token loss in nats over batches of ids `[B, S]`, run layer by layer."""
     found = []
-    for part in parts_of(batches, MOMENT_TOKENS):
+    for part in portions_of(batches, MOMENT_TOKENS):
         for ids, states in zip(part, Walk(model, subnetwork).all(part), strict=True):
             scores = RowScores(ids, LOSS_CHUNK)
             scores(states, model.lm_head)

@@ -12,7 +12,6 @@ has ten times the usual mean square (attention sinks) are left out: no error of 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ from modeling_flextron.static_router import Candidate, Step, repaired
 from modeling_flextron.subnetwork import smallest_subnetwork
 
 from ..layerwise import ModelBlocks, Text, run_half
-from .moments import Moments, least_squares, low_rank, regularised
-from .reconstruction import PLACES, matrix_name, token_weights
+from .moments import PLACES, Moments, Read, least_squares, low_rank, matrix_name, regularised
+from .reconstruction import token_weights
 from .rows import USED, limit_of, name_of_smallest, warn_of_same, warn_of_unused
 
 SENSITIVITY_TOKENS = 8192
@@ -82,7 +81,7 @@ def _streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 @torch.no_grad()
 def predicted_losses(
     model: Any,
-    inputs: Iterable[tuple[int, str, torch.Tensor, Moments]],
+    inputs: Iterable[Read],
     metrics: Mapping[str, torch.Tensor],
     corrections: float = 0.0,
 ) -> dict[str, list[list[float]]]:
@@ -145,8 +144,7 @@ def leading_losses(
 def _missed(moments: Moments, weight: torch.Tensor, metric: torch.Tensor, rank: int) -> float:
     """The part of what the best matrix of half the columns gains that a change of a rank does not."""
     half = weight.shape[1] // 2
-    cross = weight.double() @ moments.inputs[:, :half].double()
-    part = replace(moments, inputs=moments.inputs[:half, :half], cross=cross)
+    part = moments.leading(half, weight)
     *_, gains = low_rank(least_squares(part, weight[:, :half]), part.inputs, metric=metric)
     return 1 - float(gains[:rank].sum() / gains.sum().clamp_min(1e-30))
 
@@ -174,13 +172,15 @@ def rows_by_prediction(
             for layer, size in enumerate(every)
         )
 
+    def more_lost(candidate: Candidate, step: Step) -> float:
+        if step.layer is None:
+            return lost(candidate.after(step)) - lost(candidate)
+        of_layer = losses[step.axis][step.layer]
+        return of_layer[step.size] - of_layer[getattr(candidate, step.axis)[step.layer]]
+
     def best(candidate: Candidate, steps: list[tuple[Step, float]]) -> Step:
-        now = lost(candidate)
         # Nothing is known of `hidden`: it goes last.
-        return min(
-            steps,
-            key=lambda s: (s[0].axis == "hidden", (lost(candidate.after(s[0])) - now) / (abs(s[1]) or 1)),
-        )[0]
+        return min(steps, key=lambda s: (s[0].axis == "hidden", more_lost(candidate, s[0]) / (abs(s[1]) or 1)))[0]
 
     limits = {name: limit_of(config, budget) for name, budget in budgets.items()}
     smallest, outer = smallest_subnetwork(config), config.built
