@@ -161,10 +161,11 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def flextron(*arguments: object) -> dict:
-    """Run a verb of the command in this process; its JSON line."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    """Run a verb of the command in this process; its JSON line, which is all that it prints on stdout."""
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
 
 
 WITHOUT_PACKAGE = """

@@ -37,7 +37,7 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
     model, root = exported
     result = flextron(
         "bench", root / "levels", "--rounds", 1, "--context", 8, "--batch-sizes", 2, "--threads", 1, "--device", "cpu",
-        "--json", tmp_path / "result.json",
+        "--json-file", tmp_path / "result.json",
     )  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == result
     parameters = {row["name"]: row["parameters"] for row in model.frontier}
@@ -104,7 +104,7 @@ def test_a_smaller_budget_that_is_slower_is_named(monkeypatch):
         (("--batch-sizes", "1,x"), "`batch_sizes`='1,x' cannot be used"),
         (("--batch-sizes", "0.5"), "`batch_sizes`=0.5 cannot be used"),
         (("--budgets", "1,huge"), "`flextron_budget`='huge' cannot be used"),
-        (("--json", "no/such/folder.json"), "`json`='no/such/folder.json' cannot be used"),
+        (("--json-file", "no/such/folder.json"), "`json_file`='no/such/folder.json' cannot be used"),
     ],
 )
 def test_bad_input(exported, arguments, message):

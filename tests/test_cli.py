@@ -112,6 +112,18 @@ assert set(adapted.peft_config["default"].target_modules) == {{"q_proj", "v_proj
     run_python(code, env={})  # an interpreter in which nothing is imported yet
 
 
+def test_people_get_a_table_and_the_next_command(elastic):
+    """And programs one line, wherever `--json` stands; underscores are as good as hyphens in every name."""
+    common = ("text", "--sequence_length", "32", "--max_samples", "2", "--batch-size", "2", "--device", "cpu")
+    done = CliRunner().invoke(app, ["evaluate", "elastic", *common], env={"COLUMNS": "120"}, catch_exceptions=False)
+    lines = [[word.strip() for word in line.split("│")] for line in done.stdout.splitlines()]
+    rows = {cells[1]: cells for cells in lines if len(cells) > 4}
+    assert {"1", "0.6", "0.45"} <= set(rows) and done.stdout.splitlines()[-1].startswith("next: flextron ")
+    done = CliRunner().invoke(app, ["evaluate", "--json", "elastic", *common], catch_exceptions=False)
+    (line,) = done.stdout.splitlines()
+    assert f"{json.loads(line)['results']['0.6']['loss']:,.4g}" in rows["0.6"]
+
+
 def test_evaluate_writes_and_plots(elastic):
     (elastic / "errors.py").write_text("# of an older version")
     result = flextron(

@@ -10,7 +10,7 @@ from helpers import elastic_of, flextron
 from huggingface_hub import ModelCard
 
 from flextron_trainer.demo import train_tokenizer
-from flextron_trainer.evaluation.harness import evaluate_tasks, flat_scores, metric_columns, task_manager
+from flextron_trainer.evaluation.harness import evaluate_tasks, flat_scores, task_manager
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.model_card import write_model_card
 
@@ -75,11 +75,6 @@ def test_scores_carry_their_task_its_split_and_what_ran_it(monkeypatch):
             ("mc", "val"), ("mc", "val"), ("math", "t"), ("group", None)
         ]  # fmt: skip
         assert {each.version for each in on.values()} == {f"{VERSION} with lm-eval 7.0"}
-
-
-def test_counts_and_numbers_in_a_table():
-    columns = metric_columns([{"loss": 1.25, "tokens": 1024}, {"loss": 0.5, "loss_stderr": 0.1}])
-    assert columns == {"loss": ["1.2500", "0.5000 ± 0.1000"], "tokens": ["1,024", ""]}
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):

@@ -1,4 +1,4 @@
-"""The `flextron` command: a thin layer over the Python API. Every verb ends with one JSON line on stdout.
+"""The `flextron` command: a thin layer over the Python API. Every verb ends with `print_result`.
 
 A verb is a module, which imports what it works with when it runs: `--help` needs neither torch nor transformers.
 """
@@ -11,19 +11,26 @@ from typing import Annotated
 import typer
 
 from . import bench, convert, demo, evaluate, export, generate, measure, push, train, verify
+from .verbs import verb
+
+
+def with_hyphens(name: str) -> str:
+    """The name of an option as it is looked up: `--max_steps` is `--max-steps`."""
+    return name.replace("_", "-")
+
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": with_hyphens},
 )  # fmt: skip
-app.command()(convert.convert)
+app.command()(verb(convert.convert))
 # Whatever else it is given are arguments of `transformers.TrainingArguments`.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train.train)
-for verb in (
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(verb(train.train))
+for function in (
     evaluate.evaluate, measure.measure, bench.bench, export.export, verify.verify, push.push, generate.generate,
     demo.demo,
 ):  # fmt: skip
-    app.command()(verb)
+    app.command()(verb(function))
 
 
 def print_version(asked: bool) -> None:
@@ -42,6 +49,8 @@ def flextron(
     """Make a trained LLaMA or GPT elastic, train it at many sizes at once, and use any of them.
 
     Example: `flextron convert meta-llama/Llama-3.2-1B elastic --calibration ./text`, and `flextron convert --help`
+
+    Results are tables; with `--json` one line of JSON. Options may be written with hyphens or with underscores.
 
     Whatever goes wrong is one line and exit code 2; `--traceback`, anywhere, shows all of it.
     """

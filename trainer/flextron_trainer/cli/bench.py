@@ -1,12 +1,13 @@
 """`flextron bench`."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Model, device_or_default, dtype_named, local_folder, parse_numbers, print_result
+from .options import Device, Model, command, device_or_default, dtype_named, local_folder, parse_numbers, print_result
 
 
 def bench(
@@ -20,7 +21,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Dtype to measure in; auto is that of the weights.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
     device: Device = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result into this file, too.")] = None,
+    json_file: Annotated[Path | None, typer.Option(help="Write the result into this file, too.")] = None,
 ) -> None:
     """Measure what elasticity costs here: time against stock models of the same size, speed and loading of every size.
 
@@ -31,7 +32,6 @@ def bench(
     fresh processes, with the files dropped from the cache of the system. On a busy machine, use one thread.
     """
     import torch
-    from rich.console import Console
 
     from modeling_flextron.checkpoint import write_file_beside
     from modeling_flextron.errors import invalid
@@ -40,7 +40,7 @@ def bench(
     from ..measuring.bench import tables, warnings
 
     if json_file is not None and not json_file.parent.is_dir():
-        raise invalid("json", str(json_file), "Its folder does not exist.", "Make the folder first.")
+        raise invalid("json_file", str(json_file), "Its folder does not exist.", "Make the folder first.")
     if threads is not None:
         torch.set_num_threads(threads)
     sizes: Any = parse_numbers("batch_sizes", batch_sizes)
@@ -57,9 +57,8 @@ def bench(
     if json_file is not None:
         with write_file_beside(json_file) as path:
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console = Console(stderr=True)
-    for table in tables(result):
-        console.print(table)
-    for sentence in warnings(result):
-        console.print(sentence)
-    print_result(**result)
+    print_result(
+        command("export", model, "small", "--budget", result["speed"][-1]["budget"]),
+        tables=chain(tables(result), warnings(result)),
+        **result,
+    )

@@ -13,6 +13,7 @@ from .options import (
     Device,
     Output,
     Trust,
+    command,
     copy_tokenizer,
     device_or_default,
     different_folders,
@@ -166,4 +167,11 @@ def convert(
     write_config(elastic, output)
     copy_tokenizer(place, output, trust_remote_code)
     write_model_card(elastic, output)
-    print_result(output=str(output), frontier=[row.to_dict() for row in elastic.frontier], planned=plan, measured=took)
+    data = calibration if calibration not in (None, "weights") else "./text"
+    print_result(
+        command("train", output, data, "--teacher", parent, "--output-dir", f"{output}-trained", "--max-steps", 1000),
+        output=str(output),
+        frontier=[row.to_dict() for row in elastic.frontier],
+        planned=plan,
+        measured=took,
+    )

@@ -1,6 +1,5 @@
 """`flextron evaluate`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from .options import (
     Model,
     Trust,
     budget_value,
+    command,
     device_or_default,
     fitting_length,
     print_result,
@@ -56,11 +56,10 @@ def evaluate(
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
     from modeling_flextron.frontier import held
-    from modeling_flextron.markdown import table_of_cells
     from modeling_flextron.model_card import plot_frontier, write_model_card
 
     from ..data import load_text, load_tokenizer, pack
-    from ..evaluation.harness import evaluate_tasks, metric_columns, task_manager
+    from ..evaluation.harness import evaluate_tasks, task_manager
     from ..evaluation.plots import plot_routing
     from ..evaluation.quality import evaluate_frontier, evaluate_model, name_of, routed_widths
     from ..models import load_elastic
@@ -105,9 +104,6 @@ def evaluate(
         )
         for name, found in scores.items():
             results[name] = results.get(name, {}) | found
-    columns = metric_columns(list(results.values()))
-    lines = zip(results, *columns.values(), strict=True)
-    print(table_of_cells(["budget", *columns], list(lines)), file=sys.stderr)
     if write:
         write_config(loaded, model)
         write_model_card(loaded, model)
@@ -116,4 +112,4 @@ def evaluate(
         meant = asked or held(loaded.frontier)
         sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(meant[name])) for name in static}
         plot_frontier({model: [(sizes[name], result["loss"]) for name, result in static.items()]}, plot)
-    print_result(model=model, dataset=dataset, results=results)
+    print_result(command("export", model, "to-upload"), model=model, dataset=dataset, results=results)

@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Budget, Model, Output, Trust, budget_value, copy_tokenizer, different_folders, print_result
+from .options import (
+    Budget,
+    Model,
+    Output,
+    Trust,
+    budget_value,
+    command,
+    copy_tokenizer,
+    different_folders,
+    print_result,
+)
 
 
 def export(
@@ -49,14 +59,16 @@ def export(
         result = export_dense(model, output, **asked, pad=pad, snap=snap)
         if result["changed"]:
             print(f"The stock class cannot hold what was asked for: {result['changed']}.", file=sys.stderr)
-        print_result(output=str(output), dense=True, **result)
+        print_result(f"vllm serve {output}", output=str(output), dense=True, **result)
         return
     if gguf:
-        print_result(output=str(output), **export_gguf(model, output, **asked))
+        print_result(f"llama-cli -m {output}", output=str(output), **export_gguf(model, output, **asked))
         return
     loaded = load_elastic(model, flextron_budget=budget_value(budget))
     write = loaded.save_pretrained if plain else loaded.export
     write(output, max_shard_size=max_shard_size)
     copy_tokenizer(model, output, trust_remote_code)
     write_model_card(loaded, output)
-    print_result(output=str(output), parameters=loaded.num_parameters(), dense=False)
+    print_result(
+        command("push", output, "you/name"), output=str(output), parameters=loaded.num_parameters(), dense=False
+    )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Budget, Device, Model, Trust, budget_value, device_or_default, print_result
+from .options import Budget, Device, Model, Trust, budget_value, command, device_or_default, print_result
 
 
 def generate(
@@ -36,5 +36,8 @@ def generate(
         raise invalid("prompt", prompt, "It has no tokens to continue.", "Write at least a word.")
     ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
     print_result(
-        budget=budget, parameters=loaded.num_parameters(), text=tokenizer.decode(ids[0], skip_special_tokens=True)
+        command("evaluate", model, "./held-out"),
+        budget=budget,
+        parameters=loaded.num_parameters(),
+        text=tokenizer.decode(ids[0], skip_special_tokens=True),
     )

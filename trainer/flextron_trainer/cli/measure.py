@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, device_or_default, dtype_named, must_be_a_model, print_result
+from .options import Device, command, device_or_default, dtype_named, must_be_a_model, print_result
 
 
 def measure(
@@ -48,7 +48,9 @@ def measure(
     config.latency_tables[table.file_name] = table.summary
     write_config(model, folder, config)
     times = {name: table.predict(subnetwork) for name, subnetwork in held(model.frontier).items()}
+    milliseconds = 1e3 * min(times.values())
     print_result(
+        command("generate", folder, "Once upon a time", "--budget", f"{1.1 * milliseconds:.3g}ms"),
         table=str(folder / table.file_name),
         device=table.device,
         error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},

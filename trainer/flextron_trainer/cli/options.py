@@ -1,9 +1,12 @@
 """Options and arguments that several verbs take, and how their values are read."""
 
 import json
+import shlex
 import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -24,9 +27,81 @@ PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path
 DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, a pattern such as 'text/*.jsonl', or a Hub dataset id."
 
 
-def print_result(**result: Any) -> None:
-    """Print the JSON line that ends a verb."""
-    print(json.dumps(result), flush=True)
+json_output: ContextVar[TextIO | None] = ContextVar("json_output", default=None)  # where `--json` is asked for
+
+
+def print_result(*then: str, tables: Any = None, **result: Any) -> None:
+    """Print what ends a verb: tables for people and the commands to run next, or with `--json` one JSON line.
+
+    Args:
+        then: Commands that a person may want to run now; `command` makes them.
+        tables: What rich prints for people in place of the result's own tables.
+        result: What the JSON line holds. Whatever has entries of its own, such as one for each budget, is a table.
+    """
+    from rich.console import Console
+
+    if (output := json_output.get()) is not None:
+        print(json.dumps(result), file=output, flush=True)
+        return
+    console = Console(highlight=False, markup=False)
+    for part in tables_of(result) if tables is None else tables:
+        console.print(part)
+    for i, text in enumerate(then):
+        console.print("next: " if i == 0 else "      ", text, sep="", soft_wrap=True)
+
+
+def command(*words: object) -> str:
+    """A `flextron` command as it is typed."""
+    return shlex.join(["flextron", *map(str, words)])
+
+
+def tables_of(result: dict[str, Any]) -> Iterator[Any]:
+    """A result as tables: its plain values, then one for each value that has entries, with a line for each of them."""
+    from rich.table import Table
+
+    entries = {}
+    for name, value in result.items():
+        rows = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            entries[name] = [{name: key, **row} for key, row in value.items()] if isinstance(value, dict) else rows
+    plain = Table(show_header=False)
+    for name, value in result.items():
+        if value is not None and name not in entries:
+            plain.add_row(as_words(name), cell(value))
+    if plain.rows:
+        yield plain
+    for name, rows in entries.items():
+        names = {key: None for row in rows for key, value in row.items() if value is not None}
+        columns = [key for key in names if key.removesuffix("_stderr") not in names or not key.endswith("_stderr")]
+        table = Table(title=as_words(name))
+        for key in columns:
+            number = all(isinstance(row.get(key), int | float | None) for row in rows)
+            table.add_column("" if key == name else as_words(key), justify="right" if number else "left")
+        for row in rows:
+            values = ((row.get(key), row.get(f"{key}_stderr")) for key in columns)
+            table.add_row(*(" ± ".join(filter(None, map(cell, pair))) for pair in values))
+        yield table
+
+
+def as_words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def cell(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{as_words(str(key))} {cell(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(cell(part) for part in value)
+    return str(value)
 
 
 def parse_numbers(name: str, text: str | None) -> list[int | float] | None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Trust, must_be_a_model, print_result
+from .options import Trust, command, must_be_a_model, print_result
 
 
 def push(
@@ -40,4 +40,6 @@ def push(
         repo_id, tokenizer=tokenizer, private=private, revision=revision, create_pr=create_pr, token=token, tags=tag,
         commit_message=commit_message,
     )  # fmt: skip
-    print_result(repo=commit.repo_url.repo_id, commit=commit.oid, pull_request=commit.pr_url)
+    repo = commit.repo_url.repo_id
+    then = command("generate", repo, "Once upon a time", "--budget", 0.5)
+    print_result(then, repo=repo, commit=commit.oid, pull_request=commit.pr_url)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DATA, PRESETS, Boundaries, Model, Trust, fitting_length, local_folder, print_result
+from .options import DATA, PRESETS, Boundaries, Model, Trust, command, fitting_length, local_folder, print_result
 
 STREAMED_EVAL_ROWS = 64
 
@@ -76,7 +76,9 @@ def train(
     defaults = [text for name, value in recipe.items() for text in (f"--{name}", *as_arguments(value))]
     (arguments,) = ArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
     if plan:
-        return print_plan(config, arguments, sequence_length, teacher, trust_remote_code)
+        expected = planned(config, arguments, sequence_length, teacher, trust_remote_code)
+        print(expected, file=sys.stderr)
+        return print_result(command("train", model, dataset, "--output-dir", "trained"), gib=expected.gib())
     if streaming and arguments.max_steps <= 0:
         rule = "A stream does not say how long it is."
         raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
@@ -98,7 +100,8 @@ def train(
         tokenizer.save_pretrained(arguments.output_dir)
         write_model_card(trained, arguments.output_dir)
         kept.remove()
-        return print_result(output=arguments.output_dir, **errors)
+        then = command("train", arguments.output_dir, dataset, "--output-dir", "trained", "--max-steps", 1000)
+        return print_result(then, output=arguments.output_dir, **errors)
     if eval_dataset is None:
         rows, eval_rows, eval_text = held_out(rows, dataset, streaming, seed)
     else:
@@ -119,7 +122,8 @@ def train(
     else:
         trainer.save_model()
         trainer.create_model_card()
-    print_result(output=arguments.output_dir, **metrics)
+    then = command("evaluate", arguments.output_dir, eval_dataset or "./held-out", "--write", "--plot", "frontier.png")
+    print_result(then, output=arguments.output_dir, **metrics)
 
 
 def recipe_of(preset: str, config: Any, given: list[str]) -> dict[str, Any]:
@@ -145,8 +149,8 @@ def as_arguments(value: Any) -> list[str]:
     return [json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
-def print_plan(config: Any, arguments: Any, sequence_length: int, teacher: str | None, trust_remote_code: bool) -> None:
-    """Print the memory that a run would need; the weights of its teacher are counted without loading them."""
+def planned(config: Any, arguments: Any, sequence_length: int, teacher: str | None, trust_remote_code: bool) -> Any:
+    """Estimate the memory that a run would need; the weights of its teacher are counted without loading them."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,11 +166,9 @@ def print_plan(config: Any, arguments: Any, sequence_length: int, teacher: str |
             stock = AutoModelForCausalLM.from_config(teacher_config, trust_remote_code=trust_remote_code)
         teacher_bytes = stock.num_parameters() * bytes_per_value(config.dtype)
     sharded = bool(arguments.fsdp)
-    expected = plan_memory(
+    return plan_memory(
         config, arguments, sequence_length, teacher=teacher_config, teacher_bytes=teacher_bytes, sharded=sharded
     )
-    print(expected, file=sys.stderr)
-    print_result(gib=expected.gib())
 
 
 def held_out(rows: Any, dataset: str, streaming: bool, seed: int) -> tuple[Any, Any, str]:

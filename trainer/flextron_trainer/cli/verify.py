@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import local_folder, print_result
+from .options import command, local_folder, print_result
 
 
 def verify(
@@ -16,4 +16,4 @@ def verify(
     """
     from ..export.verify import verify as run
 
-    print_result(model=model, **run(local_folder(model)))
+    print_result(command("generate", model, "Once upon a time"), model=model, **run(local_folder(model)))

@@ -11,7 +11,6 @@ from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
-from modeling_flextron.model_card import figure_cell, is_figure
 
 
 def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -> Any:
@@ -101,13 +100,3 @@ def task_scores(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         if scores:
             result[task] = scores
     return result
-
-
-def metric_columns(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Name of a number -> a cell for each of the `metrics`; `<name>_stderr` stands behind its number."""
-    found = dict.fromkeys(name for each in metrics for name, value in each.items() if is_figure(value))
-    return {
-        name: [figure_cell(each.get(name), each.get(f"{name}_stderr")) for each in metrics]
-        for name in found
-        if not name.endswith("_stderr")
-    }
