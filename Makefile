@@ -54,4 +54,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist flextron-demo interop-work .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist flextron-demo interop-work real-work gpu-work .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ On a CPU the peak is that of all tensors, from the profiler's memory events; on 
 """
 
 import argparse
+import json
 import tempfile
 
 import torch
@@ -69,13 +70,17 @@ def compare(size: str, setting: str, device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    device = parser.parse_args().device
+    parser.add_argument("--no-save", action="store_true")
+    options = parser.parse_args()
+    device = options.device
     result: dict[str, object] = {"machine": machine(device), "rows": {}}
     for size in SIZES:
         for setting in SETTINGS:
             result["rows"][f"{size} {setting}"] = row = compare(size, setting, device)
             print(size, setting, row, flush=True)
-            save(f"memory_{device}", result)
+            if not options.no_save:
+                save(f"memory_{device}", result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import torch
 from helpers import elastic_of, flextron, parent_of
 from training import VARIANT, arguments, trainer
 
-from flextron_trainer.training.plan import plan_memory
+from flextron_trainer.training.plan import plan_memory, plan_operations
+from modeling_flextron import flops_per_token
+from modeling_flextron.frontier import held
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -64,10 +66,20 @@ def test_command(tmp_path):
     output = tmp_path / "run"
     result = flextron(
         "train", tmp_path / "elastic", "stdlib", "--teacher", tmp_path / "parent", "--output_dir", output, "--use_cpu",
-        "--plan", "--sequence-length", 64,
+        "--plan", "--sequence-length", 64, "--max_steps", 10,
     )  # fmt: skip
     assert result["gib"]["total"] >= 0 and {"parameters", "activations", "logits", "available"} <= result["gib"].keys()
     assert not output.exists()
+    assert result["steps"] == 10 and result["operations_per_step"] > 0
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_operations_are_those_of_the_passes(tmp_path, teacher):
+    config = elastic_of(VARIANT).config
+    rows = [flops_per_token(config, row, 32) for row in held(config.frontier).values()]
+    whole = arguments(tmp_path, sampler="uniform", subnetworks_per_step=len(rows), gradient_accumulation_steps=2)
+    expected = whole.train_batch_size * 2 * 64 * (3 * sum(rows) + teacher * rows[0])
+    assert plan_operations(config, whole, 64, teacher) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True, "gradient_accumulation_steps": 2}])

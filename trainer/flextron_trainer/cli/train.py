@@ -10,6 +10,7 @@ import typer
 from .options import DATA, PRESETS, Boundaries, Model, Trust, command, fitting_length, local_folder, print_result
 
 STREAMED_EVAL_ROWS = 64
+OPERATIONS_PER_HOUR = 3600 * 100e12  # at 100 TFLOP/s: what other devices do is a factor away
 
 
 def train(
@@ -78,7 +79,8 @@ def train(
     if plan:
         expected = planned(config, arguments, sequence_length, teacher, trust_remote_code)
         print(expected, file=sys.stderr)
-        return print_result(command("train", model, dataset, "--output-dir", "trained"), gib=expected.gib())
+        compute = planned_compute(config, arguments, sequence_length, teacher)
+        return print_result(command("train", model, dataset, "--output-dir", "trained"), gib=expected.gib(), **compute)
     if streaming and arguments.max_steps <= 0:
         rule = "A stream does not say how long it is."
         raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
@@ -169,6 +171,22 @@ def planned(config: Any, arguments: Any, sequence_length: int, teacher: str | No
     return plan_memory(
         config, arguments, sequence_length, teacher=teacher_config, teacher_bytes=teacher_bytes, sharded=sharded
     )
+
+
+def planned_compute(config: Any, arguments: Any, sequence_length: int, teacher: str | None) -> dict[str, float]:
+    """Say how much a run of stage `elastic` computes; nothing of other stages."""
+    from ..training.plan import plan_operations
+
+    if arguments.stage != "elastic":
+        return {}
+    step = plan_operations(config, arguments, sequence_length, teacher not in (None, "self"))
+    steps = max(0, arguments.max_steps)
+    text = f"A step takes {step:.2g} floating-point operations"
+    if steps:
+        hours = step * steps / OPERATIONS_PER_HOUR
+        text += f", {steps} steps {step * steps:.2g}: {hours:.2g} hours at 100 TFLOP/s"
+    print(f"{text}.", file=sys.stderr)
+    return {"operations_per_step": step, "steps": steps}
 
 
 def held_out(rows: Any, dataset: str, streaming: bool, seed: int) -> tuple[Any, Any, str]:

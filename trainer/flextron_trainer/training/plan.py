@@ -16,10 +16,11 @@ import torch
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork
 from modeling_flextron.frontier import held
 from modeling_flextron.level_reader import empty_model
-from modeling_flextron.subnetwork import bytes_per_value, count_parameters, smallest_subnetwork
+from modeling_flextron.subnetwork import bytes_per_value, count_parameters, flops_per_token, smallest_subnetwork
 
 from ..blockwise import learning_parameters
 from .arguments import FlextronTrainingArguments
+from .sampling import draw
 
 GIB = 2**30
 LOGIT_ARRAYS = 4  # [chunk, vocabulary] in float32 at the same time: probabilities of both, slope, a product
@@ -142,6 +143,27 @@ def plan_memory(
         overlap=max(0, overlap),
         available=_available(args.device),
     )
+
+
+def plan_operations(config: FlextronConfig, args: FlextronTrainingArguments, length: int, teacher: bool) -> float:
+    """Floating-point operations of the matrix products of an optimizer step of stage `elastic`, in all processes.
+
+    Three forward passes for every sub-network of the step, as a backward pass costs two, and one for the teacher.
+    Recomputed activations come on top.
+
+    Args:
+        config: Of the elastic model.
+        args: Of the run.
+        length: Tokens in a row.
+        teacher: Whether the parent runs beside the model.
+    """
+    draws = [
+        draw(config, args.sampler, args.subnetworks_per_step, seed=args.seed, step=i, weights=args.sampling_weights)
+        for i in range(64)  # steps that differ by chance
+    ]
+    trained = sum(flops_per_token(config, each.subnetwork, length // 2) for step in draws for each in step) / len(draws)
+    tokens = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * length
+    return tokens * (3 * trained + teacher * flops_per_token(config, config.built, length // 2))
 
 
 def plan_run(
