@@ -34,7 +34,7 @@ from torch import nn
 from transformers import Trainer
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments
-from flextron_trainer.losses import chunked_loss
+from flextron_trainer.losses import Teacher, chunked_loss
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 
 SIZES = {"0.5": {"mlp": 1024, "heads": 4}, "0.25": {"mlp": 512, "heads": 4}}
@@ -211,7 +211,7 @@ def losses(vocabulary: int, options: argparse.Namespace) -> dict:
 
     def chunked():
         return chunked_loss(
-            hidden, weight, targets, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight,
+            hidden, weight, targets, teacher=Teacher(teacher_hidden, teacher_weight),
             chunk_size=options.chunk,
         )  # fmt: skip
 

@@ -317,7 +317,15 @@ def _source(on: Measured) -> str:
 def _conversion(config) -> str:
     if not config.conversion:
         return ""
-    return f"Neurons and heads lie in the order {code(config.conversion['order'])}, best first.\n\n"
+    carried = config.conversion.get("transplanted")
+    source = "" if carried is None else f" of an elastic model of {plain(str(carried.get('base')))}"
+    text = f"Neurons and heads lie in the order {code(config.conversion['order'])}{source}, best first.\n\n"
+    if carried is not None and carried.get("runs"):
+        text += (
+            f"Of the runs below the first {int(carried['runs'])} trained that model; what changed in it was added to"
+        )
+        text += " the weights of this one's parent.\n\n"
+    return text
 
 
 def _training(config) -> str:

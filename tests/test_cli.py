@@ -18,7 +18,20 @@ from flextron_trainer.demo import train_tokenizer
 from modeling_flextron import count_parameters
 
 ROOT = Path(__file__).parent.parent
-VERBS = ("convert", "train", "measure", "bench", "evaluate", "export", "verify", "push", "generate", "demo")
+VERBS = (
+    "convert",
+    "train",
+    "measure",
+    "bench",
+    "evaluate",
+    "export",
+    "verify",
+    "push",
+    "generate",
+    "demo",
+    "teach",
+    "transplant",
+)
 
 
 @pytest.fixture(scope="module")

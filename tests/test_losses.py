@@ -40,11 +40,12 @@ def inputs(tokens=37, hidden=12, vocabulary=50, teacher=9):
 )
 def test_value_and_gradients(chunk_size, with_teacher, kd_weight, ce_weight, temperature):
     hidden, weight, targets, teacher_hidden, teacher_weight = inputs()
-    teacher = (teacher_hidden, teacher_weight) if with_teacher else (None, None)
-    expected = naive(hidden, weight, targets, *teacher, kd_weight, ce_weight, temperature)
+    teacher = Teacher(teacher_hidden, teacher_weight) if with_teacher else None
+    states = (teacher_hidden, teacher_weight) if with_teacher else (None, None)
+    expected = naive(hidden, weight, targets, *states, kd_weight, ce_weight, temperature)
     gradients = torch.autograd.grad(expected * 3, (hidden, weight))
     found = chunked_loss(
-        hidden, weight, targets, teacher_hidden=teacher[0], teacher_weight=teacher[1], kd_weight=kd_weight,
+        hidden, weight, targets, teacher=teacher, kd_weight=kd_weight,
         ce_weight=ce_weight, temperature=temperature, chunk_size=chunk_size,
     )  # fmt: skip
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
@@ -64,7 +65,7 @@ def test_a_teacher_with_fewer_or_more_tokens(tokens, ce_weight):
     ) + ce_weight * F.cross_entropy(hidden @ weight.T, targets)
     gradients = torch.autograd.grad(expected, (hidden, weight))
     found = chunked_loss(
-        hidden, weight, targets, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, ce_weight=ce_weight,
+        hidden, weight, targets, teacher=Teacher(teacher_hidden, teacher_weight), ce_weight=ce_weight,
         temperature=2.0, chunk_size=10,
     )  # fmt: skip
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
@@ -116,8 +117,8 @@ def test_float16_keeps_small_gradients(normalizer):
     exact = naive(hidden, weight, targets, teacher_hidden, teacher_weight, 1.0, 0.0, 1.0)
     expected = torch.autograd.grad(exact * len(targets) / normalizer, [hidden, weight])
     half = [tensor.detach().half().requires_grad_() for tensor in (hidden, weight)]
-    teacher = {"teacher_hidden": teacher_hidden.half(), "teacher_weight": teacher_weight.half()}
-    loss = chunked_loss(*half, targets, normalizer=normalizer, **teacher)
+    teacher = Teacher(teacher_hidden.half(), teacher_weight.half())
+    loss = chunked_loss(*half, targets, normalizer=normalizer, teacher=teacher)
     found = torch.autograd.grad(loss * 2.0**14, half)
     for a, b in zip(found, expected, strict=True):
         assert (a.float() / 2.0**14 - b).norm() / b.norm() < 0.01
@@ -127,9 +128,9 @@ def test_float16_keeps_small_gradients(normalizer):
 def test_autocast_and_half_precision(dtype):
     hidden, weight, targets, teacher_hidden, teacher_weight = inputs()
     hidden, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight))
-    teacher = {"teacher_hidden": teacher_hidden.to(dtype), "teacher_weight": teacher_weight.to(dtype)}
+    teacher = Teacher(teacher_hidden.to(dtype), teacher_weight.to(dtype))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        loss = chunked_loss(hidden, weight, targets, **teacher)
+        loss = chunked_loss(hidden, weight, targets, teacher=teacher)
     loss.backward()
     assert loss.dtype == torch.float32 and hidden.grad.dtype == dtype == weight.grad.dtype
     exact = naive(hidden.double(), weight.double(), targets, teacher_hidden, teacher_weight, 1.0, 0.0, 1.0)
@@ -140,16 +141,16 @@ def test_peak_memory_is_at_most_four_tenths_of_the_naive_loss():
     """Vocabulary 32k, 256 tokens, as in the benchmark; gradients equal to 1e-5."""
     torch.manual_seed(0)
     values = torch.randn(256, 256), 0.05 * torch.randn(32_000, 256)
-    teacher = {"teacher_hidden": torch.randn(256, 256), "teacher_weight": 0.05 * torch.randn(32_000, 256)}
+    teacher = Teacher(torch.randn(256, 256), 0.05 * torch.randn(32_000, 256))
     targets = torch.randint(0, 32_000, (256,))
     peaks, results = {}, {}
     for name in ("naive", "chunked"):
         hidden, weight = (tensor.clone().requires_grad_() for tensor in values)
         with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             if name == "naive":
-                loss = naive(hidden, weight, targets, *teacher.values(), 1.0, 0.0, 1.0)
+                loss = naive(hidden, weight, targets, teacher.hidden_states, teacher.weight, 1.0, 0.0, 1.0)
             else:
-                loss = chunked_loss(hidden, weight, targets, chunk_size=64, **teacher)
+                loss = chunked_loss(hidden, weight, targets, chunk_size=64, teacher=teacher)
             loss.backward()
         peaks[name], results[name] = peak_bytes(profile), (loss, hidden.grad, weight.grad)
     assert weight.numel() * 4 < peaks["chunked"] <= 0.4 * peaks["naive"], peaks

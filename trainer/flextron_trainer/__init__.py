@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .conversion.convert import convert
+    from .conversion.transplant import transplant
     from .training.arguments import FlextronTrainingArguments
+    from .training.teach import teach
     from .training.trainer import FlextronTrainer
 
 _HOMES = {
     "FlextronTrainer": ".training.trainer",
     "FlextronTrainingArguments": ".training.arguments",
     "convert": ".conversion.convert",
+    "teach": ".training.teach",
+    "transplant": ".conversion.transplant",
 }
-__all__ = ["FlextronTrainer", "FlextronTrainingArguments", "convert"]
+__all__ = ["FlextronTrainer", "FlextronTrainingArguments", "convert", "teach", "transplant"]
 
 
 def __getattr__(name: str) -> Any:

@@ -50,6 +50,38 @@ def load_tokenizer(source: str | os.PathLike, *, trust_remote_code: bool = False
     raise invalid("tokenizer", str(source), f"There is none: {problem}.", remedy)
 
 
+def known_tokenizer(source: str | os.PathLike, **hub: Any) -> Any:
+    """The tokenizer of a folder or Hub id; None where there is none, or no source."""
+    try:
+        return load_tokenizer(source, **hub) if source else None
+    except ValueError:
+        return None
+
+
+def check_tokens(argument: str, source: str | os.PathLike, theirs: Any, ours: Any, remedy: str) -> None:
+    """Refuse a tokenizer of which some id means another token than in ours.
+
+    Tokens that were added count for nothing: they are renamed at will.
+
+    Args:
+        argument, source: Whose tokenizer it is, for the message.
+        theirs, ours: The tokenizers.
+
+    Raises:
+        ValueError: some id does.
+    """
+    others, mine = _ordinary(theirs), _ordinary(ours)
+    for number in sorted(mine.keys() & others.keys()):
+        if mine[number] != others[number]:
+            rule = f"Token {number} is {others[number]!r} in its tokenizer and {mine[number]!r} in that of the model."
+            raise invalid(argument, str(source), rule, remedy)
+
+
+def _ordinary(tokenizer: Any) -> dict[int, str]:
+    added = tokenizer.get_added_vocab()
+    return {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
+
+
 def text_column(dataset) -> str:
     """The column of a dataset that holds its text.
 

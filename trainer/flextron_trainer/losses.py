@@ -33,10 +33,96 @@ def targets_of(labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's part of a batch: its last hidden states `[B, S, Dt]` and its output weights `[Vt, Dt]`."""
+    """The teacher's part of a batch: its last hidden states `[..., Dt]` and its output weights `[Vt, Dt]`."""
 
     hidden_states: torch.Tensor
     weight: torch.Tensor
+
+    def at(self, chosen: Any) -> "Teacher":
+        """The part of some tokens, which an index or a mask chooses."""
+        return Teacher(self.hidden_states[chosen], self.weight)
+
+    def prepared(self, vocab_size: int, dtype: torch.dtype) -> "Teacher":
+        """For products in a dtype, of tokens that a student with so many has, too."""
+        return Teacher(self.hidden_states, self.weight[:vocab_size].to(dtype))
+
+    def foretold(self, part: slice, temperature: float) -> "Probabilities":
+        """What the teacher foretells at some of the tokens."""
+        log_probabilities = self.log_probabilities(part, temperature)
+        probabilities = log_probabilities.exp()
+        return Probabilities(probabilities, probabilities.flatten().dot(log_probabilities.flatten()))
+
+    def log_probabilities(self, part: slice, temperature: float) -> torch.Tensor:
+        """Of all tokens `[n, Vt]`, at some of the tokens of the text."""
+        logits = F.linear(self.hidden_states[part].to(self.weight.dtype), self.weight).float()
+        return _normalize(logits.div_(temperature))
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Probabilities of tokens `[n, V]`, and the sum of `p log p`."""
+
+    values: torch.Tensor
+    negative_entropy: torch.Tensor
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens they are of."""
+        return self.values.shape[-1]
+
+    def dot(self, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """The sum of `p log q`, of a student's `log q` `[n, V]`."""
+        return self.values.flatten().dot(log_probabilities.flatten())
+
+    def subtract_from(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """`q - p`, in place of `q`."""
+        return probabilities.sub_(self.values)
+
+
+@dataclass(frozen=True)
+class SampledTeacher:
+    """Tokens drawn from what a teacher foretells, which on average give its loss and the gradient of it.
+
+    With the share that each token has of the draws in place of its probability, the KL divergence and its gradient in
+    the student's logits are linear in what was drawn, so the expectation is exact (arXiv 2503.16870); the most likely
+    tokens alone would make them seem more likely than they are. N tokens of text, U drawn at most at one of them.
+
+    Args:
+        ids: Drawn tokens `[..., U]`, each once.
+        shares: Of the draws `[..., U]`, 0 for none.
+        entropies: Of what was drawn from, in nats, `[...]`.
+        vocab_size: Of what was drawn from.
+    """
+
+    ids: torch.Tensor
+    shares: torch.Tensor
+    entropies: torch.Tensor
+    vocab_size: int
+
+    def at(self, chosen: Any) -> "SampledTeacher":
+        """The part of some tokens, which an index or a mask chooses."""
+        return SampledTeacher(self.ids[chosen], self.shares[chosen], self.entropies[chosen], self.vocab_size)
+
+    def prepared(self, vocab_size: int, dtype: torch.dtype) -> "SampledTeacher":
+        """Itself: there are no products."""
+        return self
+
+    def foretold(self, part: slice, temperature: float) -> "SampledTeacher":
+        """What was drawn at some of the tokens, at this temperature."""
+        return self.at(part)
+
+    @property
+    def negative_entropy(self) -> torch.Tensor:
+        """The sum of `p log p`."""
+        return -self.entropies.sum()
+
+    def dot(self, log_probabilities: torch.Tensor) -> torch.Tensor:
+        """As `Probabilities.dot`."""
+        return log_probabilities.gather(-1, self.ids).mul_(self.shares).sum()
+
+    def subtract_from(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """As `Probabilities.subtract_from`."""
+        return probabilities.scatter_add_(-1, self.ids, -self.shares)
 
 
 @dataclass
@@ -45,7 +131,7 @@ class HeadLoss:
 
     Args:
         labels: Ids `[B, S]`; position i is trained to predict `labels[:, i + 1]`, where that is not -100.
-        teacher: Distil from these states; None for cross entropy alone.
+        teacher: Distil from it, `[B, S]` tokens; None for cross entropy alone.
         kd_weight: Weight of the KL divergence.
         ce_weight: Weight of the cross entropy.
         temperature: T above.
@@ -54,7 +140,7 @@ class HeadLoss:
     """
 
     labels: torch.Tensor
-    teacher: Teacher | None = None
+    teacher: Teacher | SampledTeacher | None = None
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     temperature: float = 1.0
@@ -79,8 +165,7 @@ class HeadLoss:
             hidden_states[valid],
             weight,
             targets[valid],
-            teacher_hidden=None if self.teacher is None else self.teacher.hidden_states[valid],
-            teacher_weight=None if self.teacher is None else self.teacher.weight,
+            teacher=None if self.teacher is None else self.teacher.at(valid),
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
             temperature=self.temperature,
@@ -129,8 +214,7 @@ def chunked_loss(
     weight: torch.Tensor,
     targets: torch.Tensor,
     *,
-    teacher_hidden: torch.Tensor | None = None,
-    teacher_weight: torch.Tensor | None = None,
+    teacher: Teacher | SampledTeacher | None = None,
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
@@ -143,28 +227,23 @@ def chunked_loss(
         hidden: `[N, D]`.
         weight: `[V, D]`.
         targets: `[N]` ids.
-        teacher_hidden: `[N, Dt]`, or None for cross entropy alone.
-        teacher_weight: `[Vt, Dt]`.
+        teacher: Of N tokens; None for cross entropy alone.
         normalizer: None for N.
     """
     if len(targets) == 0:
         return hidden.sum() * 0.0 + weight.sum() * 0.0
     scale = torch.as_tensor(1.0 / len(targets) if normalizer is None else 1.0 / normalizer, device=hidden.device)
-    return _ChunkedLoss.apply(
-        hidden, weight, targets, teacher_hidden, teacher_weight, kd_weight, ce_weight, temperature, chunk_size, scale
-    )
+    return _ChunkedLoss.apply(hidden, weight, targets, teacher, kd_weight, ce_weight, temperature, chunk_size, scale)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Computes both gradients in the forward pass, where a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, targets, teacher_hidden, teacher_weight, kd_weight, ce_weight, temperature, chunk, scale
-    ):
+    def forward(ctx, hidden, weight, targets, teacher, kd_weight, ce_weight, temperature, chunk, scale):
         compute = _compute_dtype(hidden)
         weight_c = weight.to(compute)
-        teacher_c = None if teacher_weight is None else teacher_weight[: len(weight)].to(compute)
+        teacher = None if teacher is None else teacher.prepared(len(weight), compute)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
@@ -172,16 +251,15 @@ class _ChunkedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
-                teacher = None
-                if teacher_c is not None:  # before the student's logits exist: two arrays of [chunk, V], never three
-                    teacher = _teach(F.linear(teacher_hidden[part].to(compute), teacher_c).float(), temperature)
+                # Before the student's logits exist: two arrays of [chunk, V], never three.
+                wanted = None if teacher is None else teacher.foretold(part, temperature)
                 states = hidden[part].to(compute)
                 logits = F.linear(states, weight_c).float()
-                value, slope = _loss_and_slope(logits, targets[part], teacher, kd_weight, ce_weight, temperature)
+                value, slope = _loss_and_slope(logits, targets[part], wanted, kd_weight, ce_weight, temperature)
                 loss += value
                 if not (wants_hidden or wants_weight):
                     continue
-                del teacher, logits
+                del wanted, logits
                 slope = slope.to(compute)  # not scaled yet: 1 / tokens of a slope is too small for float16
                 if wants_hidden:
                     grad_hidden[part] = slope @ weight_c
@@ -200,7 +278,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad_hidden = (grad_hidden * factor.float()).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *(None,) * 8
+        return grad_hidden, grad_weight, *(None,) * 7
 
 
 def _add_product(total, slope, states):
@@ -211,27 +289,17 @@ def _add_product(total, slope, states):
     return product.float().mul_(len(states)) if total is None else total.add_(product, alpha=len(states))
 
 
-def _teach(logits, temperature):
-    """The teacher's probabilities of common tokens, and the sum of `p log p`; the logits are used up."""
-    log_probabilities = _normalize(logits.div_(temperature))
-    probabilities = log_probabilities.exp()
-    return probabilities, probabilities.flatten().dot(log_probabilities.flatten())
-
-
-def _loss_and_slope(logits, targets, teacher, kd_weight, ce_weight, temperature):
+def _loss_and_slope(logits, targets, wanted, kd_weight, ce_weight, temperature):
     """Summed loss of a chunk and its gradient in the logits `[n, V]`, in place: the logits are used up."""
-    if teacher is None:
+    if wanted is None:
         return _cross_entropy_and_slope(logits, targets, ce_weight)
     value, slope = 0.0, 0.0
     if ce_weight:
         value, slope = _cross_entropy_and_slope(logits.clone(), targets, ce_weight)
-    probabilities, negative_entropy = teacher
-    common = probabilities.shape[-1]
-    logits[:, common:] = 0
-    student = _normalize(logits[:, :common].div_(temperature))
-    divergence = negative_entropy - probabilities.flatten().dot(student.flatten())
-    value += kd_weight * temperature**2 * divergence
-    student.exp_().sub_(probabilities).mul_(kd_weight * temperature)
+    logits[:, wanted.vocab_size :] = 0
+    student = _normalize(logits[:, : wanted.vocab_size].div_(temperature))
+    value += kd_weight * temperature**2 * (wanted.negative_entropy - wanted.dot(student))
+    wanted.subtract_from(student.exp_()).mul_(kd_weight * temperature)
     return value, logits.add_(slope)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, convert, demo, evaluate, export, generate, measure, push, train, verify
+from . import bench, convert, demo, evaluate, export, generate, measure, push, teach, train, transplant, verify
 from .verbs import verb
 
 
@@ -28,7 +28,7 @@ app.command()(verb(convert.convert))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(verb(train.train))
 for function in (
     evaluate.evaluate, measure.measure, bench.bench, export.export, verify.verify, push.push, generate.generate,
-    demo.demo,
+    demo.demo, transplant.transplant, teach.teach,
 ):  # fmt: skip
     app.command()(verb(function))
 

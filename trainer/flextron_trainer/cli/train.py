@@ -18,7 +18,8 @@ def train(
     model: Model,
     dataset: Annotated[str, typer.Argument(help=f"Training text: {DATA}", show_default=False)],
     teacher: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the parent, or 'self'. None: learn from the text alone.")
+        str | None,
+        typer.Option(help="Folder or Hub id of the parent, a cache of `teach`, or 'self'. None: learn from the text."),
     ] = None,
     eval_dataset: Annotated[
         str | None,
@@ -48,6 +49,8 @@ def train(
     Example: `flextron train elastic ./text --stage blocks --output_dir start --max_steps 200 --learning_rate 1e-3`
 
     Example: `flextron train elastic HuggingFaceFW/fineweb-edu --streaming --max_steps 1000 --output_dir run`
+
+    Example: `flextron teach meta-llama/Llama-3.2-1B ./text cache`, then `train` with `--teacher cache`
 
     Does it fit? `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --plan`
 
@@ -160,9 +163,10 @@ def planned(config: Any, arguments: Any, sequence_length: int, teacher: str | No
 
     from ..models import read_config
     from ..training.plan import plan_memory
+    from ..training.teacher_cache import is_cache
 
     teacher_config, teacher_bytes = None, 0
-    if teacher not in (None, "self"):
+    if teacher not in (None, "self") and not is_cache(teacher):
         teacher_config = read_config(teacher, "teacher", trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             stock = AutoModelForCausalLM.from_config(teacher_config, trust_remote_code=trust_remote_code)

@@ -8,7 +8,7 @@ from transformers.utils import logging
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import FAMILIES
 
-from ..data import load_tokenizer
+from ..data import check_tokens, known_tokenizer
 from ..losses import Teacher
 
 logger = logging.get_logger(__name__)
@@ -26,15 +26,24 @@ def prepare_teacher(teacher: Any, model: Any, tokenizer: Any, device: torch.devi
         ValueError: it has another tokenizer or an unknown architecture, or is the model itself.
     """
     check_vocabulary(teacher, model, tokenizer)
-    if teacher.config.model_type not in (*FAMILIES, "flextron"):
-        rule = f"The supported families are {', '.join(FAMILIES)}."
-        raise invalid("teacher", teacher.config.model_type, rule, "Teach with the parent.")
+    check_architecture("teacher", teacher)
     if teacher is model:
         remedy = "Pass teacher='self' to learn from the full network of the same step."
         raise invalid("teacher", type(teacher).__name__, "It is the model that is trained.", remedy)
     # On another GPU it was put on purpose, and some quantized models refuse to be moved.
     placed = teacher.device.type != "cpu" or getattr(teacher, "hf_quantizer", None) is not None
     return (teacher if placed else teacher.to(device)).eval()
+
+
+def check_architecture(argument: str, teacher: Any) -> None:
+    """Refuse a teacher whose hidden states and output layer are not known to make its logits.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
+    if teacher.config.model_type not in (*FAMILIES, "flextron"):
+        rule = f"The supported families are {', '.join(FAMILIES)}."
+        raise invalid(argument, teacher.config.model_type, rule, "Teach with the parent.")
 
 
 def check_documents(teacher: Any) -> None:
@@ -93,7 +102,7 @@ def check_vocabulary(teacher: Any, model: Any, tokenizer: Any) -> None:
         ValueError: the tokenizers mean different tokens by one id.
     """
     sizes = teacher.config.vocab_size, model.config.vocab_size
-    theirs = _tokenizer_of(teacher) if hasattr(tokenizer, "get_added_vocab") else None
+    theirs = known_tokenizer(teacher.name_or_path) if hasattr(tokenizer, "get_added_vocab") else None
     if theirs is None:
         if sizes[0] != sizes[1]:
             logger.warning(
@@ -101,24 +110,7 @@ def check_vocabulary(teacher: Any, model: Any, tokenizer: Any) -> None:
                 " their tokenizers are the same was not checked, because one of them is not known."
             )
         return
-    mine, others = _ordinary(tokenizer), _ordinary(theirs)
-    for number in sorted(mine.keys() & others.keys()):
-        if mine[number] != others[number]:
-            rule = f"Token {number} is {others[number]!r} in its tokenizer and {mine[number]!r} in that of the model."
-            raise invalid("teacher", teacher.name_or_path, rule, SAME)
-
-
-def _tokenizer_of(teacher: Any) -> Any:
-    try:
-        return load_tokenizer(teacher.name_or_path) if teacher.name_or_path else None
-    except ValueError:
-        return None
-
-
-def _ordinary(tokenizer: Any) -> dict[int, str]:
-    """The tokens of a tokenizer without those that were added, which are renamed at will."""
-    added = tokenizer.get_added_vocab()
-    return {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
+    check_tokens("teacher", teacher.name_or_path, theirs, tokenizer, SAME)
 
 
 def readable(inputs: dict[str, torch.Tensor], count: int, padding: int | None) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ from modeling_flextron.frontier import held
 
 from ..data import collator
 from ..layerwise import ModelBlocks
-from ..losses import HeadLoss, Teacher
+from ..losses import HeadLoss, SampledTeacher, Teacher
 from ..models import check_files, load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
 from .batches import first_batches, read_batch, stored_length
@@ -45,6 +45,7 @@ from .publishing import FamilyPublishing
 from .router_stage import GAP_IN_NATS, RouterStage
 from .run_folder import begin_again, finished_state, last_complete_checkpoint, take_config, write_arguments
 from .sampling import Draw, draw, last_that_learns
+from .teacher_cache import TeacherCache, is_cache
 from .teachers import prepare_teacher, read_by_teacher
 
 logger = logging.get_logger(__name__)
@@ -57,10 +58,11 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         model: A `FlextronForCausalLM`, or the folder or Hub id of one; or a `PeftModel` of one, of which the adapter
             alone is trained and saved.
         args: `FlextronTrainingArguments`.
-        teacher: Who is imitated: a model, its folder or Hub id (usually the parent), `"self"` (the full network of
-            the same step, which then learns from the text; no second copy), or None to learn from the text alone. A
-            model that is on a GPU already, or quantized, stays where it is. It has the tokenizer of the model; where
-            one of them has more tokens, those that both have are compared.
+        teacher: Who is imitated: a model, its folder or Hub id (usually the parent), the folder of what it foretells of
+            the training text (`teach`; no model in memory), `"self"` (the full network of the same step, which then
+            learns from the text; no second copy), or None to learn from the text alone. A model that is on a GPU
+            already, or quantized, stays where it is. It has the tokenizer of the model; where one of them has more
+            tokens, those that both have are compared.
         trust_remote_code: Run the code that the files of a teacher's folder or Hub id name, where they name some.
         data_collator, train_dataset, eval_dataset, processing_class, ...: as in `Trainer`. Rows hold `input_ids`
             and, unless they are the same, `labels`; with `position_ids` that begin again in every document, documents
@@ -106,6 +108,10 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         if max(self.get_cp_size(), self.get_sp_size()) > 1:
             rule = "The loss of a token needs the one after it, which would be on another device."
             raise invalid("parallelism_config", args.parallelism_config, rule, "Divide batches or weights instead.")
+        self.cache: TeacherCache | None = None
+        if isinstance(teacher, (str, os.PathLike)) and is_cache(teacher):
+            self.cache, teacher = TeacherCache(teacher), None
+            self.cache.check(config.vocab_size, args.temperature, self.processing_class)
         if isinstance(teacher, (str, os.PathLike)) and not self.in_place:
             teacher = load_stock(teacher, "teacher", trust_remote_code=trust_remote_code, dtype=self.model.dtype)
         self.teacher: Any = None
@@ -241,7 +247,9 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         return next((name for name, subnetwork in rows if subnetwork == self.model.config.built), "full")
 
     @torch.no_grad()
-    def _teach(self, inputs: dict[str, Any]) -> Teacher | None:
+    def _teach(self, inputs: dict[str, Any]) -> Teacher | SampledTeacher | None:
+        if self.cache is not None:
+            return self.cache.read(inputs)
         if self.teacher is None:
             return None
         padding = getattr(self.processing_class or self.model.config, "pad_token_id", None)
@@ -329,6 +337,8 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         length = stored_length(self.train_dataset)
         if length is not None:
             logger.warning_once(str(self.plan(length)))
+            if self.cache is not None:
+                self.cache.check_text(self.train_dataset, self.data_collator)
         if self.model.is_activation_checkpointing and not self.args.activation_checkpointing:
             # Enabled by hand, it may be reentrant, which forgets gradients: see the arguments.
             self.model.activation_checkpointing_enable({"use_reentrant": False})
