@@ -30,9 +30,11 @@ from .subnetwork import (
     smallest_subnetwork,
     subnetwork_of,
 )
+from .thinking import is_phased
 from .token_routing import HasRouting, resolve_auto
 
-TOLERANCE = 1.01  # of what a row may cost of the budget by which it is called: norms do not halve
+TOLERANCE = 0.01  # of a budget, by which a row that was made for it may cost more or less: norms do not halve
+SHARE = 0.8  # of the free memory that "fit" takes: activations, and what else runs there, need some too
 
 
 class Family(HasTables, HasRouting, Protocol):
@@ -53,8 +55,8 @@ class Budget:
 
 _FORMS = (
     "Write a fraction in (0, 1] of the parent's non-embedding parameters, a number of parameters (`'350M'` or an"
-    " int), memory (`'6GiB'`), latency (`'25ms'`), quality (`'loss<=2.3'`, `'ppl<=10'`), the name of a row of the"
-    " frontier, the fields of a SubNetwork, `'auto'` or `'auto:0.5'`."
+    " int), memory (`'6GiB'`, `'fit'`), latency (`'25ms'`), quality (`'loss<=2.3'`, `'ppl<=10'`), the name of a row of"
+    " the frontier, the fields of a SubNetwork, `'auto'` or `'auto:0.5'`."
 )
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)\s*"
 _COUNT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -73,6 +75,9 @@ def parse_budget(value: Any) -> Budget:
     """
     if value is None:
         return Budget("full")
+    if is_phased(value):
+        rule = "A size for thinking and one for the answer are those of one call of `generate`."
+        raise invalid("flextron_budget", value, rule, "Pass them there, and one budget here.")
     if isinstance(value, dict) or is_subnetwork(value):
         return Budget("exact", value)
     if isinstance(value, str):
@@ -103,6 +108,11 @@ def _parse_text(text: str) -> Budget:
         return Budget("loss", math.log(limit) if match[1].lower() == "ppl" else limit)
     if match := re.fullmatch(r"auto(?::" + _NUMBER + r")?", stripped):
         return Budget("auto", float(match[1]) if match[1] else None)
+    if match := re.fullmatch(r"fit(?::" + _NUMBER + r")?", stripped):
+        share = float(match[1]) if match[1] else SHARE
+        if not 0 < share <= 1:
+            raise invalid("flextron_budget", text, "The share of free memory lies in (0, 1].", "Pass 'fit:0.9'.")
+        return Budget("fit", share)
     if not stripped or stripped[0] in "-+.<>=" or stripped[0].isdigit():
         raise invalid("flextron_budget", text, "The text is not a budget.", _FORMS)
     return Budget("name", stripped)
@@ -129,7 +139,7 @@ def unreached(rows: list[FrontierRow], parent_size: int) -> list[FrontierRow]:
             continue
         meanings.add(meaning)
         whole = wholes.get(meaning.kind)
-        if whole is not None and row.non_embedding_parameters > TOLERANCE * meaning.value * whole:
+        if whole is not None and row.non_embedding_parameters > (1 + TOLERANCE) * meaning.value * whole:
             wrong.append(row)
     return wrong
 
@@ -178,6 +188,9 @@ def resolve(config: Family, budget: Any) -> SubNetwork:
         return subnetwork_of(config, budget) if isinstance(budget, dict) else _fitting(config, budget)
     if parsed.kind == "auto":
         return resolve_auto(config, budget, parsed.value)
+    if parsed.kind == "fit":
+        rule = "It asks for the memory that is free before weights are loaded; a smaller size frees none of them later."
+        raise invalid("flextron_budget", budget, rule, "Pass it to `from_pretrained`, or ask for a fraction here.")
     if parsed.kind == "name":
         named = [row for row in config.frontier if row.name == parsed.value]
         if not named:
@@ -266,7 +279,11 @@ def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
         routed = StaticRouter(config, config.static_router).choose(cost, limit)
         return routed if found is None or cost(routed) > cost(found) else found
     if found is None:
-        raise _too_little(config, budget, asked.kind, *min(priced, key=lambda entry: entry[1]))
+        smallest, least = min(priced, key=lambda entry: entry[1])
+        named = budget_of_name(smallest.name) in (None, Budget("name", smallest.name))
+        if asked.kind != "fraction" or not named or least > (1 + TOLERANCE) * limit:
+            raise _too_little(config, budget, asked.kind, smallest, least)
+        return _held(budget, smallest)  # what it was made for is not known, and may be this
     return found
 
 
@@ -280,16 +297,20 @@ def _priced_rows(config: Family, kind: str, cost: Cost) -> list[tuple[FrontierRo
 
 
 def _best_row(priced: list[tuple[FrontierRow, float]], asked: Budget, limit: float) -> FrontierRow | None:
-    """The row that is called by the budget, or the largest within the limit; of those about as large the best one."""
-    own = {row.name for row, used in priced if budget_of_name(row.name) == asked and used <= TOLERANCE * limit}
-    fitting = [row for row, used in priced if row.name in own or used <= limit]
+    """The row that was made for the budget, or the largest within the limit; of those about as large the best one."""
+    made = (row for row, used in priced if budget_of_name(row.name) == asked and abs(used / limit - 1) <= TOLERANCE)
+    return next(made, None) or best_within(priced, limit)
+
+
+def best_within(priced: list[tuple[FrontierRow, float]], limit: float) -> FrontierRow | None:
+    """Of rows and their costs the largest within a limit; of those about as large the one with the lowest loss."""
+    fitting = [row for row, used in priced if used <= limit]
     most = max((row.non_embedding_parameters for row in fitting), default=0)
-    alike = [row for row in fitting if row.name in own or row.non_embedding_parameters >= CLOSE * most]
+    alike = [row for row in fitting if row.non_embedding_parameters >= CLOSE * most]
     losses = {row.name: row.loss for row in alike if row.loss is not None}
     if len(losses) == len(alike):
         return min(alike, key=lambda row: losses[row.name], default=None)
-    called = [row for row in alike if row.name in own]
-    return max(called or alike, key=lambda row: row.non_embedding_parameters)
+    return max(alike, key=lambda row: row.non_embedding_parameters)
 
 
 def _too_little(config: Family, budget: Any, kind: str, row: FrontierRow, least: float) -> ValueError:

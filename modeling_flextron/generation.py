@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationMixin
 from .drafting import Drafts, Watch, constant, share_draft
 from .errors import invalid
 from .subnetwork import SubNetwork, is_routed, parameters_of
+from .thinking import Phases, is_phased, read_phases, refuse_company
 
 _ROWS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 _OF_ONE_SIZE = (
@@ -33,20 +35,53 @@ class FlextronGenerationMixin(GenerationMixin):
         drafts, which changes no greedy output; with `"auto"` the size and the length of drafts that are fastest by the
         latency table and by what earlier calls kept of them, or none (`drafts.chosen`).
 
+        With `{"thinking": 0.5, "answer": 1}` the budget changes behind the token that ends the thinking: that of the
+        chat template of `tokenizer=`, or `"end": token_id`. The KV cache is kept, or where its shapes do not fit the
+        text is read once more. Each sequence of a batch is continued by itself then.
+
         Raises:
             ValueError: a budget means nothing here, or stands in a generation config; `assistant_early_exit`; or
                 `custom_generate` of a repo that is not trusted.
         """
         check_generation(self, args, kwargs)
+        each = flextron_budget if is_list(flextron_budget) else [flextron_budget]
+        each = [read_phases(self, one, kwargs.get("tokenizer")) if is_phased(one) else one for one in each]
         if draft_budget is not None:
+            if any(isinstance(one, Phases) for one in each):
+                refuse_company({"draft_budget": draft_budget})
             return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
         if is_list(flextron_budget):
-            return generate_each(self, flextron_budget, args, kwargs)
+            return generate_each(self, each, args, kwargs)
+        if isinstance(each[0], Phases):
+            return self._think(each[0], args, kwargs)
         subnetwork = self.resolve_budget(flextron_budget)  # once: a default that changes meanwhile is for later calls
         if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
             with self.at_budget(subnetwork):
                 return super().generate(*args, **kwargs)
         return super().generate(*args, flextron_budget=subnetwork, **kwargs)
+
+    def _think(self, phases: Phases, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Generate at one size while the text thinks, and at another one behind it."""
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        refuse_company(kwargs, given, self.generation_config)
+        sequences = sequences_of(args, kwargs)
+        if sequences is not None and len(sequences) > 1:
+            return generate_each(self, [replace(phases) for _ in sequences], args, kwargs)
+        sizes = phases.behind(sequences, kwargs.get("tokenizer"))
+        return super().generate(*args, flextron_budget=sizes, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args, inputs_embeds: Any = None, flextron_budget: Any = None, **kwargs
+    ):
+        """Prepare like `GenerationMixin.prepare_inputs_for_generation`, at the size that writes the next token."""
+        if isinstance(flextron_budget, Phases):
+            cache: Any = kwargs.get("past_key_values", kwargs.get("cache"))
+            if flextron_budget.must_read_again(input_ids, cache, self.config, kwargs.get("attention_mask")):
+                cache.reset()
+                kwargs["next_sequence_length"] = None
+            flextron_budget = flextron_budget.at(input_ids)
+        kwargs |= {"inputs_embeds": inputs_embeds, "flextron_budget": flextron_budget}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def init_continuous_batching(
         self,
@@ -159,8 +194,8 @@ def sequences_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
     return next((value for value in (*args[:1], *given) if value is not None), None)
 
 
-def rows_of(model, budgets: list, batch: int) -> dict[SubNetwork, torch.Tensor]:
-    """Sub-network -> the rows `[n]` of the batch that ask for it.
+def rows_of(model, budgets: list, batch: int) -> dict[Any, torch.Tensor]:
+    """Sub-network, or `Phases` of one row -> the rows `[n]` of the batch that ask for it.
 
     Raises:
         ValueError: not one budget for each row, or one that means nothing here.
@@ -168,9 +203,9 @@ def rows_of(model, budgets: list, batch: int) -> dict[SubNetwork, torch.Tensor]:
     if len(budgets) != batch:
         rule = f"A list has one budget for each sequence, and the batch has {batch}."
         raise invalid("flextron_budget", budgets, rule, "Pass so many, or one budget for all.")
-    rows: dict[SubNetwork, list[int]] = {}
+    rows: dict[Any, list[int]] = {}
     for row, budget in enumerate(budgets):
-        rows.setdefault(model.resolve_budget(budget), []).append(row)
+        rows.setdefault(budget if isinstance(budget, Phases) else model.resolve_budget(budget), []).append(row)
     return {subnetwork: torch.tensor(which) for subnetwork, which in rows.items()}
 
 

@@ -248,8 +248,12 @@ def nearest(tables: dict[str, dict[str, Any]], kind: str, device: str, dtype: st
     return min(tables, key=distance)
 
 
-def table_of(config: HasTables) -> LatencyTable | None:
+def table_of(config: HasTables, kind: str | None = None) -> LatencyTable | None:
     """The table whose device is nearest to that of this machine, among those that a config lists.
+
+    Args:
+        config: Of the model.
+        kind: Of the device; None for a GPU where there is one.
 
     Raises:
         ValueError: the table is broken, or one of another model.
@@ -257,7 +261,7 @@ def table_of(config: HasTables) -> LatencyTable | None:
     """
     if not config.latency_tables:
         return None
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     here = device_name(kind)
     file = nearest(config.latency_tables, kind, here, str(config.dtype).removeprefix("torch."))
     table = LatencyTable.load(_beside(config, file), config)

@@ -26,10 +26,11 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
 from .adapters import fit_adapter, name_default_targets, read_adapter
-from .budgets import resolve
+from .budgets import parse_budget, resolve
 from .checkpoint import undisturbed
 from .configuration_flextron import FlextronConfig
 from .errors import invalid
+from .fit import fit
 from .level_blocks import AGAIN, DTYPES
 from .level_reader import empty_model, read_index, stored_tensors
 from .permutation import Permutation, read_permutation
@@ -103,6 +104,9 @@ class LoadingMixin(PreTrainedModel):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         config.dtype = config.dtype if dtype in (None, "auto") else dtype
         config.validate()
+        if parse_budget(config.flextron_budget).kind == "fit":
+            found = fit(config, config.flextron_budget, kwargs.get("device_map"), kwargs.get("max_memory"))
+            config.flextron_budget = found.to_dict()
         return config, kwargs
 
     @classmethod

@@ -25,6 +25,7 @@ from .latency import LatencyTable
 from .level_reader import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
 from .measured import Figures, Measured
+from .memory import in_units
 from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
 from .token_routing import figures_of_targets
 
@@ -151,9 +152,9 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
         cells = [
             code(row.name),
             f"{count_parameters(model.config, subnetwork):,}",
-            _size(downloads[row.name]),
-            _size(weight_bytes(model.config, subnetwork, model.dtype)),
-            _size(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
+            in_units(downloads[row.name]),
+            in_units(weight_bytes(model.config, subnetwork, model.dtype)),
+            in_units(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
             *(column[i] for _, column in figures),
             *(f"{table.conditions['batch'] / table.predict(subnetwork):,.1f}" for table in tables),
         ]
@@ -235,15 +236,6 @@ def figure_cell(value: Any, error: Any) -> str:
     if not is_figure(value):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" + (f" ± {error:.4f}" if is_figure(error) else "")
-
-
-def _size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
 
 
 def _tokens(count: int) -> str:

@@ -19,19 +19,9 @@ from modeling_flextron import count_parameters
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
-    "convert",
-    "train",
-    "measure",
-    "bench",
-    "evaluate",
-    "export",
-    "verify",
-    "push",
-    "generate",
-    "demo",
-    "teach",
-    "transplant",
-)
+    "convert", "train", "teach", "measure", "bench", "evaluate", "export", "verify", "push", "generate", "sizes",
+    "transplant", "demo",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

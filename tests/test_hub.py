@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import elastic_of, flextron, parent_of
+from huggingface_hub.constants import HF_HUB_CACHE
 from planted import plant
 from training import rows, trainer
 from flextron_trainer.data import load_text
@@ -75,6 +76,8 @@ run.processing_class = tokenizer
 run.train()
 run.evaluate()
 run.push_to_hub(tags=["trained"])
+done["sizes"] = flextron("sizes", "me/trained", "--context", 16, "--device", "cpu")
+done["fetched"] = [str(path) for path in Path(HF_HUB_CACHE, "models--me--trained").rglob("*.safetensors")]
 done["generated"] = flextron("generate", "me/trained", "def main", "--max-new-tokens", 1, "--budget", "0.35")
 done["verified"] = flextron("verify", "me/trained")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, convert, demo, evaluate, export, generate, measure, push, teach, train, transplant, verify
+from . import bench, convert, demo, evaluate, export, generate, measure, push, sizes, teach, train, transplant, verify
 from .verbs import verb
 
 
@@ -27,8 +27,8 @@ app.command()(verb(convert.convert))
 # Whatever else it is given are arguments of `transformers.TrainingArguments`.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(verb(train.train))
 for function in (
-    evaluate.evaluate, measure.measure, bench.bench, export.export, verify.verify, push.push, generate.generate,
-    demo.demo, transplant.transplant, teach.teach,
+    teach.teach, evaluate.evaluate, sizes.sizes, measure.measure, bench.bench, export.export, verify.verify, push.push,
+    generate.generate, transplant.transplant, demo.demo,
 ):  # fmt: skip
     app.command()(verb(function))
 

@@ -1,6 +1,6 @@
 """`flextron generate`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,21 +20,27 @@ def generate(
     """Continue a text at a budget.
 
     Example: `flextron generate elastic "def main():" --budget 0.5`
+
+    Example: `flextron generate elastic "1 + 1?" --budget '{"thinking": 0.5, "answer": 1}'`
     """
     import torch
 
     from modeling_flextron.errors import invalid
+    from modeling_flextron.thinking import is_phased
 
     from ..data import load_tokenizer
     from ..models import load_elastic
 
     torch.manual_seed(seed)
-    loaded = load_elastic(model, flextron_budget=budget_value(budget)).to(device_or_default(device))
+    asked: Any = budget_value(budget)
+    loaded_at = None if is_phased(asked) else asked
+    loaded = load_elastic(model, flextron_budget=loaded_at, device_map=device_or_default(device))
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     if inputs["input_ids"].shape[1] == 0:
         raise invalid("prompt", prompt, "It has no tokens to continue.", "Write at least a word.")
-    ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample)
+    sizes = {"flextron_budget": asked, "tokenizer": tokenizer} if is_phased(asked) else {}
+    ids = loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample, **sizes)
     print_result(
         command("evaluate", model, "./held-out"),
         budget=budget,

@@ -15,7 +15,9 @@ Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=Fa
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda; by default a GPU when there is one.")]
 Budget = Annotated[
     str | None,
-    typer.Option(help="0.5, 350M, 6GiB, 25ms, auto:0.5, the name of a row, or the fields of a SubNetwork as JSON."),
+    typer.Option(
+        help="0.5, 350M, 6GiB, fit, 25ms, auto:0.5, the name of a row, or the fields of a SubNetwork as JSON."
+    ),
 ]
 Boundaries = Annotated[
     bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")

@@ -99,7 +99,7 @@ def choose_rows(
     rows: list[FrontierRow] = []
     for name, best, use in zip(names, chosen, uses, strict=True):
         cost, limit = limits[name]
-        if use[best] > TOLERANCE:
+        if use[best] > 1 + TOLERANCE:
             name = name_of_smallest(config, name, budgets[name], best)
         elif use[best] < USED and best != config.built:
             warn_of_unused(config, name, use[best])
