@@ -6,6 +6,7 @@ only through the functions of `markdown.py`.
 """
 
 import importlib.metadata
+import json
 import math
 import os
 import re
@@ -127,7 +128,7 @@ def write_model_card(
         shapes="\n".join(map(_shape, *zip(*_rows(model), strict=True))),
         training=_conversion(model.config) + _training(model.config),
         versions=versions(),
-        **_uses(model, repo or folder.resolve().name, (folder / "tokenizer_config.json").is_file()),
+        **_uses(model, repo or folder.resolve().name, _tokenizer_in(folder)),
     )
     metadata = _metadata(model, title, tags or ())
     with write_file_beside(folder / "README.md") as path:
@@ -379,17 +380,32 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
     )
 
 
-def _uses(model, repo: str, tokenizer: bool) -> dict[str, str]:
-    """The snippets of the card, by their places in the template."""
+def _tokenizer_in(folder: Path) -> str | None:
+    """What the tokenizer in a folder reads: `"chat"` where it has a chat template, `"text"`, or None without one."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    chat = (folder / "chat_template.jinja").is_file() or "chat_template" in json.loads(file.read_text(encoding="utf-8"))
+    return "chat" if chat else "text"
+
+
+def _uses(model, repo: str, tokenizer: str | None) -> dict[str, str]:
+    """The snippets of the card, by their places in the template; `tokenizer` is as of `_tokenizer_in`."""
     names = [literal(row.name) for row, _ in _rows(model)]
     small, auto, where = names[-1], model._auto_class, f"{literal(repo)}, trust_remote_code=True"
     causal = auto == "AutoModelForCausalLM"
     run = "generate(**inputs, max_new_tokens=20" if causal else "model(**inputs"
     if tokenizer:
+        inputs = 'tokenizer("Once upon a time", return_tensors="pt")'
+        if tokenizer == "chat" and causal:
+            inputs = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Why is the sky blue?"}], add_generation_prompt=True, return_tensors="pt",
+    return_dict=True,
+)"""
         load = f"""from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({where})
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+inputs = {inputs}
 """
     else:
         load = f"import torch\nfrom transformers import {auto}\n\ninputs = {{'input_ids': torch.tensor([[1, 2, 3]])}}\n"

@@ -19,8 +19,8 @@ from modeling_flextron import count_parameters
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
-    "convert", "train", "teach", "measure", "bench", "evaluate", "export", "verify", "push", "generate", "sizes",
-    "transplant", "demo",
+    "convert", "train", "teach", "answers", "measure", "bench", "evaluate", "export", "verify", "push", "generate",
+    "sizes", "transplant", "demo",
 )  # fmt: skip
 
 

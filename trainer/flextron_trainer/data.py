@@ -1,27 +1,36 @@
-"""Text in, blocks of token ids out: for calibration, training and evaluation. Caching is left to `datasets`."""
+"""Text and conversations in, blocks of token ids out: for calibration, training and evaluation.
+
+Caching is left to `datasets`.
+"""
 
 import os
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.hub import retried
 
+from .conversations import FORMATS, chat_columns, documents_of
 from .losses import IGNORED
-from .reading import load_text
+from .reading import content_columns, load_text
 
 __all__ = [
-    "blocks_of", "calibration_batches", "collator", "load_text", "load_tokenizer", "pack", "text_column", "tokens_of",
+    "blocks_of", "calibration_batches", "collator", "holds_conversations", "load_text", "load_tokenizer", "mixed",
+    "pack", "text_column", "tokens_of", "whole_in_blocks",
 ]  # fmt: skip
+logger = logging.get_logger(__name__)
+OPEN_BLOCKS = 64  # that a conversation may still go to
 
 
 def load_tokenizer(source: str | os.PathLike, *, trust_remote_code: bool = False, **hub: Any) -> Any:
@@ -82,27 +91,21 @@ def _ordinary(tokenizer: Any) -> dict[int, str]:
     return {number: token for token, number in tokenizer.get_vocab().items() if token not in added}
 
 
-def text_column(dataset) -> str:
+def holds_conversations(dataset: Any) -> bool:
+    """Whether the rows of a dataset are conversations, prompts with completions, or instructions."""
+    return chat_columns(dataset.column_names or next(iter(dataset), {})) is not None
+
+
+def text_column(dataset: Any) -> str:
     """The column of a dataset that holds its text.
 
     Raises:
-        ValueError: no column does, or it is not clear which; or nothing is there.
+        ValueError: no column does, or it is not clear which; or conversations or nothing are there.
     """
-    if dataset.features:
-        columns = list(dataset.features)
-        types = {name: getattr(feature, "dtype", "") for name, feature in dataset.features.items()}
-        strings = [name for name in columns if types[name] in ("string", "large_string")]
-    else:  # of a stream
-        first: dict[str, Any] = next(iter(dataset), {})
-        columns, strings = list(first), [name for name, value in first.items() if isinstance(value, str)]
-    if not columns:
-        raise invalid("dataset", type(dataset).__name__, "It holds no rows.", "Pass some text.")
-    if "text" in columns:
-        return "text"
-    if len(strings) != 1:
-        rule = "One column must hold the text: one called 'text', or the only one of strings."
-        raise invalid("dataset", columns, rule, "Rename the column to 'text'.")
-    return strings[0]
+    columns = content_columns(dataset)
+    if columns in FORMATS:
+        raise invalid("dataset", list(columns), "Its rows are conversations.", "Pass it to `pack` as it is.")
+    return columns[0]
 
 
 def tokens_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -145,62 +148,187 @@ def blocks_of(documents: Iterable[list[int]], length: int, rest: bool = False) -
         yield ids, places
 
 
-def pack(
-    dataset: Any, tokenizer, sequence_length: int, num_proc: int | None = None, document_boundaries: bool = False
-) -> Any:
-    """Tokenize a text dataset and cut it into blocks of equal length, one document (see `tokens_of`) behind the other.
-
-    A block may hold the end of one document and the beginning of the next, and attention does not stop between them
-    unless `document_boundaries` says so.
+def whole_in_blocks(documents: Iterable[Any], length: int) -> Iterator[list[Any]]:
+    """Documents, none of them cut, in blocks of at most `length` tokens: each where it leaves the least room.
 
     Args:
-        dataset: Rows of text, see `text_column`; of a streamed dataset blocks are made as they are read.
+        documents: Anything with the lengths of documents, none larger than `length`; read as they are needed.
+        length: Tokens in a block.
+
+    Yields:
+        The documents of a block; the last ones may be rather empty.
+    """
+    blocks: list[list[Any]] = []
+    rooms: list[int] = []
+    for document in documents:
+        size = len(document)
+        fitting = [i for i, room in enumerate(rooms) if room >= size]
+        if not fitting and len(blocks) == OPEN_BLOCKS:
+            fullest = min(range(len(rooms)), key=rooms.__getitem__)
+            yield blocks.pop(fullest)
+            rooms.pop(fullest)
+        if not fitting:
+            blocks.append([])
+            rooms.append(length)
+        place = min(fitting, key=rooms.__getitem__) if fitting else -1
+        blocks[place].append(document)
+        rooms[place] -= size
+    yield from blocks
+
+
+def pack(
+    dataset: Any,
+    tokenizer: Any,
+    sequence_length: int,
+    num_proc: int | None = None,
+    document_boundaries: bool | None = None,
+    assistant_only: bool | None = None,
+) -> Any:
+    """Tokenize text or conversations and make blocks of them.
+
+    Text is cut into blocks of equal length, one document (see `tokens_of`) behind the other. A block may hold the end
+    of one document and the beginning of the next, and attention does not stop between them unless
+    `document_boundaries` says so.
+
+    A conversation (see `documents_of`) is never divided among blocks, so that every answer is learned behind all that
+    it answers. Blocks hold whole ones and may be shorter than `sequence_length`. One that is longer than a block is cut
+    at its end: what is behind the cut is not learned, an answer that is cut through is learned up to there, and where
+    the cut comes before the first answer begins, the conversation is left out. The log counts all of this.
+
+    Args:
+        dataset: Rows of text, or with the columns of a format of conversations, which then are read; of a streamed
+            dataset blocks are made as they are read.
         tokenizer: A Hugging Face tokenizer.
-        sequence_length: Tokens in a block; what is left behind the last document is dropped.
+        sequence_length: Tokens in a block; what is left behind the last document of text is dropped.
         num_proc: Processes to tokenize with.
         document_boundaries: Keep the documents of a block apart: `position_ids` that begin at 0 in every document,
             from which transformers makes masks, and no label for a document's first token, as nothing foretells it.
-            What a block holds of a document that began before it is a document of its own, from position 0.
+            What a block holds of a text that began before it is a document of its own, from position 0. None: of
+            conversations, not of text.
+        assistant_only: Labels for answers alone. None: of conversations, while text has none.
 
     Returns:
-        A dataset, streamed if the text is, of `input_ids` and `labels`, equal but for boundaries, as a causal language
-        model takes them. It is the same for any `num_proc`, streamed or not; a stream is read by one worker.
+        A dataset, streamed if the text is, of `input_ids` and `labels`, of text equal but for boundaries, as a causal
+        language model takes them. It is the same for any `num_proc`, streamed or not; a stream is read by one worker.
 
     Raises:
-        ValueError: the text is shorter than one block.
+        ValueError: the text is shorter than one block, no answer begins within one, or a row cannot be used.
     """
     require_int("sequence_length", sequence_length, minimum=2)
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
-        rule = "It is a `datasets.Dataset`, streamed or not, with a column of text."
+        rule = "It is a `datasets.Dataset`, streamed or not, with a column of text or those of conversations."
         raise invalid("dataset", dataset, rule, "Read a folder, a file or a Hub id with `load_text`.")
     if not callable(tokenizer):
         remedy = "Load it with `AutoTokenizer.from_pretrained`."
         raise invalid("tokenizer", tokenizer, "It is a Hugging Face tokenizer.", remedy)
-    column, streamed = text_column(dataset), isinstance(dataset, datasets.IterableDataset)
-
-    def tokenize(rows: dict[str, list]) -> dict[str, list]:
-        return {"input_ids": tokens_of(tokenizer, rows[column])}
-
-    def blocks(tokens: Any) -> Iterator[dict[str, list[int]]]:
-        documents = chain.from_iterable(rows["input_ids"] for rows in tokens.iter(1000))
-        for ids, places in blocks_of(documents, sequence_length):
-            if not document_boundaries:
-                yield {"input_ids": ids, "labels": ids}
-                continue
-            positions = _from_zero(places)
-            labels = [token if position else IGNORED for token, position in zip(ids, positions, strict=True)]
-            yield {"input_ids": ids, "labels": labels, "position_ids": positions}
-
+    columns, streamed = content_columns(dataset), isinstance(dataset, datasets.IterableDataset)
+    chat = columns in FORMATS
+    if assistant_only and not chat:
+        rule = "Text has no answers."
+        raise invalid("assistant_only", assistant_only, rule, "Leave it out, or pass conversations.")
+    apart = chat if document_boundaries is None else document_boundaries
     options: dict[str, Any] = {} if streamed else {"num_proc": num_proc, "desc": "Tokenizing"}
     before = list(dataset.column_names or next(iter(dataset)))
-    tokens = dataset.map(tokenize, batched=True, remove_columns=before, **options)
+    if chat:
+        read = partial(_conversations, tokenizer, sequence_length, assistant_only is not False)
+        tokens = dataset.map(read, batched=True, with_indices=True, remove_columns=before, **options)
+        blocks = partial(_blocks_of_conversations, length=sequence_length, apart=apart)
+    else:
+        read = partial(_texts, tokenizer, columns[0])
+        tokens = dataset.map(read, batched=True, remove_columns=before, **options)
+        blocks = partial(_blocks_of_text, length=sequence_length, apart=apart)
     first = next(blocks(tokens), None)
     if first is None:
         rule = f"It ends before the first block of {sequence_length} tokens."
-        remedy = "Pass more text or a smaller `sequence_length`."
-        raise invalid("dataset", "a stream of text" if streamed else f"{len(dataset)} rows of text", rule, remedy)
+        if chat:
+            rule = f"No answer begins in the first {sequence_length} tokens of a conversation."
+        remedy = "Pass more text or a smaller `sequence_length`." if not chat else "Pass a larger `sequence_length`."
+        what = "conversations" if chat else "text"
+        raise invalid("dataset", f"a stream of {what}" if streamed else f"{len(dataset)} rows of {what}", rule, remedy)
     features = datasets.Features({name: datasets.List(datasets.Value("int64")) for name in first})
-    return type(dataset).from_generator(blocks, features=features, gen_kwargs={"tokens": tokens})
+    packed = type(dataset).from_generator(blocks, features=features, gen_kwargs={"tokens": tokens})
+    if chat and not streamed:
+        logger.warning(_counts(tokens, packed, sequence_length))
+    return packed
+
+
+def mixed(packed: Sequence[Any], shares: Sequence[float] | None = None, seed: int = 0) -> Any:
+    """Mix blocks of several texts, drawn at random by `datasets.interleave_datasets` until all have been read.
+
+    Args:
+        packed: Of `pack`, with document boundaries all, or none; all stored, or all streamed. One alone stays as it is.
+        shares: Of the blocks, one for each, in any unit; blocks have about the same number of tokens. None: equal. What
+            is short for its share is read again.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: shares that are none.
+    """
+    if shares is not None and (len(shares) != len(packed) or min(shares) <= 0):
+        rule = f"They are the shares of {len(packed)} datasets."
+        raise invalid("weights", shares, rule, "Pass a positive number for each, with commas between.")
+    if len(packed) == 1:
+        return packed[0]
+    shares = shares or [1.0] * len(packed)
+    parts = [share / sum(shares) for share in shares]
+    return datasets.interleave_datasets(list(packed), parts, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _texts(tokenizer: Any, column: str, rows: dict[str, list]) -> dict[str, list]:
+    return {"input_ids": tokens_of(tokenizer, rows[column])}
+
+
+def _conversations(
+    tokenizer: Any, length: int, assistant_only: bool, rows: dict[str, list], numbers: list[int]
+) -> dict[str, list]:
+    """Documents of conversations, the whole ones and the beginnings of longer ones: ids, labels, targets left out."""
+    found: dict[str, list] = {"input_ids": [], "labels": [], "unseen": []}
+    for number, *values in zip(numbers, *rows.values(), strict=True):
+        row = dict(zip(rows, values, strict=True))
+        for ids, learned in documents_of(tokenizer, row, f"dataset row {number + 1}", assistant_only):
+            labels = [id if one and i else IGNORED for i, (id, one) in enumerate(zip(ids, learned, strict=True))]
+            kept = slice(length if any(label != IGNORED for label in labels[:length]) else 0)
+            found["input_ids"].append(ids[kept])
+            found["labels"].append(labels[kept])
+            found["unseen"].append(
+                sum(label != IGNORED for label in labels) - sum(label != IGNORED for label in labels[kept])
+            )
+    return found
+
+
+def _blocks_of_text(tokens: Any, length: int, apart: bool) -> Iterator[dict[str, list[int]]]:
+    documents = chain.from_iterable(rows["input_ids"] for rows in tokens.iter(1000))
+    for ids, places in blocks_of(documents, length):
+        if not apart:
+            yield {"input_ids": ids, "labels": ids}
+            continue
+        positions = _from_zero(places)
+        labels = [token if position else IGNORED for token, position in zip(ids, positions, strict=True)]
+        yield {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def _blocks_of_conversations(tokens: Any, length: int, apart: bool) -> Iterator[dict[str, list[int]]]:
+    rows = (zip(rows["input_ids"], rows["labels"], strict=True) for rows in tokens.iter(1000))
+    documents = (list(zip(*row, strict=True)) for row in chain.from_iterable(rows) if row[0])
+    for block in whole_in_blocks(documents, length):
+        ids, labels = map(list, zip(*chain.from_iterable(block), strict=True))
+        positions = {"position_ids": [place for document in block for place in range(len(document))]} if apart else {}
+        yield {"input_ids": ids, "labels": labels, **positions}
+
+
+def _counts(tokens: datasets.Dataset, packed: datasets.Dataset, length: int) -> str:
+    """What became of conversations, for the log."""
+    labels, unseen = pc.list_flatten(packed.data["labels"]), tokens.data["unseen"]
+    learned = pc.sum(pc.not_equal(labels, IGNORED)).as_py()
+    text = f"{len(packed):,} blocks: the loss is that of {learned:,} tokens, and {len(labels) - learned:,} are masked."
+    if cut := pc.sum(pc.greater(unseen, 0)).as_py():
+        gone = pc.sum(pc.equal(pc.list_value_length(tokens.data["input_ids"]), 0)).as_py()
+        lost = pc.sum(unseen).as_py()
+        text += (
+            f" Behind the {length}th token of {cut:,} of {len(tokens):,} conversations, which are cut there, {lost:,}"
+        )
+        text += f" more would be learned; {gone:,} are left out, as none of their answers begins before."
+    return text
 
 
 def _from_zero(places: list[int]) -> list[int]:
@@ -246,10 +374,10 @@ def calibration_batches(
     """Token batches `[B, S]` for calibration, read from the front of any kind of data.
 
     Args:
-        data: Rows of text (strings, or dicts with a text column, see `tokens_of`), rows with `input_ids`, of which what
-            an `attention_mask` hides does not count, tensors of ids `[S]`, or one tensor `[N, S]`; a list, a dataset,
-            or a streamed one.
-        tokenizer: For text.
+        data: Rows of text (strings, or dicts with a text column, see `tokens_of`) or conversations, all of whose tokens
+            count, rows with `input_ids`, of which what an `attention_mask` hides does not count, tensors of ids `[S]`,
+            or one tensor `[N, S]`; a list, a dataset, or a streamed one.
+        tokenizer: For text and conversations.
         vocab_size: Of the parent; a larger id is refused.
         sequence_length: Tokens in a sample; shorter rows are joined.
         batch_size: Samples in a batch.
@@ -303,21 +431,29 @@ def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:
         rule = "It is a collection of texts or token ids."
         raise invalid("calibration", data, rule, "Pass a list, or one dataset such as `dataset['train']`.")
     column = None
-    for row in data:
+    for number, row in enumerate(data, start=1):
         mask = None
         if isinstance(row, dict):
             if "input_ids" in row:
                 row, mask = row["input_ids"], row.get("attention_mask")
+            elif chat_columns(row) is not None:
+                _need_tokenizer(tokenizer, row)
+                documents = documents_of(tokenizer, row, f"calibration row {number}", assistant_only=False)
+                yield from (ids for ids, _ in documents)
+                continue
             else:
                 column = column or (text_column(data) if hasattr(data, "column_names") else "text")
                 row = row.get(column)
         if isinstance(row, str):
-            if tokenizer is None:
-                remedy = "Pass `tokenizer=`, or rows of `input_ids`."
-                raise invalid("calibration", row, "Text needs a tokenizer.", remedy)
+            _need_tokenizer(tokenizer, row)
             (row,) = tokens_of(tokenizer, [row])
         if isinstance(row, torch.Tensor):
             row = row.flatten().tolist()
         if not isinstance(row, list) or not all(type(token) is int for token in row):
             raise invalid("calibration", row, "A row is a text or a list of token ids.", "Pass rows of one of these.")
         yield row if mask is None else [token for token, seen in zip(row, mask, strict=True) if seen]
+
+
+def _need_tokenizer(tokenizer: Any, row: Any) -> None:
+    if tokenizer is None:
+        raise invalid("calibration", row, "Text needs a tokenizer.", "Pass `tokenizer=`, or rows of `input_ids`.")

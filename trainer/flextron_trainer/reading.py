@@ -1,10 +1,14 @@
-"""Reading text: what a file, a folder, a pattern or an id on the Hub holds, as rows. `datasets` does the work."""
+"""Reading text and conversations: what a file, a folder, a pattern or an id on the Hub holds, as rows.
+
+`datasets` does the work.
+"""
 
 import codecs
 import glob
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import datasets
 from transformers.utils import logging
 
 from modeling_flextron.errors import invalid
+
+from .conversations import chat_columns
 
 logger = logging.get_logger(__name__)
 # What holds rows, by its ending: the reader of `datasets`, and what is between columns. Anything else may be text.
@@ -29,8 +35,8 @@ SPLITS = {"training": "train", "valid": "validation", "val": "validation", "dev"
 SPLITS |= {name: name for name in ("train", "validation", "test")}
 
 
-def load_text(source: str, split: str = "train", streaming: bool = False) -> Any:
-    """Read a text dataset. What `pack` makes of it is kept on disk, and made anew only when files have changed.
+def load_text(source: str, split: str = "train", streaming: bool = False, prompts: bool = False) -> Any:
+    """Read a dataset of text or conversations. What `pack` makes of it is kept on disk until files change.
 
     Args:
         source: A file, a folder with everything in it but hidden files, or a pattern such as `"text/*.jsonl"`; the id
@@ -39,12 +45,14 @@ def load_text(source: str, split: str = "train", streaming: bool = False) -> Any
             is no text is named in the log and left out.
         split: Split of a Hub dataset.
         streaming: Read rows when they are asked for, for text that does not fit on the disk.
+        prompts: Rows need no text and no answers, because they are to be answered.
 
     Returns:
         A `datasets.Dataset`, or an `IterableDataset` when it is streamed.
 
     Raises:
-        ValueError: nothing to read there, or files of several kinds or splits.
+        ValueError: nothing to read there, files of several kinds or splits, or rows without a column of text or those
+            of conversations.
     """
     source = str(source)
     files = _files(source)
@@ -64,14 +72,65 @@ def load_text(source: str, split: str = "train", streaming: bool = False) -> Any
             rows = datasets.load_dataset(reader, data_files=names, split="train", streaming=streaming, **options)
         else:
             rows = datasets.load_dataset(source, split=split, streaming=streaming)
+        if files and streaming:  # where others would be noticed on the way
+            _one_kind_of_rows(source, files, reader, options)
         next(iter(rows), None)  # of a stream nothing has been read yet
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error) or "it is empty"
         rule = f"There is no such file or folder, and the Hub gave no dataset of this name: {reason}."
         if files:
+            _one_kind_of_rows(source, files, reader, options)
             rule = f"It cannot be read as {reader}: {reason}."
         raise invalid("dataset", source, rule, "Check the path, or the id and the split.") from error
+    if not prompts:
+        content_columns(rows, str(files[0]) if len(files) == 1 else source)
     return rows
+
+
+def content_columns(dataset: Any, source: str | None = None) -> tuple[str, ...]:
+    """The columns of a dataset that are read: those of conversations, or else the one of text.
+
+    Args:
+        dataset: Rows, stored or streamed.
+        source: Where they come from, for messages.
+
+    Raises:
+        ValueError: there are none, or it is not clear which; or nothing is there.
+    """
+    if dataset.features:
+        columns = list(dataset.features)
+        types = {name: getattr(feature, "dtype", "") for name, feature in dataset.features.items()}
+        strings = [name for name in columns if types[name] in ("string", "large_string")]
+    else:  # of a stream
+        first: dict[str, Any] = next(iter(dataset), {})
+        columns, strings = list(first), [name for name, value in first.items() if isinstance(value, str)]
+    if not columns:
+        raise invalid("dataset", source or type(dataset).__name__, "It holds no rows.", "Pass some text.")
+    chat = chat_columns(columns)
+    if chat is not None:
+        if "text" in columns:
+            logger.warning_once(f"Read are the columns {', '.join(chat)}; remove them to read `text`.")
+        return chat
+    if "text" in columns:
+        return ("text",)
+    if len(strings) != 1:
+        rule = "One column must hold the text: one called 'text', or the only one of strings; or several, a chat."
+        remedy = "Rename the column to 'text'. Conversations have `messages`, or `prompt` and `completion`, or"
+        remedy += " `instruction` and `output`."
+        raise invalid("dataset", columns if source is None else f"{source}: {', '.join(columns)}", rule, remedy)
+    return (strings[0],)
+
+
+def _one_kind_of_rows(source: str, files: list[Path], reader: str, options: dict[str, Any]) -> None:
+    """Refuse files whose first rows are of several kinds; what else is wrong with a file is told where it is read."""
+    kinds: dict[Path, str] = {}
+    for path in files:
+        with suppress(OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError):
+            name = glob.escape(str(path))
+            rows = datasets.load_dataset(reader, data_files=[name], split="train", streaming=True, **options)
+            first = next(iter(rows))
+            kinds[path] = ", ".join(chat_columns(first) or sorted(first))
+    _agreed(source, list(kinds), "kinds of rows", kinds.get)
 
 
 def _files(source: str) -> list[Path]:

@@ -10,7 +10,22 @@ from typing import Annotated
 
 import typer
 
-from . import bench, convert, demo, evaluate, export, generate, measure, push, sizes, teach, train, transplant, verify
+from . import (
+    answers,
+    bench,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    measure,
+    push,
+    sizes,
+    teach,
+    train,
+    transplant,
+    verify,
+)
 from .verbs import verb
 
 
@@ -27,8 +42,8 @@ app.command()(verb(convert.convert))
 # Whatever else it is given are arguments of `transformers.TrainingArguments`.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(verb(train.train))
 for function in (
-    teach.teach, evaluate.evaluate, sizes.sizes, measure.measure, bench.bench, export.export, verify.verify, push.push,
-    generate.generate, transplant.transplant, demo.demo,
+    teach.teach, answers.answers, evaluate.evaluate, sizes.sizes, measure.measure, bench.bench, export.export,
+    verify.verify, push.push, generate.generate, transplant.transplant, demo.demo,
 ):  # fmt: skip
     app.command()(verb(function))
 

@@ -7,6 +7,7 @@ import typer
 
 from .options import (
     DATA,
+    AssistantOnly,
     Boundaries,
     Device,
     Model,
@@ -15,6 +16,7 @@ from .options import (
     command,
     device_or_default,
     fitting_length,
+    packed,
     print_result,
 )
 
@@ -31,7 +33,11 @@ def evaluate(
         list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
-    document_boundaries: Boundaries = False,
+    more: Annotated[
+        list[str] | None, typer.Option("--dataset", help="More data, whose figures stand beside those; repeatable.")
+    ] = None,
+    document_boundaries: Boundaries = None,
+    assistant_only: AssistantOnly = None,
     max_samples: Annotated[int, typer.Option(help="Samples to measure on.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Samples in a forward pass.")] = 8,
     write: Annotated[
@@ -46,7 +52,11 @@ def evaluate(
 ) -> None:
     """Measure loss, perplexity and next-token accuracy of every size, and its scores on the tasks of lm-eval.
 
+    The loss on conversations is that of the answers alone.
+
     Example: `flextron evaluate elastic ./held-out --write --plot frontier.png`
+
+    Example: `flextron evaluate elastic ./held-out --dataset chats.jsonl --write`: of text, and beside it of answers
 
     Example: `flextron evaluate elastic --lm-eval arc_easy,hellaswag --write` (needs `pip install "lm-eval[hf]"`)
 
@@ -58,14 +68,16 @@ def evaluate(
     from modeling_flextron.frontier import held
     from modeling_flextron.model_card import plot_frontier, write_model_card
 
-    from ..data import load_text, load_tokenizer, pack
+    from ..data import load_tokenizer
     from ..evaluation.harness import evaluate_tasks, task_manager
     from ..evaluation.plots import plot_routing
-    from ..evaluation.quality import evaluate_frontier, evaluate_model, name_of, routed_widths
+    from ..evaluation.quality import evaluate_frontier, evaluate_model, routed_widths, under
     from ..models import load_elastic
 
     if dataset is None and lm_eval is None:
         raise invalid("dataset", dataset, "There is nothing to measure.", "Pass held-out text, --lm-eval, or both.")
+    if dataset is None and more:
+        raise invalid("dataset", more, "It stands beside another.", "Pass the first one before the options.")
     if write and budget:
         raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
     if write and not Path(model).is_dir():
@@ -85,25 +97,29 @@ def evaluate(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     asked = {text: budget_value(text) for text in budget} if budget else None
     results: dict[str, dict[str, float]] = {}
-    if dataset is not None:
-        length = fitting_length(sequence_length, loaded.config)
-        rows = pack(load_text(dataset), tokenizer, length, document_boundaries=document_boundaries)
+    length = fitting_length(sequence_length, loaded.config)
+    for i, source in enumerate([] if dataset is None else [dataset, *(more or ())]):
+        ((text, rows),) = packed([source], tokenizer, length, assistant_only, document_boundaries).items()
         rows = rows.select(range(min(max_samples, len(rows))))
-        if routing_report is not None:
+        if routing_report is not None and i == 0:
             auto = next((text for text in budget or () if text.startswith("auto")), "auto")
             widths = routed_widths(loaded, rows[0], auto)
             tokens = [tokenizer.decode([token]) for token in rows[0]["input_ids"]]
             plot_routing(tokens, widths, routing_report, f"{model} at {auto}")
         if asked is None:
-            results = evaluate_frontier(loaded, rows, batch_size, name_of(dataset))
+            found = evaluate_frontier(loaded, rows, batch_size, text, beside=i > 0)
         else:
-            results = {text: evaluate_model(loaded, rows, batch_size, value) for text, value in asked.items()}
+            found = {name: evaluate_model(loaded, rows, batch_size, value) for name, value in asked.items()}
+            if i:
+                found = under(text, found)
+        for name, figures in found.items():
+            results[name] = results.get(name, {}) | figures
     if tasks:
         scores = evaluate_tasks(
             loaded, tokenizer, tasks, manager, budgets=asked, limit=lm_eval_limit, batch_size=batch_size
         )
-        for name, found in scores.items():
-            results[name] = results.get(name, {}) | found
+        for name, figures in scores.items():
+            results[name] = results.get(name, {}) | figures
     if write:
         write_config(loaded, model)
         write_model_card(loaded, model)

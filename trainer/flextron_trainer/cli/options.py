@@ -20,13 +20,24 @@ Budget = Annotated[
     ),
 ]
 Boundaries = Annotated[
-    bool, typer.Option("--document-boundaries", help="Keep documents in a sample apart: attention stops between them.")
+    bool | None,
+    typer.Option(
+        help="Keep documents in a sample apart: attention stops between them. Default: conversations.",
+        show_default=False,
+    ),
+]
+AssistantOnly = Annotated[
+    bool | None,
+    typer.Option(help="The loss is that of answers alone. Default: of conversations.", show_default=False),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that files of the parent or the tokenizer bring along.")
 ]
 PRESETS = "the name of a file of hub_configs/, such as llama-3.2-1b, or the path of one."
-DATA = "'stdlib', a folder, a text, jsonl, csv or parquet file, a pattern such as 'text/*.jsonl', or a Hub dataset id."
+DATA = (
+    "'stdlib', a folder, a text, jsonl, csv or parquet file, a pattern such as 'text/*.jsonl', or a Hub dataset id;"
+    " text, or conversations (`messages`, `prompt` and `completion`, `instruction` and `output`)."
+)
 
 
 json_output: ContextVar[TextIO | None] = ContextVar("json_output", default=None)  # where `--json` is asked for
@@ -149,6 +160,35 @@ def fitting_length(length: int | None, config: Any) -> int:
         rule = f"The model has {limit} learned positions."
         raise invalid("sequence_length", length, rule, "Pass at most so many, or leave it out.")
     return length or min(1024, limit)
+
+
+def packed(
+    sources: list[str], tokenizer: Any, length: int, assistant_only: bool | None, document_boundaries: bool | None,
+    num_proc: int | None = None, split: str = "train", streaming: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Blocks of what belongs together: name for the card -> those of a source.
+
+    Conversations among them bring document boundaries to all, because a batch has them or has none.
+    """
+    from modeling_flextron.errors import invalid
+
+    from ..data import holds_conversations, load_text, pack
+    from ..evaluation.quality import name_of
+
+    if len(set(sources)) < len(sources):
+        raise invalid("dataset", sources, "One is given twice.", "Give it once, with a larger weight.")
+    texts = [load_text(source, split, streaming) for source in sources]
+    chats = [holds_conversations(text) for text in texts]
+    if document_boundaries is None:
+        document_boundaries = any(chats)
+    result: dict[str, Any] = {}
+    for source, text, chat in zip(sources, texts, chats, strict=True):
+        only = assistant_only if chat or not any(chats) else None
+        name = name_of(source, answers=chat and only is not False)
+        if name in result:
+            name = source + name.removeprefix(name_of(source))
+        result[name] = pack(text, tokenizer, length, num_proc, document_boundaries, only)
+    return result
 
 
 def device_or_default(device: str | None) -> str:

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from .options import DATA, Boundaries, Device, Trust, device_or_default, dtype_named, fitting_length, print_result
+from .options import (
+    DATA,
+    AssistantOnly,
+    Boundaries,
+    Device,
+    Trust,
+    device_or_default,
+    dtype_named,
+    fitting_length,
+    packed,
+    print_result,
+)
 
 
 def teach(
@@ -13,7 +24,8 @@ def teach(
     dataset: Annotated[str, typer.Argument(help=f"The text that is trained on: {DATA}", show_default=False)],
     cache: Annotated[Path, typer.Argument(help="Folder to write, or to go on with.", show_default=False)],
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample, as in `train`: 1024")] = None,
-    document_boundaries: Boundaries = False,
+    document_boundaries: Boundaries = None,
+    assistant_only: AssistantOnly = None,
     draws: Annotated[int, typer.Option(help="Tokens that are drawn at each token of the text; at most 255.")] = 50,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     vocab_size: Annotated[int | None, typer.Option(help="Draw from so many tokens; default: all.")] = None,
@@ -38,7 +50,7 @@ def teach(
     """
     from ..conversion.parents import place_of
     from ..conversion.sizes import elastic_config
-    from ..data import load_text, load_tokenizer, pack
+    from ..data import load_tokenizer
     from ..models import read_config
     from ..training.teach import teach as run
 
@@ -47,7 +59,9 @@ def teach(
         config = elastic_config(config, mlp=[1], heads=[1], hidden=[1], budgets=[1])
     length = fitting_length(sequence_length, config)
     tokenizer = load_tokenizer(place_of(parent, "tokenizer_config.json"), trust_remote_code=trust_remote_code)
-    rows = pack(load_text(dataset, split, streaming), tokenizer, length, num_proc, document_boundaries)
+    ((_, rows),) = packed(
+        [dataset], tokenizer, length, assistant_only, document_boundaries, num_proc, split, streaming
+    ).items()
     done = run(
         parent, rows, cache, tokenizer=tokenizer, draws=draws, temperature=temperature, vocab_size=vocab_size,
         max_samples=max_samples, batch_size=batch_size, seed=seed, device=device_or_default(device),

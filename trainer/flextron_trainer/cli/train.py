@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DATA, PRESETS, Boundaries, Model, Trust, command, fitting_length, local_folder, print_result
+from .options import (
+    DATA,
+    PRESETS,
+    AssistantOnly,
+    Boundaries,
+    Model,
+    Trust,
+    command,
+    fitting_length,
+    local_folder,
+    packed,
+    parse_numbers,
+    print_result,
+)
 
 STREAMED_EVAL_ROWS = 64
 OPERATIONS_PER_HOUR = 3600 * 100e12  # at 100 TFLOP/s: what other devices do is a factor away
@@ -16,19 +29,25 @@ OPERATIONS_PER_HOUR = 3600 * 100e12  # at 100 TFLOP/s: what other devices do is 
 def train(
     context: typer.Context,
     model: Model,
-    dataset: Annotated[str, typer.Argument(help=f"Training text: {DATA}", show_default=False)],
+    dataset: Annotated[str | None, typer.Argument(help=f"Training text: {DATA}", show_default=False)] = None,
+    more: Annotated[list[str] | None, typer.Option("--dataset", help="More of it, to be mixed; repeatable.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Shares of the datasets, in samples: 0.5,0.5; default: equal ones.")
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of the parent, a cache of `teach`, or 'self'. None: learn from the text."),
     ] = None,
     eval_dataset: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help=f"Evaluation text; by default 2 % of the samples, of a stream the first {STREAMED_EVAL_ROWS}."
+            help="Evaluation text, repeatable; by default 2 % of the samples of every dataset, of a stream the first"
+            f" {STREAMED_EVAL_ROWS}."
         ),
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a training sample: 1024")] = None,
-    document_boundaries: Boundaries = False,
+    document_boundaries: Boundaries = None,
+    assistant_only: AssistantOnly = None,
     split: Annotated[str, typer.Option(help="Split of a training text on the Hub.")] = "train",
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read the training text while training; needs --max_steps.")
@@ -52,7 +71,11 @@ def train(
 
     Example: `flextron teach meta-llama/Llama-3.2-1B ./text cache`, then `train` with `--teacher cache`
 
+    Example: `flextron train elastic ./text --dataset chats.jsonl --weights 0.5,0.5 --output_dir run --max_steps 1000`
+
     Does it fit? `flextron train elastic ./text --teacher meta-llama/Llama-3.2-1B --output_dir run --plan`
+
+    Conversations are read through the tokenizer's chat template, and their answers are learned.
 
     Takes every argument of `transformers.TrainingArguments` under its own name, and: `--sampler` (sandwich, uniform,
     weighted, random), `--subnetworks_per_step`, `--sampling_weights`, `--kd_weight`, `--ce_weight`, `--temperature`,
@@ -66,13 +89,18 @@ def train(
     from modeling_flextron.errors import invalid
     from modeling_flextron.model_card import write_model_card
 
-    from ..data import collator, load_text, load_tokenizer, pack
-    from ..evaluation.quality import name_of
+    from ..data import collator, load_tokenizer, mixed
     from ..models import read_config
     from ..training.arguments import ArgumentParser, FlextronTrainingArguments
     from ..training.block_stage import train_folder
     from ..training.trainer import FlextronTrainer
 
+    if dataset is not None and dataset.startswith("-"):  # of the trainer, where the data are options
+        context.args.insert(0, dataset)
+        dataset = None
+    sources = [source for source in (dataset, *(more or ())) if source is not None]
+    if not sources:
+        raise invalid("dataset", dataset, "There is nothing to learn from.", "Pass text or conversations.")
     config = read_config(model, "model", FlextronConfig)
     recipe = {} if preset is None else recipe_of(preset, config, context.args)
     sequence_length = fitting_length(sequence_length or recipe.get("sequence_length"), config)
@@ -83,7 +111,9 @@ def train(
         expected = planned(config, arguments, sequence_length, teacher, trust_remote_code)
         print(expected, file=sys.stderr)
         compute = planned_compute(config, arguments, sequence_length, teacher)
-        return print_result(command("train", model, dataset, "--output-dir", "trained"), gib=expected.gib(), **compute)
+        return print_result(
+            command("train", model, sources[0], "--output-dir", "trained"), gib=expected.gib(), **compute
+        )
     if streaming and arguments.max_steps <= 0:
         rule = "A stream does not say how long it is."
         raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
@@ -91,29 +121,40 @@ def train(
         rule = "A stream is tokenized as it is read, in the process that reads it."
         raise invalid("num_proc", num_proc, rule, "Leave it out, or pass --dataloader_num_workers 1.")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"num_proc": num_proc, "document_boundaries": document_boundaries}
-    rows = pack(load_text(dataset, split, streaming), tokenizer, sequence_length, **options)
+    shares = parse_numbers("weights", weights)
+    how: dict[str, Any] = {"assistant_only": assistant_only, "num_proc": num_proc}
+    named = packed(
+        sources, tokenizer, sequence_length, document_boundaries=document_boundaries, split=split, streaming=streaming,
+        **how,
+    )  # fmt: skip
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     if arguments.stage == "blocks":
         if arguments.resume_from_checkpoint is not None:
             rule = "Stage 'blocks' goes on from its output folder."
             raise invalid("resume_from_checkpoint", arguments.resume_from_checkpoint, rule, "Pass --resume.")
+        rows = mixed(list(named.values()), shares, seed)
         if streaming:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        options = {"resume": resume, "teacher": teacher, "eval_dataset": eval_dataset}
-        trained, kept, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **options)
+        settings: dict[str, Any] = {"resume": resume, "teacher": teacher, "eval_dataset": eval_dataset or None}
+        trained, kept, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **settings)
         tokenizer.save_pretrained(arguments.output_dir)
         write_model_card(trained, arguments.output_dir)
         kept.remove()
-        then = command("train", arguments.output_dir, dataset, "--output-dir", "trained", "--max-steps", 1000)
+        then = command("train", arguments.output_dir, sources[0], "--output-dir", "trained", "--max-steps", 1000)
         return print_result(then, output=arguments.output_dir, **errors)
-    if eval_dataset is None:
-        rows, eval_rows, eval_text = held_out(rows, dataset, streaming, seed)
-    else:
-        eval_rows = pack(load_text(eval_dataset), tokenizer, sequence_length, **options)
-        eval_text = name_of(eval_dataset)
+    eval_sets: dict[str, Any] = {}
+    for source in eval_dataset or ():
+        eval_sets |= packed([source], tokenizer, sequence_length, document_boundaries=document_boundaries, **how)
+    if not eval_sets:
+        for name, rows in named.items():
+            named[name], kept_rows, label = held_out(rows, name, streaming, seed)
+            eval_sets[label] = kept_rows
+    rows = mixed(list(named.values()), shares, seed)
     if streaming:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    eval_text, eval_rows = next(iter(eval_sets.items()))
+    if len(eval_sets) > 1:
+        eval_rows = eval_sets
     trainer = FlextronTrainer(
         model, arguments, teacher=teacher, trust_remote_code=trust_remote_code, train_dataset=rows,
         eval_dataset=eval_rows, eval_text=eval_text, processing_class=tokenizer,
@@ -204,13 +245,11 @@ def held_out(rows: Any, dataset: str, streaming: bool, seed: int) -> tuple[Any, 
     """
     from modeling_flextron.errors import invalid
 
-    from ..evaluation.quality import name_of
-
     if not streaming:
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=seed)
-        return parts["train"], parts["test"], f"2 % of {name_of(dataset)}, kept from training"
+        return parts["train"], parts["test"], f"2 % of {dataset}, kept from training"
     first, rest = list(rows.take(STREAMED_EVAL_ROWS)), rows.skip(STREAMED_EVAL_ROWS)
     if next(iter(rest), None) is None:
         rule = f"Its first {len(first)} samples are for evaluation, and none is left to train on."
         raise invalid("dataset", dataset, rule, "Pass --eval-dataset, or leave out --streaming.")
-    return rest, first, f"the first samples of {name_of(dataset)}, kept from training"
+    return rest, first, f"the first samples of {dataset}, kept from training"

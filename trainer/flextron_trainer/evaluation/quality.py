@@ -124,10 +124,15 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
     return _evaluate(model, rows, batch_size, {"": budget})[""]
 
 
-def name_of(source: str) -> str:
-    """Name a text for the card: the id of a dataset on the Hub; of a file or folder its name, and not where it is."""
+def name_of(source: str, answers: bool = False) -> str:
+    """Name a text for the card: the id of a dataset on the Hub; of a file or folder its name, and not where it is.
+
+    Args:
+        source: As of `load_text`.
+        answers: Only its answers count, which the name says.
+    """
     path = Path(source)
-    return path.resolve().name if path.exists() else source
+    return (path.resolve().name if path.exists() else source) + (", answers only" if answers else "")
 
 
 def evaluate_frontier(
@@ -136,6 +141,7 @@ def evaluate_frontier(
     batch_size: int = 8,
     text: str | None = None,
     split: str | None = None,
+    beside: bool = False,
 ) -> dict[str, dict[str, float]]:
     """`NextToken` for every row of the frontier and every target of token routing, written into the config as well.
 
@@ -145,6 +151,7 @@ def evaluate_frontier(
         batch_size: Rows in a forward pass.
         text: What the card calls the text; None where it has no name.
         split: Split of it.
+        beside: Keep figures beside those of another text, under names such as `"chats/loss"`.
 
     Returns:
         Name of the row, or `"auto:0.5"`, -> `loss`, `perplexity`, `accuracy`, `tokens`.
@@ -152,8 +159,15 @@ def evaluate_frontier(
     results = _evaluate(model, rows, batch_size, measured_sizes(model.config))
     figures = {name: {figure: found[figure] for figure in FIGURES} for name, found in results.items()}
     tokens = next(iter(results.values()))["tokens"]
+    if beside:
+        results, figures = under(text or "", results), under(text or "", figures)
     model.config.record(figures, text=text, split=split, tokens=tokens)
     return results
+
+
+def under(text: str, results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Put the name of a text before the names of figures: `"chats/loss"`."""
+    return {size: {f"{text}/{name}": value for name, value in found.items()} for size, found in results.items()}
 
 
 def measured_sizes(config: FlextronConfig) -> dict[str, Any]:
