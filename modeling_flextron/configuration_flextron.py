@@ -254,6 +254,7 @@ class FlextronConfig(StoredConfig):
         split: str | None = None,
         tokens: int | None = None,
         version: str = VERSION,
+        dataset: str | None = None,
     ) -> None:
         """Write figures that were just measured on one text, and what that was; today's date is written with them.
 
@@ -266,6 +267,7 @@ class FlextronConfig(StoredConfig):
             split: Split of it.
             tokens: How many tokens counted.
             version: Of the code that measured.
+            dataset: Id of the Hub where the text lies; scores of such tasks are published in `.eval_results`.
 
         Raises:
             ValueError: these weights do not hold such a row.
@@ -276,7 +278,7 @@ class FlextronConfig(StoredConfig):
             if name not in measurable:
                 rule = f"What can be measured are {', '.join(measurable)}."
                 raise invalid("figures", name, rule, "Write figures of the rows that these weights hold.")
-        on = Measured(text, split, tokens, time.strftime("%Y-%m-%d"), version)
+        on = Measured(text, split, tokens, time.strftime("%Y-%m-%d"), version, dataset)
         self.frontier = [record(row, row.name, figures, on) for row in self.frontier]
         targets = {name: record(target, name, figures, on) for name, target in targets.items()}
         self.token_routing = with_figures(self.token_routing, targets)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from .errors import invalid
 
 T = TypeVar("T")
 WAITS = (1, 4)  # seconds before a call is made again
+SCORES = ".eval_results/flextron-{}.yaml"  # which are written anew with every card
 WEIGHTS = re.compile(r"(pytorch_)?model[-.][^/]*(safetensors|bin)(\.index[^/]*\.json)?")  # shards and indices, too
 
 
@@ -87,7 +89,7 @@ def commit_files(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Upload files in one commit, which also deletes the weights of an earlier upload that they replace.
+    """Upload files in one commit, which also deletes weights and scores of an earlier upload that they replace.
 
     Until then the revision serves what it served before. A call that failed may be repeated, and is when the Hub had a
     problem, but not for a pull request, of which there could be two. (`upload_folder` makes several commits.)
@@ -110,11 +112,16 @@ def commit_files(
         retried(lambda: create_branch(repo_id, branch=revision, token=token, exist_ok=True))
     folders = {os.path.dirname(name) for name in files}
 
+    def replaced(name: str) -> bool:
+        if fnmatchcase(name, SCORES.format("*")):
+            return "README.md" in files
+        return os.path.dirname(name) in folders and WEIGHTS.fullmatch(os.path.basename(name)) is not None
+
     def commit() -> CommitInfo:
         stale = [
             name
             for name in list_repo_files(repo_id, revision=revision, token=token)
-            if name not in files and os.path.dirname(name) in folders and WEIGHTS.fullmatch(os.path.basename(name))
+            if name not in files and replaced(name)
         ]
         return create_commit(
             repo_id,

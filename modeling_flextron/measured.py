@@ -29,6 +29,7 @@ class Measured:
         tokens: How many tokens counted.
         date: Day, as `2026-01-31`.
         version: Version of the code that measured.
+        dataset: Id of the Hub where the text lies; None for another place.
     """
 
     text: str | None = None
@@ -36,6 +37,7 @@ class Measured:
     tokens: int | None = None
     date: str | None = None
     version: str | None = None
+    dataset: str | None = None
 
     @property
     def label(self) -> str:
@@ -72,6 +74,9 @@ class Figures:
         for name, on in self.measured.items():
             entries.setdefault(on, []).append(name)
         measured = [{**asdict(on), "figures": sorted(names)} for on, names in entries.items()]
+        for entry in measured:
+            if entry["dataset"] is None:  # older versions know no such field
+                del entry["dataset"]
         return {"loss": self.loss, "metrics": dict(self.metrics), "measured": measured}
 
 
@@ -87,13 +92,13 @@ def read_figures(at: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise invalid(f"{at}['metrics']", metrics, "It maps names to values.", "Pass a dict.")
     known = {each.name for each in fields(Measured)} | {"figures"}
-    if not isinstance(entries, list) or any(not isinstance(e, dict) or set(e) != known for e in entries):
+    if not isinstance(entries, list) or any(not isinstance(e, dict) or {*e, "dataset"} != known for e in entries):
         rule = f"It is a list of entries with {', '.join(sorted(known))}."
         raise invalid(f"{at}['measured']", entries, rule, "Write figures with `config.record`.")
     measured: dict[str, Measured] = {}
     for entry in entries:
         for key in known - {"tokens", "figures"}:
-            if not isinstance(entry[key], str | None):
+            if not isinstance(entry.get(key), str | None):
                 raise invalid(f"{at}['measured'][{key!r}]", entry[key], "It is a text.", "Pass a text, or None.")
         if entry["tokens"] is not None:
             require_int(f"{at}['measured']['tokens']", entry["tokens"])
@@ -121,6 +126,11 @@ def record(row: Scored, name: str, figures: Mapping[str, Mapping[str, float]], o
     measured = {**row.measured, **dict.fromkeys(finite, on)}
     loss = finite.pop("loss", row.loss)
     return replace(row, loss=loss, metrics={**row.metrics, **finite}, measured=measured)
+
+
+def is_figure(value: object) -> bool:
+    """Whether a value can stand in a table of figures."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def forget(row: Scored) -> Scored:

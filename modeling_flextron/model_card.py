@@ -20,12 +20,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .checkpoint import write_file_beside
 from .configuration_flextron import VERSION, FlextronConfig
+from .eval_results import write_eval_results
 from .extraction import stock_sizes
 from .frontier import FrontierRow
 from .latency import LatencyTable
 from .level_reader import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
-from .measured import Figures, Measured
+from .measured import Figures, Measured, is_figure
 from .memory import in_units
 from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
 from .token_routing import figures_of_targets
@@ -98,7 +99,9 @@ Write one size as a stock model for other engines:
 def write_model_card(
     model, folder: str | os.PathLike, repo: str | None = None, tags: Sequence[str] | None = None
 ) -> None:
-    """Write `README.md` and, where losses were measured and matplotlib is installed, `frontier.png`.
+    """Write `README.md`, scores as `.eval_results/*.yaml`, and `frontier.png` where losses were measured.
+
+    The plot needs matplotlib.
 
     Args:
         model: The elastic model.
@@ -131,6 +134,7 @@ def write_model_card(
         **_uses(model, repo or folder.resolve().name, _tokenizer_in(folder)),
     )
     metadata = _metadata(model, title, tags or ())
+    write_eval_results((row for row, _ in _rows(model)), folder)
     with write_file_beside(folder / "README.md") as path:
         path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
@@ -227,10 +231,6 @@ def plot_frontier(
 
 def _rows(model) -> list[tuple[FrontierRow, SubNetwork]]:
     return [(row, row.subnetwork) for row in model.frontier if row.subnetwork is not None]
-
-
-def is_figure(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def figure_cell(value: Any, error: Any) -> str:
@@ -360,7 +360,7 @@ def _metadata(model, title: str, tags: Sequence[str]) -> ModelCardData:
             results.append(
                 EvalResult(
                     task_type=task,
-                    dataset_type=on.text,
+                    dataset_type=on.dataset or on.text,
                     dataset_name=data or on.text,
                     dataset_split=on.split,
                     dataset_args={key: getattr(on, key) for key in ("tokens", "date", "version")},

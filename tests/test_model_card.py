@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import yaml
 from helpers import elastic_of
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from markdown_it import MarkdownIt
 
 from flextron_trainer.evaluation.plots import plot_routing
-from flextron_trainer.export.dense import export_dense
+from flextron_trainer.export.dense import dense_card, export_dense
 from flextron_trainer.measuring.latency import measure_latency
 from flextron_trainer.training.router_stage import add_token_routers
-from modeling_flextron.configuration_flextron import VERSION
+from modeling_flextron.configuration_flextron import VERSION, FlextronConfig
 from modeling_flextron.markdown import literal
 from modeling_flextron.model_card import plot_frontier, write_model_card
 
@@ -103,6 +103,47 @@ def test_a_name_plants_nothing(saved, harmless, shift):
         assert eval(literal(name)) == name
     front = (saved[1] / "README.md").read_text().split("\n---\n", 1)[0].removeprefix("---\n")
     assert set(yaml.safe_load(front)) == set(harmless.data.to_dict())  # and `safe_load` makes no objects
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_plants_nothing_in_the_card_of_an_export(saved, name):
+    config, stock = copy.deepcopy(saved[0].config), saved[0].extract("0.6")
+    sizes = config.resolve("0.6")
+
+    def card(text: str) -> str:
+        config.record({"0.6": {"loss": 2.0}}, text=text, split=text)
+        config.parent_name, config.parent_license = text, {"license": text}
+        return dense_card(config, text, text, sizes, stock, "The tokenizer is the parent's.")
+
+    (kinds, words), (expected, _) = parsed(card(name)), parsed(card("harmless"))
+    assert kinds == expected and not re.search(r"evil|someone|alert|\x1b|\u202e", words)
+
+
+def test_scores_of_benchmarks_are_published_by_row(tmp_path):
+    """A file a row, with the first score of each task whose data are a dataset of the Hub; stale files go."""
+    model = elastic_of("mha")
+    config, hostile = model.config, HOSTILE[7]
+    config.frontier = [replace(row, name=f"n{i}{hostile}n") for i, row in enumerate(config.frontier)]
+    names = [row["name"] for row in model.frontier]
+    scores = {"arc_easy/acc": 0.123456, "arc_easy/acc_stderr": 0.01, "arc_easy/acc_norm": 0.5}
+    config.record(dict.fromkeys(names[:2], scores), text="arc_easy", version="1 with lm-eval 2", dataset="a/arc")
+    config.record({names[0]: {"mine/acc": 0.5}}, text="mine", dataset="json")
+    config.record({names[0]: {"loss": 2.0}}, text="wiki")
+    model.save_pretrained(tmp_path)
+    assert FlextronConfig.from_pretrained(tmp_path).frontier[0].measured_on("arc_easy/acc").dataset == "a/arc"
+    write_model_card(model, tmp_path)
+    files = sorted((tmp_path / ".eval_results").iterdir())
+    assert len(files) == 2 and all(re.fullmatch(r"flextron-[01]-n[A-Za-z0-9.-]*\.yaml", path.name) for path in files)
+    for path, name in zip(files, names, strict=False):
+        entry = {"dataset": {"id": "a/arc", "task_id": "arc_easy"}, "value": 0.1235}
+        notes = f"flextron_budget={name}, arc_easy/acc, by Flextron 1 with lm-eval 2"
+        found = yaml.safe_load(path.read_text())
+        assert found == [entry | {"date": time.strftime("%Y-%m-%d"), "notes": notes}]
+        assert parse_eval_result_entries(found)
+    (tmp_path / ".eval_results" / "of-others.yaml").touch()
+    config.forget_measurements()
+    write_model_card(model, tmp_path)
+    assert [path.name for path in (tmp_path / ".eval_results").iterdir()] == ["of-others.yaml"]
 
 
 def test_every_figure_stands_under_its_text(tmp_path):

@@ -1,6 +1,7 @@
 """`flextron export`."""
 
 import sys
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -18,10 +19,25 @@ from .options import (
 )
 
 
+class Format(str, Enum):
+    """What `--format` takes."""
+
+    levels = "levels"
+    plain = "plain"
+    dense = "dense"
+    gguf = "gguf"
+    onnx = "onnx"
+    executorch = "executorch"
+    openvino = "openvino"
+
+
 def export(
     model: Model,
     output: Output,
     budget: Budget = None,
+    format: Annotated[
+        Format | None, typer.Option(help="By default levels; for dense, plain and gguf as below.")
+    ] = None,
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
     pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
     plain: Annotated[bool, typer.Option(help="Whole tensors instead of levels, for engines that read them.")] = False,
@@ -39,33 +55,45 @@ def export(
     With `--budget` it holds nothing larger. With `--dense` the result is a stock checkpoint that needs no code of ours.
     Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up and
     `--snap` takes smaller ones. `--gguf` writes one file (LLaMA only). `--plain` is for vLLM with our own class.
+    `--format onnx`, `executorch` and `openvino` write a program with a KV cache, run it and compare its logits;
+    each is an extra, such as `pip install "flextron[onnx]"`.
+
+    Example: `flextron export elastic program --format onnx --budget 0.5`
     """
     from modeling_flextron.errors import invalid
     from modeling_flextron.model_card import write_model_card
 
     from ..export.dense import export_dense
     from ..export.gguf import export_gguf
+    from ..export.runtimes import PACKAGES, export_program
     from ..models import load_elastic
 
     different_folders(model, output)
+    flags = {"dense": dense, "gguf": gguf, "plain": plain}
+    kinds = {name for name, given in flags.items() if given} | ({format.value} if format else set())
+    if len(kinds) > 1:
+        remedy = f"Pass --{' or --'.join(name for name in flags if name in kinds)}." if format is None else "Pass one."
+        raise invalid("format", sorted(kinds), "An export has one format.", remedy)
+    kind = next(iter(kinds), "levels")
     for name, value in (("pad", pad), ("snap", snap)):
-        if value and not dense:
+        if value and kind != "dense":
             rule = "It changes sizes for a stock class alone."
             raise invalid(name, value, rule, "Pass --dense as well, or leave it out.")
-    if dense and gguf:
-        raise invalid("gguf", gguf, "One is a folder and the other a file.", "Pass --dense or --gguf.")
     asked: Any = {"budget": budget_value(budget), "trust_remote_code": trust_remote_code}
-    if dense:
+    if kind == "dense":
         result = export_dense(model, output, **asked, pad=pad, snap=snap)
         if result["changed"]:
             print(f"The stock class cannot hold what was asked for: {result['changed']}.", file=sys.stderr)
         print_result(f"vllm serve {output}", output=str(output), dense=True, **result)
         return
-    if gguf:
+    if kind == "gguf":
         print_result(f"llama-cli -m {output}", output=str(output), **export_gguf(model, output, **asked))
         return
+    if kind in PACKAGES:
+        print_result(output=str(output), format=kind, **export_program(model, output, kind, **asked))
+        return
     loaded = load_elastic(model, flextron_budget=budget_value(budget))
-    write = loaded.save_pretrained if plain else loaded.export
+    write = loaded.save_pretrained if kind == "plain" else loaded.export
     write(output, max_shard_size=max_shard_size)
     copy_tokenizer(model, output, trust_remote_code)
     write_model_card(loaded, output)

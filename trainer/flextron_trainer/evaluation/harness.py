@@ -77,7 +77,8 @@ def evaluate_tasks(
     version = f"{VERSION} with lm-eval {importlib.metadata.version('lm-eval')}"
     for task, figures in measured.items():
         split = settings[task].get("test_split") or settings[task].get("validation_split")
-        model.config.record(figures, text=task, split=split, version=version)
+        dataset = settings[task].get("dataset_path")
+        model.config.record(figures, text=task, split=split, version=version, dataset=dataset)
     return results
 
 

@@ -1,7 +1,7 @@
 """One size of a LLaMA as a GGUF file for llama.cpp, written with the `gguf` package (`pip install flextron[gguf]`).
 
 Equal layers become the architecture `llama`; layers that differ become `deci`, the same graph with sizes for every
-layer. Other families, and tokenizers other than these, go through `--dense` and llama.cpp's own converter.
+layer. Other families, and tokenizers other than those of `SPLITTING`, go through `--dense` and llama.cpp's converter.
 """
 
 import json
@@ -20,10 +20,22 @@ from ..data import load_tokenizer
 from ..models import load_elastic, read_config
 
 ELSEWHERE = "Use `flextron export --dense` and llama.cpp's convert_hf_to_gguf.py."
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+ONE_DIGIT, THREE_DIGITS = WORDS % r"\p{N}", WORDS % r"\p{N}{1,3}"
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+# llama.cpp's name of a way to split text -> what does it in a tokenizer.json, one after the other
+SPLITTING: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [BYTES | {"use_regex": True}],
+    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": THREE_DIGITS}, "behavior": "Isolated", "invert": False},
+        BYTES | {"use_regex": False},
+    ],
+    "qwen2": [
+        {"type": "Split", "pattern": {"Regex": ONE_DIGIT}, "behavior": "Isolated", "invert": False},
+        BYTES | {"use_regex": False},
+    ],
+}
 
 
 def export_gguf(
@@ -87,20 +99,21 @@ def export_gguf(
 
 
 def pre_tokenizer(vocabulary: dict[str, Any]) -> str:
-    """llama.cpp's name of how a tokenizer splits text: GPT-2's pattern or Llama 3's, both byte-level BPE.
+    """llama.cpp's name of how a tokenizer splits text, found by what its `tokenizer.json` does, not by a name or hash.
 
     Raises:
-        ValueError: it does neither.
+        ValueError: it splits, normalizes or merges as none of `SPLITTING` does.
     """
-    split = vocabulary["pre_tokenizer"] or {}
-    parts = split.get("pretokenizers", [split])
-    if vocabulary["model"]["type"] == "BPE" and not vocabulary["normalizer"] and parts[-1].get("type") == "ByteLevel":
-        if len(parts) == 1 and parts[0]["use_regex"] and not parts[0]["add_prefix_space"]:
-            return "gpt-2"
-        if len(parts) == 2 and parts[0].get("pattern") == {"Regex": LLAMA3}:
-            return "llama-bpe"
-    rule = "Only byte-level BPE that splits as GPT-2 or Llama 3 do is written as GGUF here."
-    raise invalid("tokenizer", vocabulary["model"]["type"], rule, ELSEWHERE)
+    split, model = vocabulary["pre_tokenizer"] or {}, vocabulary["model"]
+    # trimming changes offsets, but no tokens
+    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in split.get("pretokenizers", [split])]
+    for name, known in SPLITTING.items():
+        composes = name == "qwen2" and vocabulary["normalizer"] == {"type": "NFC"}  # llama.cpp leaves that out
+        words_are_whole = model.get("ignore_merges", False) == (name == "llama-bpe")
+        if steps == known and (not vocabulary["normalizer"] or composes) and model["type"] == "BPE" and words_are_whole:
+            return name
+    rule = f"Only byte-level BPE that splits as {', '.join(SPLITTING)} do is written as GGUF here."
+    raise invalid("tokenizer", [step.get("type") for step in steps], rule, ELSEWHERE)
 
 
 def rotary_factors(model: Any) -> torch.Tensor | None:
