@@ -40,7 +40,7 @@ RESUME=$(compgen -G "$OUT/run/checkpoint-*" >/dev/null && echo --resume || true)
 $LAUNCH train $TRAIN $RESUME
 
 # Routers: other sizes in every layer, for the same budgets.
-$FLEXTRON train "$OUT/run" "$TEXT" --stage router --router_budgets 0.75 0.5 --sequence-length "$LENGTH" \
+$FLEXTRON train "$OUT/run" "$TEXT" --stage router --router_method "${METHOD:-surrogate}" --router_budgets 0.75 0.5 --sequence-length "$LENGTH" \
   --output_dir "$OUT/routed" --max_steps "$ROUTER_STEPS" --per_device_train_batch_size "$BATCH" --save_strategy no $MORE
 
 $FLEXTRON evaluate "$OUT/routed" "$HELD_OUT" --sequence-length "$LENGTH" --batch-size "$BATCH" --write --plot "$OUT/frontier.png"

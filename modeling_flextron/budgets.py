@@ -82,6 +82,9 @@ def parse_budget(value: Any) -> Budget:
         return Budget("exact", value)
     if isinstance(value, str):
         return _parse_text(value)
+    if isinstance(value, (list, tuple)):
+        rule = "A list is not a budget: it has one for each sequence of a batch, in `forward` and `generate`."
+        raise invalid("flextron_budget", value, rule, "Pass it to one of these, and here a single budget.")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise invalid("flextron_budget", value, f"A {type(value).__name__} is not a budget.", _FORMS)
     if isinstance(value, int) and value > 1:

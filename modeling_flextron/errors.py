@@ -1,6 +1,7 @@
 """One form for every complaint about an argument: what was given, the rule it breaks, the way out."""
 
 import reprlib
+from collections.abc import Mapping
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
@@ -23,3 +24,10 @@ def require_int(argument: str, value: object, minimum: int = 1) -> None:
     """Raise unless `value` is an int (not a bool) of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise invalid(argument, value, f"It must be an integer of at least {minimum}.", f"Pass `{argument}` as an int.")
+
+
+def refuse_misspelt(given: Mapping[str, object], *ours: str) -> None:
+    """Raise for a keyword that begins like `ours` and is none of them: transformers would ignore it."""
+    for name, value in given.items():
+        if name.startswith("flex") and name not in ours:
+            raise invalid(name, value, "There is no such keyword.", f"Did you mean `{'` or `'.join(ours)}`?")

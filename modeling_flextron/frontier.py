@@ -80,6 +80,11 @@ class FrontierRow(Figures):
         return cls(name=values["name"], subnetwork=subnetwork, **{cost: values[cost] for cost in COSTS}, **figures)
 
 
+def is_of_router(name: str) -> bool:
+    """Whether the name of a row says that a router chose it, which may be off the line of the others."""
+    return name.startswith(("routed-", "uniform-"))
+
+
 def held(rows: Iterable[FrontierRow]) -> dict[str, SubNetwork]:
     """Name -> sub-network of those rows that the weights hold."""
     return {row.name: row.subnetwork for row in rows if row.subnetwork is not None}

@@ -29,7 +29,7 @@ from .adapters import fit_adapter, name_default_targets, read_adapter
 from .budgets import parse_budget, resolve
 from .checkpoint import undisturbed
 from .configuration_flextron import FlextronConfig
-from .errors import invalid
+from .errors import invalid, refuse_misspelt
 from .fit import fit
 from .level_blocks import AGAIN, DTYPES
 from .level_reader import empty_model, read_index, stored_tensors
@@ -88,6 +88,7 @@ class LoadingMixin(PreTrainedModel):
     @classmethod
     def _config_to_load(cls, source: Any, config: Any, kwargs: dict[str, Any]) -> tuple[FlextronConfig, dict[str, Any]]:
         """The config of a repo with the keywords that are for it, and the keywords that are left for loading."""
+        refuse_misspelt(kwargs, "flextron_budget", "flextron_context")
         loading = {key: kwargs[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
         if isinstance(config, PreTrainedConfig):
             config.check_still_there(str(source), kwargs.get("subfolder") or "")

@@ -22,7 +22,7 @@ from .checkpoint import write_file_beside
 from .configuration_flextron import VERSION, FlextronConfig
 from .eval_results import write_eval_results
 from .extraction import stock_sizes
-from .frontier import FrontierRow
+from .frontier import FrontierRow, is_of_router
 from .latency import LatencyTable
 from .level_reader import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
@@ -114,13 +114,12 @@ def write_model_card(
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in model.frontier:
         if row.loss is not None:
-            label = f"{title}, on {row.measured_on('loss').label}"
+            which = f"{title}, routed" if is_of_router(row.name) else title
+            label = f"{which}, on {row.measured_on('loss').label}"
             curves.setdefault(label, []).append((row.parameters, row.loss))
-    saved, plotted = FlextronConfig.from_pretrained(folder), False
-    if curves:
-        with write_file_beside(folder / PLOT) as path:
-            plotted = plot_frontier(curves, path)
-    else:
+    saved = FlextronConfig.from_pretrained(folder)
+    plotted = bool(curves) and plot_frontier(curves, folder / PLOT)
+    if not plotted:
         (folder / PLOT).unlink(missing_ok=True)
     text = TEMPLATE.format(
         title=plain(title),
@@ -225,7 +224,8 @@ def plot_frontier(
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)
-    figure.savefig(path, dpi=150)
+    with write_file_beside(path) as file:
+        figure.savefig(file, dpi=150)
     return True
 
 
@@ -392,7 +392,8 @@ def _tokenizer_in(folder: Path) -> str | None:
 def _uses(model, repo: str, tokenizer: str | None) -> dict[str, str]:
     """The snippets of the card, by their places in the template; `tokenizer` is as of `_tokenizer_in`."""
     names = [literal(row.name) for row, _ in _rows(model)]
-    small, auto, where = names[-1], model._auto_class, f"{literal(repo)}, trust_remote_code=True"
+    small, auto, where = names[-1], model._auto_class, "repo, trust_remote_code=True"
+    here = f"repo = {literal(repo)}" + ("" if _is_repo(repo) else "  # the path to this folder from where Python runs")
     causal = auto == "AutoModelForCausalLM"
     run = "generate(**inputs, max_new_tokens=20" if causal else "model(**inputs"
     if tokenizer:
@@ -404,12 +405,13 @@ def _uses(model, repo: str, tokenizer: str | None) -> dict[str, str]:
 )"""
         load = f"""from transformers import {auto}, AutoTokenizer
 
+{here}
 tokenizer = AutoTokenizer.from_pretrained({where})
 inputs = {inputs}
 """
     else:
-        load = f"import torch\nfrom transformers import {auto}\n\ninputs = {{'input_ids': torch.tensor([[1, 2, 3]])}}\n"
-        load = load.replace("'", '"')
+        ids = 'inputs = {"input_ids": torch.tensor([[1, 2, 3]])}'
+        load = f"import torch\nfrom transformers import {auto}\n\n{here}\n{ids}\n"
     call = f"model.{run}" if causal else run
     load += f"model = {auto}.from_pretrained({where}, flextron_budget={small})\noutputs = {call})"
     if tokenizer and causal:
@@ -421,11 +423,11 @@ with model.at_budget({small}):
 model.set_budget({small})  # from now on
 model.set_budget(None)  # everything again"""
     draft = f"outputs = model.generate(**inputs, max_new_tokens=20, assistant_model=model.share({small}))"
-    causal_part = CAUSAL.format(draft=_block(draft), export=_block(_export(model, repo))) if causal else ""
+    causal_part = CAUSAL.format(draft=_block(draft), export=_block(_export(model, repo, tokenizer))) if causal else ""
     return {"load": _block(load), "switch": _block(switch), "causal": causal_part}
 
 
-def _export(model, repo: str) -> str:
+def _export(model, repo: str, tokenizer: bool) -> str:
     """The smallest row that the stock class holds; the smallest one of all, filled up with zeros, where none fits."""
     rows = _rows(model)
     name, pad = rows[-1][0].name, ", pad=True"
@@ -437,7 +439,8 @@ def _export(model, repo: str) -> str:
         name, pad = row.name, ""
         break
     folder = re.sub(r"[^\w.-]+", "-", f"{repo.rpartition('/')[2]}-{name}")
-    return f"model.extract({literal(name)}{pad}).save_pretrained({literal(folder)})"
+    text = f"model.extract({literal(name)}{pad}).save_pretrained({literal(folder)})"
+    return text + (f"\ntokenizer.save_pretrained({literal(folder)})" if tokenizer else "")
 
 
 def _block(text: str) -> str:

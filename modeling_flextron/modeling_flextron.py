@@ -41,7 +41,7 @@ from .elastic import (
     norm_between_layers,
     project,
 )
-from .errors import invalid
+from .errors import invalid, refuse_misspelt
 from .extraction import ExtractionMixin
 from .generation import FlextronGenerationMixin, per_row
 from .loading import LoadingMixin
@@ -408,6 +408,8 @@ class FlextronModel(FlextronPreTrainedModel):
                 batches requests.
             routing: Runs the parts of every layer while sizes are being learned.
         """
+        if kwargs:
+            refuse_misspelt(kwargs, "flextron_budget")
         if self._shared and (tokens := len(self.embed_tokens.weight)) != self.config.vocab_size:
             rule = f"The model that this one shares its parameters with has {tokens} tokens since."
             raise invalid("config.vocab_size", self.config.vocab_size, rule, "Call `share` again.")

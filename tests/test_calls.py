@@ -9,12 +9,13 @@ import copy
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from helpers import difference, elastic_of, let_tokens_choose, parent_of
-from transformers import GenerationConfig, StaticCache
+from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 FAMILIES = ("mha", "gqa-wide-heads", "qwen2", "gpt2", "neox")
@@ -198,6 +199,17 @@ def test_a_generation_config_has_no_budget(model):
         setattr(own.generation_config, name, 0.35)
         with pytest.raises(ValueError, match=rf"`generation_config.{name}`=0.35"):
             own.generate(IDS, **GREEDY)
+
+
+def test_misspelt_keywords_are_refused(tmp_path):
+    """Transformers drops them on the way to a layer, so that the full size would run."""
+    model = elastic_of("mha")
+    model.save_pretrained(tmp_path)
+    for call in (model, model.model, partial(AutoModelForCausalLM.from_pretrained, tmp_path)):
+        with pytest.raises(ValueError, match=r"`flextron_buget`=0.5 .* Did you mean `flextron_budget`"):
+            call(*([] if isinstance(call, partial) else [IDS]), flextron_buget=0.5)
+    with pytest.raises(ValueError, match="flextron_buget"):
+        model.generate(IDS, flextron_buget=0.5, **GREEDY)
 
 
 def test_an_early_exit_is_refused_and_changes_nothing(model, expected):

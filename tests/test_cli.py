@@ -9,8 +9,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from helpers import flextron, parent_of, run_python
-from planted import plant
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
@@ -87,6 +85,17 @@ def test_rows_that_need_not_nest(work, monkeypatch):
     for flags in ((), ("--no-nested",)):
         flextron("convert", "parent", "rows", "--calibration", "weights", "--mlp", "1,0.5", *flags, "--device", "cpu")
     assert [nested for nested in asked if nested] == [(True,), (False,)]
+
+
+def test_scores_of_another_conversion(work, elastic, monkeypatch):
+    read = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("flextron_trainer.conversion.convert.read_or_measure", read)
+    arguments = ("convert", "parent", "again", "--calibration", "weights", "--device", "cpu", "--importance")
+    with pytest.raises(InterruptedError):
+        flextron(*arguments, "elastic/importance.safetensors")
+    assert read.call_args.args[0] == Path("elastic/importance.safetensors")
+    with pytest.raises(ValueError, match=r"`importance`='elsatic/importance.safetensors' .*Its folder does not exist"):
+        flextron(*arguments, "elsatic/importance.safetensors")
 
 
 def test_help_and_version_import_no_library():
@@ -334,43 +343,3 @@ def test_an_error_is_one_message(elastic):
     done = run_python(code, "generate", "elastic", "x", "--budget", "0.01", check=False, folder=elastic.parent)
     assert done.returncode == 2
     assert "`flextron_budget`='0.01' cannot be used" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_demo_in_small(work, monkeypatch):
-    """All parts of the demo but the training of a parent. Nothing runs of what the files of its parent name."""
-    tokenizer = AutoTokenizer.from_pretrained("parent")
-    shape = {"vocab_size": 300, "num_hidden_layers": 2, "pad_token_id": tokenizer.pad_token_id}
-    parent_of("gqa-wide-heads", **shape).save_pretrained("planted")
-    tokenizer.save_pretrained("planted")
-    plant(Path("planted"), work / "marker")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("A question is asked on the terminal."))
-    result = flextron(
-        "demo", "--output", "demo", "--dataset", "few", "--parent", "planted", "--elastic-steps", 2, "--device", "cpu"
-    )
-    assert not Path("marker").exists()
-    assert not [path for path in Path("demo").rglob("*.json") if "--planted" in path.read_text()]
-    assert Path(result["plot"]).stat().st_size > 1000
-    assert {"config.json", "model.level0.safetensors", "README.md", "tokenizer.json"} <= {
-        path.name for path in Path(result["repo"]).iterdir()
-    }
-    assert len(result["rows"]) >= 3
-    for row in result["rows"]:
-        assert row["tokens_per_second"] > 0 and row["bytes"] == 4 * row["parameters"]
-        assert all(row[key] > 0 for key in ("parent_loss", "sliced_loss", "repaired_loss", "trained_loss"))
-    assert result["rows"][0]["sliced_loss"] == pytest.approx(result["rows"][0]["parent_loss"], rel=1e-4)
-    sizes = [row["parameters"] for row in result["rows"]]
-    assert sizes == sorted(sizes, reverse=True)
-
-
-def test_the_demo_trains_a_parent_where_none_is_given(work, monkeypatch):
-    """Up to the conversion of it, behind which the demo is the same."""
-    converted = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("flextron_trainer.demo.convert", converted)
-    with pytest.raises(InterruptedError):
-        flextron("demo", "--output", "untaught", "--dataset", "few", "--parent-steps", 2, "--device", "cpu")
-    teacher, calibration = converted.call_args.args
-    assert type(teacher).__name__ == "LlamaForCausalLM" and not teacher.training
-    assert not torch.equal(teacher.model.norm.weight, torch.ones(128))  # which it begins with
-    assert len(calibration) and len(calibration[0]["input_ids"]) == 128
-    assert max(max(row["input_ids"]) for row in calibration) < teacher.config.vocab_size

@@ -14,7 +14,7 @@ from flextron_trainer.conversion.convert import origin_of
 from flextron_trainer.conversion.importance import Importance, fingerprint, fingerprint_of_data, measure, rank_layers
 from flextron_trainer.conversion.orders import RANKINGS
 from flextron_trainer.conversion.rows import mean_loss
-from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.sizes import elastic_config, family_config
 from flextron_trainer.conversion.weights import ranked_heads, take
 from flextron_trainer.layerwise import Walk, portions_of
 from modeling_flextron import SubNetwork, count_parameters
@@ -405,3 +405,10 @@ def test_searched_rows_beat_the_uniform_ones_within_their_budgets(monkeypatch):
     assert convert(parent, DATA, **same, search_evaluations=40).config.frontier == uniform.config.frontier
     with pytest.raises(ValueError, match="search_evaluations"):
         convert(parent, "weights", **same, search_evaluations=40)
+
+
+def test_a_row_may_be_called_as_its_budget_among_others_with_names():
+    rows = elastic_config(parent_of("mha").config, budgets={"1": 1, "0.5": 0.5, "small": 0.25}).frontier
+    assert [row.name for row in rows] == ["1", "0.5", "small"]
+    with pytest.raises(ValueError, match=r"`budgets`='0.5' .* is not another budget than its own"):
+        elastic_config(parent_of("mha").config, budgets={"1": 1, "0.5": 0.4})

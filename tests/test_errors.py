@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def test_prompts_and_tokenizers(work, refused):
 def test_arguments(work, refused):
     train = ("train", "elastic", "text.txt", "--output_dir", "run")
     assert "--max_steps" in refused(*train, "--max_steps", "x") and "--bogus" in refused(*train, "--bogus", 1)
+    assert "`output_dir`=None cannot be used" in refused(*train[:3], "--max_steps", 1)
     assert "`mlp`='1,x' cannot be used" in refused(
         "convert", "parent", "out", "--calibration", "weights", "--mlp", "1,x"
     )
@@ -211,7 +213,12 @@ def test_arguments(work, refused):
     for verb, *rest in (("verify",), ("bench", *CPU), ("generate", "x", *CPU), ("export", "out")):
         assert "nowhere/at-all" in refused(verb, "nowhere/at-all", *rest)
         assert "`model`='./nowhere' cannot be used. There is no such folder" in refused(verb, "./nowhere", *rest)
+        message = refused(verb, "elastci", *rest)  # might be one on the Hub
+        assert "`model`='elastci' cannot be used. There is no such folder, and it cannot be read from" in message
+        assert "did you mean 'elastic'?" in message
     convert = ("out", "--calibration", "weights", *CPU)
+    assert "`parent`='parnet' cannot be used. There is no such folder, and" in refused("convert", "parnet", *convert)
+    assert "`teacher`='parnet' cannot be used. There is" in refused(*train, "--teacher", "parnet", "--use_cpu")
     assert "`parent`='/nowhere' cannot be used. There is no such folder" in refused("convert", "/nowhere", *convert)
 
 
@@ -238,6 +245,17 @@ def test_what_nobody_foresaw(monkeypatch, refused):
 
     monkeypatch.setattr("flextron_trainer.cli.verify.local_folder", break_down)
     assert refused("verify", "x") == "Error: ZeroDivisionError: of a kind (`--traceback` shows where it comes from.)"
+
+
+def test_a_warning_is_one_line(work, monkeypatch, capfd):
+    """Without the path and the line of code that it comes from."""
+    monkeypatch.setattr(
+        "flextron_trainer.cli.verify.local_folder", lambda _: warnings.warn("of\n a kind", stacklevel=1)
+    )
+    monkeypatch.setattr(sys, "argv", ["flextron", "verify", "x"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capfd.readouterr().err.splitlines()[0] == "Warning: of a kind"
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_not_resumed(tmp_path):

@@ -27,7 +27,7 @@ def test_the_real_run_in_small(tmp_path, monkeypatch):
     small = {
         "PARENT": tmp_path / "parent", "TEXT": text, "OUT": tmp_path / "out", "STEPS": 3, "ROUTER_STEPS": 4,
         "LENGTH": 32, "BATCH": 2, "ACCUMULATION": 2, "SAMPLES": 8, "SAVE": 2,
-        "MORE": "--use_cpu --report_to none --router_method gumbel",  # a surrogate wants more steps
+        "MORE": "--use_cpu --report_to none", "METHOD": "gumbel",  # a surrogate wants more steps
         "CONVERT": "--mlp 1,0.75,0.5,0.25 --heads 1,0.5 --budgets 1,0.75,0.5",
         "FLEXTRON": "bash flextron.sh",
     }  # fmt: skip

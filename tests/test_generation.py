@@ -5,7 +5,7 @@ import torch
 from helpers import all_sizes, difference, elastic_of
 from transformers import GenerationConfig
 
-from modeling_flextron import FlextronForSequenceClassification
+from modeling_flextron import FlextronConfig, FlextronForSequenceClassification
 
 
 @pytest.fixture
@@ -97,5 +97,6 @@ def test_what_lists_cannot_do(ids):
         model.generate(ids, flextron_budget=[1, 1], return_dict_in_generate=True)
     with pytest.raises(ValueError, match="needs the sequences"):
         model.generate(flextron_budget=[1])
-    with pytest.raises(ValueError, match="A list is not a budget"):
-        model.set_budget([1, 1])
+    for use in (model.set_budget, lambda budgets: FlextronConfig(flextron_budget=budgets)):
+        with pytest.raises(ValueError, match=r"A list is not a budget: .* in `forward` and `generate`"):
+            use([1, 1])

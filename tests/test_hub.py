@@ -267,7 +267,7 @@ class TestPush:
         frontier = json.loads(hub.files("me/elastic")["config.json"])["frontier"]
         assert len(card.data.eval_results) == 2 * len(frontier) and "mine" not in card.data.tags
         assert "mine" in card_of(hub, "me/elastic", pushed["first"]["oid"]).data.tags
-        assert 'from_pretrained("me/elastic", trust_remote_code=True' in card.text
+        assert 'repo = "me/elastic"\n' in card.text and 'save_pretrained("elastic-' in card.text
 
     def test_trainer(self, hub, pushed):
         """A push in the background that is refused stops nothing."""

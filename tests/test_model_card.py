@@ -5,6 +5,7 @@ import math
 import re
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -190,6 +191,22 @@ def test_every_figure_stands_under_its_text(tmp_path):
         ],
         key=str,
     )  # and none of an unknown text
+
+
+def test_rows_of_a_router_are_off_the_line_of_the_others(tmp_path, monkeypatch):
+    model = elastic_of("mha")
+    routed = replace(model.config.frontier[2], name="routed-0.35")
+    model.config.frontier = sorted([*model.config.frontier, routed], key=lambda row: -row.parameters)
+    model.config.record({row.name: {"loss": 2.0} for row in model.config.frontier}, text="wiki")
+    model.save_pretrained(tmp_path)
+    drawn = Mock(return_value=False)
+    monkeypatch.setattr("modeling_flextron.model_card.plot_frontier", drawn)
+    write_model_card(model, tmp_path)
+    assert "frontier.png" not in (tmp_path / "README.md").read_text()  # as where matplotlib is not installed
+    curves = drawn.call_args.args[0]
+    assert {name.partition(",")[2]: len(points) for name, points in curves.items()} == {
+        " on wiki": 4, " routed, on wiki": 1
+    }  # fmt: skip
 
 
 def test_the_plot_takes_names_with_a_formula_in_them(tmp_path):

@@ -124,6 +124,10 @@ REFUSED = {
     "optim": ("galore_adamw_layerwise", "It changes weights inside of a backward pass"),
     "label_names": (["targets"], "takes its targets as `labels`"),
     "activation_checkpointing_kwargs": ({"use_reentrant": True}, "Reentrant checkpoints lose the gradients of routers"),
+    "router_method": ("token", "Stage 'elastic' does not read it. Pass stage='router' as well"),
+    "latency_weight": (0.5, "Stage 'elastic' does not read it. Pass stage='router' as well"),
+    "router_learning_rate": (0.3, "Stage 'elastic' does not read it. Pass stage='router' as well"),
+    "block_inputs": ("parent", "Stage 'elastic' does not read it. Pass stage='blocks' as well"),
     "model_init": (lambda: elastic_of(VARIANT), "An elastic model is not drawn anew"),
     "compute_loss_func": (lambda outputs, labels, **_: outputs.logits.sum(), "never make all logits"),
 }
@@ -139,6 +143,11 @@ def test_refused(name, tmp_path):
             )
         else:
             arguments(tmp_path, **{name: value})
+
+
+def test_copied_arguments_are_as_before(tmp_path):
+    copied = type(arguments(tmp_path))(**arguments(tmp_path).to_dict())
+    assert (copied.block_inputs, copied.router_learning_rate) == ("own", 0.1)
 
 
 def test_refused_without_an_argument(tmp_path, monkeypatch):

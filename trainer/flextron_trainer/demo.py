@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,21 +24,24 @@ from transformers import (
     set_seed,
 )
 
-from modeling_flextron import FlextronForCausalLM
-from modeling_flextron.errors import invalid
+from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.model_card import plot_frontier, write_model_card
 
 from . import standalone
 from .conversion.convert import convert
 from .data import collator, load_text, load_tokenizer, pack
 from .evaluation.quality import evaluate_frontier, evaluate_model, name_of
+from .measuring.latency import measure_into
 from .models import load_stock
 from .training.arguments import FlextronTrainingArguments
 from .training.trainer import FlextronTrainer
 
-BUDGETS = (1, 0.75, 0.5, 0.25)
+BUDGETS = {"1": 1, "0.75": 0.75, "0.5": 0.5, "small": 0.25}
+AUTO = (0.75, 0.5)  # what tokens that choose their sizes may cost on average
 CORRECTIONS = 0.03  # of the parameters of a row, to make up for what it lacks
 SEQUENCE_LENGTH = 128
+LATENCY_ROUNDS = 5
+PLAIN = {"skip_special_tokens": True}
 END = "<|endoftext|>"
 console = Console(stderr=True)
 
@@ -107,6 +111,7 @@ def run(
     device: str | None = None,
     parent_steps: int = 600,
     elastic_steps: int = 200,
+    router_steps: int = 40,
     eval_rows: int = 128,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -121,6 +126,7 @@ def run(
         device: `"cpu"` or `"cuda"`; by default a GPU when there is one.
         parent_steps: Steps for the parent that is trained here.
         elastic_steps: Steps of elastic training.
+        router_steps: Steps in which the tokens learn to choose their sizes.
         eval_rows: Blocks of held-out text to evaluate on.
         seed: Of everything random.
         trust_remote_code: Run the code that the files of `parent` name, where they name some.
@@ -133,12 +139,9 @@ def run(
     repo = output / "elastic"
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
-    console.rule("1/6 text")
+    console.rule("1/8 text")
     texts = load_text(dataset).shuffle(seed=seed)
-    if len(texts) < 2:
-        rule = "It has one document, and the demo holds some out."
-        raise invalid("dataset", dataset, rule, "Pass text of several files or rows.")
-    held_out = max(1, len(texts) // 20)
+    held_out = max(1, len(texts) // 20) if len(texts) > 1 else 0
     train_text, eval_text = texts.select(range(held_out, len(texts))), texts.select(range(held_out))
     if parent is None:
         sample = train_text.select(range(min(len(train_text), 400)))
@@ -147,11 +150,16 @@ def run(
     else:
         tokenizer = load_tokenizer(parent, trust_remote_code=trust_remote_code)
     rows = pack(train_text, tokenizer, SEQUENCE_LENGTH)
-    eval_blocks = pack(eval_text, tokenizer, SEQUENCE_LENGTH).shuffle(seed=seed)
+    if held_out:
+        eval_blocks = pack(eval_text, tokenizer, SEQUENCE_LENGTH).shuffle(seed=seed)
+    else:  # one document, so the end of it
+        parts = rows.train_test_split(0.05, shuffle=False)
+        rows, eval_blocks = parts["train"], parts["test"]
     eval_blocks = eval_blocks.select(range(min(eval_rows, len(eval_blocks))))
+    prompt = "def main():\n" if dataset == "stdlib" else tokenizer.decode(eval_blocks[0]["input_ids"][:8], **PLAIN)
     named = f"5 % of {name_of(dataset)}, held out"
 
-    console.rule("2/6 parent")
+    console.rule("2/8 parent")
     teacher: PreTrainedModel
     if parent is None:
         teacher = train_parent(tokenizer, rows, output / "parent", device, parent_steps, seed)
@@ -159,30 +167,44 @@ def run(
         teacher = load_stock(parent, trust_remote_code=trust_remote_code).to(device).eval()
     parent_loss = evaluate_model(teacher, eval_blocks, 32)["loss"]
 
-    console.rule("3/6 conversion")
-    calibration = rows.select(range(min(256, len(rows))))
-    elastic = convert(teacher, calibration, budgets=BUDGETS, sequence_length=SEQUENCE_LENGTH)
+    console.rule("3/8 conversion")
+    calibration, layers = rows.select(range(min(256, len(rows)))), teacher.config.num_hidden_layers
+    sizes: dict[str, Any] = {"budgets": BUDGETS, "depth": sorted({layers, layers - layers // 4}, reverse=True)}
+    elastic = convert(teacher, calibration, sequence_length=SEQUENCE_LENGTH, **sizes)
     sliced = evaluate_frontier(elastic, eval_blocks, 32, named)
-    elastic = convert(teacher, calibration, budgets=BUDGETS, sequence_length=SEQUENCE_LENGTH, corrections=CORRECTIONS)
+    elastic = convert(teacher, calibration, sequence_length=SEQUENCE_LENGTH, corrections=CORRECTIONS, **sizes)
     repaired = evaluate_frontier(elastic, eval_blocks, 32, named)
 
-    console.rule("4/6 elastic training")
-    arguments = FlextronTrainingArguments(**settings(output / "run", device, elastic_steps, seed, learning_rate=2e-3))
-    trainer = FlextronTrainer(
-        elastic, arguments, teacher=teacher, train_dataset=rows.shuffle(seed=seed + 1), processing_class=tokenizer
+    console.rule("4/8 elastic training")
+    console.print(
+        "The loss that is logged now is a distance to the parent's predictions, the mean of the sizes of a step: it"
+        f" falls towards 0. Losses in the tables are those on held-out text, where the parent has {parent_loss:.2f}."
     )
-    trainer.train()
+    data = {"train_dataset": rows.shuffle(seed=seed + 1), "processing_class": tokenizer}
+    arguments = FlextronTrainingArguments(**settings(output / "run", device, elastic_steps, seed, learning_rate=2e-3))
+    FlextronTrainer(elastic, arguments, teacher=teacher, **data).train()
 
-    console.rule("5/6 evaluation")
+    console.rule("5/8 token routers")
+    console.print("Every token learns to choose its sizes. This loss is that on text, and how far costs are from 0.5.")
+    routers: dict[str, Any] = {"stage": "router", "router_method": "token", "router_budgets": list(AUTO)}
+    common = settings(output / "run", device, router_steps, seed, learning_rate=2e-3)
+    FlextronTrainer(elastic, FlextronTrainingArguments(**common, **routers), **data).train()
+
+    console.rule("6/8 evaluation")
     after = evaluate_frontier(elastic, eval_blocks, 32, named)
     elastic.export(repo)
     tokenizer.save_pretrained(repo)
-    write_model_card(elastic, repo)
-    curves = {"slices": sliced, "repaired slices": repaired, "after training": after}
+    rows_after = {name: after[name] for name in sliced}
+    curves = {"slices": sliced, "repaired slices": repaired, "after training": rows_after}
     _plot(elastic, parent_loss, curves, output / "frontier.png")
 
-    console.rule("6/6 loading without this package")
-    runs = use_without_package(repo, "def main():\n", [row.name for row in elastic.frontier])
+    console.rule("7/8 speed on this machine")
+    measure_into(repo, elastic, rounds=LATENCY_ROUNDS)
+    elastic.config.latency_tables = FlextronConfig.from_pretrained(repo).latency_tables
+    write_model_card(elastic, repo)
+
+    console.rule("8/8 loading without this package")
+    runs = use_without_package(repo, prompt, [row.name for row in elastic.frontier])
     results = [
         {
             "budget": row.name,
@@ -199,8 +221,14 @@ def run(
     _print_table(results)
     for used in runs:
         console.print(f"\n[bold]budget {used['budget']} writes:[/bold] {used['text']!r}", highlight=False)
-    console.print(f"\nThe model is in {repo}, the plot in {output / 'frontier.png'}.")
-    summary = {"repo": str(repo), "plot": str(output / "frontier.png"), "device": device, "rows": results}
+    _print_next(repo, prompt, output / "frontier.png")
+    summary: dict[str, Any] = {
+        "repo": str(repo),
+        "plot": str(output / "frontier.png"),
+        "device": device,
+        "rows": results,
+    }
+    summary["auto"] = {f"auto:{target:g}": after[f"auto:{target:g}"]["loss"] for target in AUTO}
     for folder in (output / "parent", output / "run"):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # the Trainer made it
@@ -232,3 +260,15 @@ def _print_table(results: list[dict[str, Any]]) -> None:
         losses = (f"{row[f'{name}_loss']:.3f}" for name in ("parent", "sliced", "repaired", "trained"))
         table.add_row(row["budget"], *counts, *losses, f"{row['tokens_per_second']:,.0f}")
     console.print(table)
+
+
+def _print_next(repo: Path, prompt: str, plot: Path) -> None:
+    """Say what is where, and what to try with it."""
+    console.print(f"\nThe model is in {repo}, the plot in {plot}. Try next:\n", highlight=False)
+    for command, meaning in (
+        (f"generate {repo} {shlex.quote(prompt.strip())} --budget small", "also 0.5, 25ms, 'loss<=4', auto:0.5"),
+        (f"bench {repo} --rounds 3", "what a size costs and saves on this machine"),
+        (f"export {repo} llama-half --dense --budget 0.5", "one size as a stock model, for other engines"),
+    ):
+        console.print(f"  flextron {command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"      [dim]{meaning}[/dim]", highlight=False)

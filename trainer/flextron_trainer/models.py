@@ -1,5 +1,6 @@
 """Models from folders and the Hub: whole, or refused; and no code but what is installed, unless a user asks for it."""
 
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -87,14 +88,16 @@ def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
     """
     name = str(source)
     if not os.path.exists(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
-        raise invalid(
-            argument, name, "There is no such folder.", "Check the path, or pass the id of a repo on the Hub."
-        )
+        remedy = f"Check the path{_near(name)}, or pass the id of a repo on the Hub."
+        raise invalid(argument, name, "There is no such folder.", remedy)
     try:
         yield
     except ValueError:
         raise
     except OSError as error:
+        if not os.path.exists(name):
+            rule = f"There is no such folder, and it cannot be read from the Hub either: {str(error).rstrip('.')}."
+            raise OSError(str(invalid(argument, name, rule, f"Check the path or the id{_near(name)}."))) from error
         if name in str(error):
             raise
         raise OSError(f"{name}: {error}") from error
@@ -104,6 +107,17 @@ def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
             "If a file is damaged, save or download it again; `flextron verify` looks at all of a checkpoint in levels."
         )
         raise invalid(argument, name, rule, remedy) from error
+
+
+def _near(path: str) -> str:
+    """Name the folder that someone may have meant by a path where nothing is."""
+    folder, name = os.path.split(os.path.expanduser(path).rstrip("/"))
+    try:
+        there = [entry.name for entry in os.scandir(folder or ".") if entry.is_dir()]
+    except OSError:
+        return ""
+    found = difflib.get_close_matches(name, there, n=1)
+    return f" (did you mean {os.path.join(folder, found[0])!r}?)" if found else ""
 
 
 def _whole(kind: Any, argument: str, source: str | os.PathLike, remedy: str, kwargs: dict[str, Any]) -> Any:

@@ -6,7 +6,8 @@ A verb is a module, which imports what it works with when it runs: `--help` need
 import importlib.metadata
 import sys
 import traceback
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
@@ -79,11 +80,20 @@ def in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (`--traceback` shows where it comes from.)"
 
 
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Show what a warning says, without the line of code that gave it."""
+    print(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command; whatever goes wrong is one line and exit code 2, or a traceback where that is asked for."""
     arguments = [text for text in sys.argv[1:] if text != "--traceback"]
     try:
-        app(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            app(arguments)
     except Exception as error:
         if len(arguments) < len(sys.argv) - 1:
             traceback.print_exc()

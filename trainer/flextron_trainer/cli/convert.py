@@ -3,6 +3,7 @@
 import inspect
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -76,6 +77,10 @@ def convert(
     keep_moments: Annotated[
         bool, typer.Option("--keep-moments", help="Keep second moments in OUTPUT/moments, for a later conversion.")
     ] = False,
+    importance: Annotated[
+        Path | None,
+        typer.Option(help="File of scores to read, or to keep them in; default: OUTPUT/importance.safetensors."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of the result; auto keeps the parent's.")] = "auto",
     device: Device = None,
     seed: int = 0,
@@ -87,10 +92,12 @@ def convert(
 
     With a preset: `flextron convert Qwen/Qwen3-0.6B elastic --calibration ./text --preset qwen3-0.6b`
 
-    The importance scores stay in OUTPUT/importance.safetensors, so a second conversion with other sizes is quick.
+    The importance scores stay in OUTPUT/importance.safetensors, so that a second conversion with other sizes is quick,
+    into the same folder, or into another one with `--importance FIRST/importance.safetensors`.
     What was planned and measured stays in its `config.json`, under `conversion`.
     """
     from modeling_flextron.checkpoint import write_config
+    from modeling_flextron.errors import invalid
     from modeling_flextron.model_card import write_model_card
 
     from ..conversion.convert import convert as run
@@ -102,6 +109,8 @@ def convert(
     from ..presets import load_preset
 
     different_folders(parent, output)
+    if importance is not None and not importance.parent.is_dir():
+        raise invalid("importance", str(importance), "Its folder does not exist.", "Check the path.")
     options: dict[str, Any] = {}
     parent_config = read_config(place_of(parent, "config.json"), trust_remote_code=trust_remote_code)
     if preset is not None:
@@ -153,7 +162,7 @@ def convert(
             parent,
             calibration if text is None else text,
             tokenizer=None if text is None else load_tokenizer(place, trust_remote_code=trust_remote_code),
-            importance=output / "importance.safetensors",
+            importance=importance or output / "importance.safetensors",
             moments=output / "moments" if keep_moments else None,
             offload_folder=output.parent if offload else None,
             device=where,

@@ -65,7 +65,7 @@ def evaluate(
     from modeling_flextron import count_parameters
     from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
-    from modeling_flextron.frontier import held
+    from modeling_flextron.frontier import held, is_of_router
     from modeling_flextron.model_card import plot_frontier, write_model_card
 
     from ..data import load_tokenizer
@@ -124,8 +124,11 @@ def evaluate(
         write_config(loaded, model)
         write_model_card(loaded, model)
     if plot is not None:
-        static = {name: result for name, result in results.items() if not name.startswith("auto")}
-        meant = asked or held(loaded.frontier)
-        sizes = {name: count_parameters(loaded.config, loaded.resolve_budget(meant[name])) for name in static}
-        plot_frontier({model: [(sizes[name], result["loss"]) for name, result in static.items()]}, plot)
+        meant, curves = asked or held(loaded.frontier), dict[str, list[tuple[int, float]]]()
+        for name, result in results.items():
+            if not name.startswith("auto"):
+                size = count_parameters(loaded.config, loaded.resolve_budget(meant[name]))
+                label = f"{model}, routed" if is_of_router(name) else model
+                curves.setdefault(label, []).append((size, result["loss"]))
+        plot_frontier(curves, plot)
     print_result(command("export", model, "to-upload"), model=model, dataset=dataset, results=results)

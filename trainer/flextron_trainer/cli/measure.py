@@ -29,24 +29,16 @@ def measure(
     """
     import torch
 
-    from modeling_flextron import FlextronConfig
-    from modeling_flextron.checkpoint import write_config
     from modeling_flextron.frontier import held
-    from modeling_flextron.latency import FOLDER
 
-    from ..measuring.latency import measure_latency
+    from ..measuring.latency import measure_into
     from ..models import load_elastic
 
     must_be_a_model(folder)
     if threads is not None:
         torch.set_num_threads(threads)
     model = load_elastic(folder, dtype=dtype_named(dtype)).to(device_or_default(device))
-    progress = folder / FOLDER / ".rounds.json"
-    table = measure_latency(model, batch=batch, context=context, rounds=rounds, seed=seed, progress=progress)
-    table.save(folder / table.file_name)
-    config = FlextronConfig.from_pretrained(folder)
-    config.latency_tables[table.file_name] = table.summary
-    write_config(model, folder, config)
+    table = measure_into(folder, model, batch=batch, context=context, rounds=rounds, seed=seed)
     times = {name: table.predict(subnetwork) for name, subnetwork in held(model.frontier).items()}
     milliseconds = 1e3 * min(times.values())
     print_result(

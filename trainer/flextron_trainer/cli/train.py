@@ -107,6 +107,9 @@ def train(
     recipe.pop("sequence_length", None)
     defaults = [text for name, value in recipe.items() for text in (f"--{name}", *as_arguments(value))]
     (arguments,) = ArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
+    if not plan and not any(text.startswith(("--output_dir", "--output-dir")) for text in defaults + context.args):
+        rule = "The trained model is written there."
+        raise invalid("output_dir", None, rule, "Pass for instance --output_dir run.")
     if plan:
         expected = planned(config, arguments, sequence_length, teacher, trust_remote_code)
         print(expected, file=sys.stderr)

@@ -52,8 +52,8 @@ def named_budgets(config: FlextronConfig, budgets: Sequence[Any] | Mapping[str, 
     else:
         for name in budgets:
             named = budget_of_name(name) if isinstance(name, str) else None
-            if named is None or named.kind != "name":
-                rule = "The name of a row is not a budget of another kind."
+            if named is None or (named.kind != "name" and named != parse_budget(budgets[name])):
+                rule = "The name of a row is not another budget than its own."
                 raise invalid("budgets", name, rule, "Begin it with a letter, such as 'small'.")
     for name, budget in budgets.items():
         if parse_budget(budget).kind not in ("fraction", "parameters", "memory"):

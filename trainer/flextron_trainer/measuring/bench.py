@@ -66,7 +66,7 @@ def interleaved(
     clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     shuffle = random.Random(0)
-    for round_number in range(rounds + warm_up):
+    for round_number in tqdm(range(rounds + warm_up), desc="Timing", unit="round", leave=False):
         order = list(variants)
         shuffle.shuffle(order)
         gc.collect()

@@ -20,10 +20,10 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, LatencyTable, SubNetwork
-from modeling_flextron.checkpoint import write_file_beside
+from modeling_flextron.checkpoint import write_config, write_file_beside
 from modeling_flextron.drafting import Watch, constant, share_draft
 from modeling_flextron.errors import invalid, require_int
-from modeling_flextron.latency import LENGTHS, MODES, device_name, is_seconds, shape_of
+from modeling_flextron.latency import FOLDER, LENGTHS, MODES, device_name, is_seconds, shape_of
 from modeling_flextron.subnetwork import random_subnetwork, smallest_subnetwork
 
 logger = logging.get_logger(__name__)
@@ -113,6 +113,22 @@ def measure_latency(
         ]
         table.errors[mode] = {"median": statistics.median(errors), "worst": max(errors), "points": points}
     rows.forget()
+    return table
+
+
+def measure_into(folder: Path, model: FlextronForCausalLM, **options: Any) -> LatencyTable:
+    """Measure the table of a model and put it into the folder where the model is saved, beside those of other devices.
+
+    Args:
+        folder: Rounds are kept there, too, and a later call goes on with them.
+        model: What is saved there.
+        options: As of `measure_latency`.
+    """
+    table = measure_latency(model, progress=folder / FOLDER / ".rounds.json", **options)
+    table.save(folder / table.file_name)
+    config = FlextronConfig.from_pretrained(folder)
+    config.latency_tables[table.file_name] = table.summary
+    write_config(model, folder, config)
     return table
 
 

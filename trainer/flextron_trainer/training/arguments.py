@@ -16,6 +16,8 @@ from .sampling import SAMPLERS
 
 logger = logging.get_logger(__name__)
 STAGES = ("elastic", "blocks", "router", "joint")
+# What some stages alone read; arguments that begin with router_ are as the first of these.
+STAGES_OF = {"latency_weight": ("router", "joint"), "block_parameters": ("blocks",), "block_inputs": ("blocks",)}
 METHODS = ("surrogate", "gumbel", "token")
 COSTS = ("parameters", "latency")
 # What the base class offers and elastic training cannot honour, where it is set: why, and what to do instead.
@@ -136,8 +138,13 @@ class FlextronTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self._changed = dict(self._given())
-        if self.block_inputs is None:
-            self.block_inputs = "own" if self.block_parameters == "all" else "parent"
+        derived: dict[str, Any] = {
+            "block_inputs": "own" if self.block_parameters == "all" else "parent",
+            "router_learning_rate": 0.01 if self.router_method == "token" else 0.1,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name, allowed in (
             ("stage", STAGES), ("sampler", SAMPLERS), ("router_method", METHODS), ("router_cost", COSTS),
             ("block_parameters", PARAMETERS), ("block_inputs", INPUTS),
@@ -146,8 +153,6 @@ class FlextronTrainingArguments(TrainingArguments):
                 raise invalid(name, getattr(self, name), f"It is one of {', '.join(allowed)}.", "Pick one of them.")
         require_int("subnetworks_per_step", self.subnetworks_per_step, minimum=2 if self.sampler == "sandwich" else 1)
         require_int("loss_chunk_size", self.loss_chunk_size)
-        if self.router_learning_rate is None:
-            self.router_learning_rate = 0.01 if self.router_method == "token" else 0.1
         for name in ("kd_weight", "ce_weight", "router_learning_rate", "latency_weight"):
             if not _number(getattr(self, name)) or getattr(self, name) < 0:
                 raise invalid(name, getattr(self, name), "It must be a number of at least 0.", "Pass a float.")
@@ -174,6 +179,7 @@ class FlextronTrainingArguments(TrainingArguments):
             if len(set(budgets)) != len(budgets):
                 raise invalid("router_budgets", budgets, "Each of them gets one row.", "Drop the repeated ones.")
         self._refuse_what_cannot_be_honoured()
+        self._refuse_what_other_stages_read(derived)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # those of layers that no size of a step has
         super().__post_init__()
@@ -198,6 +204,14 @@ class FlextronTrainingArguments(TrainingArguments):
             raise invalid("label_names", self.label_names, "The model takes its targets as `labels`.", "Rename them.")
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
             raise invalid("ACCELERATE_USE_DEEPSPEED", "true", *REFUSED["deepspeed"])
+
+    def _refuse_what_other_stages_read(self, derived: dict[str, Any]) -> None:
+        """Refuse what was given and would not be read in this stage; `derived` values are those of arguments copied."""
+        for name, value in self._changed.items():
+            stages = STAGES_OF.get("latency_weight" if name.startswith("router_") else name, STAGES)
+            if self.stage not in stages and value != derived.get(name):
+                rule = f"Stage {self.stage!r} does not read it."
+                raise invalid(name, value, rule, f"Pass stage={stages[0]!r} as well, or leave it out.")
 
     @property
     def n_gpu(self) -> int:
