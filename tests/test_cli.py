@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from helpers import flextron, parent_of, run_python
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from modeling_flextron import count_parameters
 ROOT = Path(__file__).parent.parent
 VERBS = (
     "convert", "train", "teach", "answers", "measure", "bench", "evaluate", "export", "verify", "push", "generate",
-    "sizes", "transplant", "demo",
+    "sizes", "transplant", "demo", "ui",
 )  # fmt: skip
 
 
@@ -134,6 +135,27 @@ def test_people_get_a_table_and_the_next_command(elastic):
     done = CliRunner().invoke(app, ["evaluate", "--json", "elastic", *common], catch_exceptions=False)
     (line,) = done.stdout.splitlines()
     assert f"{json.loads(line)['results']['0.6']['loss']:,.4g}" in rows["0.6"]
+
+
+def test_a_run_is_repeated_from_its_configuration(elastic):
+    """The command line wins over the file, and a name that nobody knows is refused with those that it may be."""
+    shared = {"model": "elastic", "dataset": "few", "report-to": "none", "save_strategy": "no", "bf16": True}
+    Path("mine.yaml").write_text(yaml.safe_dump(shared) + "max_steps: 5\nsequence_length: 32\nlearning_rate: 1e-3\n")
+    batch = ("--per-device-train-batch-size", 2)
+    first = flextron("train", "--config", "mine.yaml", "--max-steps", 1, "--output-dir", "once", *batch)
+    kept = yaml.safe_load(Path("once/run.yaml").read_text())
+    assert (kept["max_steps"], kept["seed"], kept["learning_rate"]) == (1, 42, 1e-3) and "hub_token" not in kept
+    assert kept["bf16"]  # on this CPU, too
+    again = flextron("train", "--config", "once/run.yaml", "--output_dir", "twice")
+    assert again["eval_loss_0.6"] == first["eval_loss_0.6"]
+    for verb, name, near in (("train", "max_stepz", "max_steps"), ("evaluate", "max-sampels", "max_samples")):
+        Path("bad.yaml").write_text(f"{name}: 1\n")
+        with pytest.raises(ValueError, match=rf"There is no such option\. Did you mean {near}"):
+            flextron(verb, "elastic", "few", "--config", "bad.yaml")
+    for content in ("- 1", "a: [", "\0"):
+        Path("bad.yaml").write_text(content)
+        with pytest.raises(ValueError, match=r"`config`='bad\.yaml' cannot be used"):
+            flextron("evaluate", "elastic", "few", "--config", "bad.yaml")
 
 
 def test_evaluate_writes_and_plots(elastic):

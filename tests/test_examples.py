@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 from helpers import SHAPES, flextron, parent_of
 from transformers import AutoModelForCausalLM
@@ -48,3 +49,25 @@ def test_accelerate_reads_its_configs():
 
     for path in (EXAMPLES / "accelerate").glob("*.yaml"):
         assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """With a small parent of ours, in a kernel of its own."""
+    nbformat = pytest.importorskip("nbformat")
+    client = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    texts = [path.read_text() for path in sorted((EXAMPLES / "space").iterdir())]
+    tokenizer = train_tokenizer(texts, 300)
+    parent_of("gqa-wide-heads", vocab_size=300).save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    settings = {"PARENT": "parent", "TEXT": "text", "STEPS": 2, "LENGTH": 16}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (EXAMPLES.parent, EXAMPLES.parent / "trainer"))))
+    notebook = nbformat.read(EXAMPLES / "elastic_in_ten_minutes.ipynb", as_version=4)
+    client.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "elastic" / "modeling_flextron.py").is_file()
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

@@ -28,6 +28,7 @@ def test_contents(wheel):
         for path in (ROOT / package).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert str(path.relative_to(ROOT)).removeprefix("trainer/") in names
+    assert "flextron_trainer/space/app.py" in names
     assert not [name for name in names if name.startswith(("trainer/", "tests/", "hub_configs/"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     entry = next(name for name in names if name.endswith("entry_points.txt"))

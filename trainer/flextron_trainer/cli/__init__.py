@@ -25,6 +25,7 @@ from . import (
     teach,
     train,
     transplant,
+    ui,
     verify,
 )
 from .verbs import verb
@@ -44,7 +45,7 @@ app.command()(verb(convert.convert))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(verb(train.train))
 for function in (
     teach.teach, answers.answers, evaluate.evaluate, sizes.sizes, measure.measure, bench.bench, export.export,
-    verify.verify, push.push, generate.generate, transplant.transplant, demo.demo,
+    verify.verify, push.push, generate.generate, transplant.transplant, demo.demo, ui.ui,
 ):  # fmt: skip
     app.command()(verb(function))
 

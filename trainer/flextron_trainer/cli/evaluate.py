@@ -33,7 +33,7 @@ def evaluate(
         list[str] | None, typer.Option(help="Measure this budget; repeatable. Default: all rows.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample: 1024")] = None,
-    more: Annotated[
+    datasets: Annotated[
         list[str] | None, typer.Option("--dataset", help="More data, whose figures stand beside those; repeatable.")
     ] = None,
     document_boundaries: Boundaries = None,
@@ -76,8 +76,8 @@ def evaluate(
 
     if dataset is None and lm_eval is None:
         raise invalid("dataset", dataset, "There is nothing to measure.", "Pass held-out text, --lm-eval, or both.")
-    if dataset is None and more:
-        raise invalid("dataset", more, "It stands beside another.", "Pass the first one before the options.")
+    if dataset is None and datasets:
+        raise invalid("dataset", datasets, "It stands beside another.", "Pass the first one before the options.")
     if write and budget:
         raise invalid("budget", budget, "`--write` writes a whole frontier.", "Leave out one of the two.")
     if write and not Path(model).is_dir():
@@ -98,7 +98,7 @@ def evaluate(
     asked = {text: budget_value(text) for text in budget} if budget else None
     results: dict[str, dict[str, float]] = {}
     length = fitting_length(sequence_length, loaded.config)
-    for i, source in enumerate([] if dataset is None else [dataset, *(more or ())]):
+    for i, source in enumerate([] if dataset is None else [dataset, *(datasets or ())]):
         ((text, rows),) = packed([source], tokenizer, length, assistant_only, document_boundaries).items()
         rows = rows.select(range(min(max_samples, len(rows))))
         if routing_report is not None and i == 0:

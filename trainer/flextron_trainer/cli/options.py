@@ -79,12 +79,12 @@ def tables_of(result: dict[str, Any]) -> Iterator[Any]:
             entries[name] = [{name: key, **row} for key, row in value.items()] if isinstance(value, dict) else rows
     plain = Table(show_header=False)
     for name, value in result.items():
-        if value is not None and name not in entries:
+        if cell(value) and name not in entries:
             plain.add_row(as_words(name), cell(value))
     if plain.rows:
         yield plain
     for name, rows in entries.items():
-        names = {key: None for row in rows for key, value in row.items() if value is not None}
+        names = {key: None for row in rows for key, value in row.items() if cell(value)}
         columns = [key for key in names if key.removesuffix("_stderr") not in names or not key.endswith("_stderr")]
         table = Table(title=as_words(name))
         for key in columns:

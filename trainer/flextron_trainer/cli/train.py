@@ -1,8 +1,9 @@
 """`flextron train`."""
 
-import json
 import sys
-from itertools import pairwise
+from dataclasses import fields
+from itertools import pairwise, takewhile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ from .options import (
     parse_numbers,
     print_result,
 )
+from .verbs import refuse_unknown, write_options
 
 STREAMED_EVAL_ROWS = 64
 OPERATIONS_PER_HOUR = 3600 * 100e12  # at 100 TFLOP/s: what other devices do is a factor away
@@ -30,7 +32,9 @@ def train(
     context: typer.Context,
     model: Model,
     dataset: Annotated[str | None, typer.Argument(help=f"Training text: {DATA}", show_default=False)] = None,
-    more: Annotated[list[str] | None, typer.Option("--dataset", help="More of it, to be mixed; repeatable.")] = None,
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", help="More of it, to be mixed; repeatable.")
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Shares of the datasets, in samples: 0.5,0.5; default: equal ones.")
     ] = None,
@@ -95,19 +99,21 @@ def train(
     from ..training.block_stage import train_folder
     from ..training.trainer import FlextronTrainer
 
-    if dataset is not None and dataset.startswith("-"):  # of the trainer, where the data are options
-        context.args.insert(0, dataset)
-        dataset = None
-    sources = [source for source in (dataset, *(more or ())) if source is not None]
+    (model, dataset), given = places_and_options(context)
+    sources = [source for source in (dataset, *(datasets or ())) if source is not None]
     if not sources:
         raise invalid("dataset", dataset, "There is nothing to learn from.", "Pass text or conversations.")
     config = read_config(model, "model", FlextronConfig)
-    recipe = {} if preset is None else recipe_of(preset, config, context.args)
+    settings = {name: value for name, value in (context.default_map or {}).items() if name not in context.params}
+    refuse_unknown(settings, [*context.params, *(entry.name for entry in fields(FlextronTrainingArguments))])
+    recipe = {} if preset is None else recipe_of(preset, config, settings, given)
     sequence_length = fitting_length(sequence_length or recipe.get("sequence_length"), config)
     recipe.pop("sequence_length", None)
-    defaults = [text for name, value in recipe.items() for text in (f"--{name}", *as_arguments(value))]
-    (arguments,) = ArgumentParser(FlextronTrainingArguments).parse_args_into_dataclasses(defaults + context.args)
-    if not plan and not any(text.startswith(("--output_dir", "--output-dir")) for text in defaults + context.args):
+    parser = ArgumentParser(FlextronTrainingArguments)
+    parser.set_defaults(**as_defaults(recipe | settings))
+    (arguments,) = parser.parse_args_into_dataclasses(given)
+    named_output = "output_dir" in settings or any(text.replace("_", "-").startswith("--output-dir") for text in given)
+    if not plan and not named_output:
         rule = "The trained model is written there."
         raise invalid("output_dir", None, rule, "Pass for instance --output_dir run.")
     if plan:
@@ -130,6 +136,9 @@ def train(
         sources, tokenizer, sequence_length, document_boundaries=document_boundaries, split=split, streaming=streaming,
         **how,
     )  # fmt: skip
+    if arguments.process_index == 0:
+        own = {**context.params, "model": model, "dataset": dataset, "sequence_length": sequence_length}
+        write_options(Path(arguments.output_dir), own | plain_arguments(arguments))
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     if arguments.stage == "blocks":
         if arguments.resume_from_checkpoint is not None:
@@ -175,27 +184,54 @@ def train(
     print_result(then, output=arguments.output_dir, **metrics)
 
 
-def recipe_of(preset: str, config: Any, given: list[str]) -> dict[str, Any]:
-    """The arguments of a preset for the stage that is trained, without those that are `given` on the command line."""
+def places_and_options(context: typer.Context) -> tuple[list[Any], list[str]]:
+    """Model, dataset (or None) and the options that are not the verb's own, of the command line or of `--config`.
+
+    What stands first on the command line is taken for the model, also an option that is not the verb's own.
+
+    Raises:
+        ValueError: there is no model.
+    """
+    from modeling_flextron.errors import invalid
+
+    names = "model", "dataset"
+    kept = {"dataset": None, **(context.default_map or {})}
+    words = [context.params[name] for name in names if context.params[name] != kept.get(name)] + context.args
+    first = list(takewhile(lambda word: not word.startswith("--"), words))[: len(names)]
+    places = {**kept, **dict(zip(names, first, strict=False))}
+    if "model" not in places:
+        raise invalid("model", None, "It is missing.", "Write `flextron train MODEL DATASET`, options behind them.")
+    return [places[name] for name in names], words[len(first) :]
+
+
+def recipe_of(preset: str, config: Any, settings: dict[str, Any], given: list[str]) -> dict[str, Any]:
+    """The arguments of a preset for the stage that is trained, without those of `settings` and those `given`."""
     import torch
 
     from ..presets import load_preset
 
     chosen = load_preset(preset)
     chosen.check(config)
-    stage = next((value for name, value in pairwise(given) if name == "--stage"), "elastic")
+    stage = next((value for name, value in pairwise(given) if name == "--stage"), settings.get("stage", "elastic"))
     names = (text.partition("=")[0] for text in given if text.startswith("--"))
-    recipe = chosen.recipe(stage, {name[2:].replace("-", "_") for name in names})
+    recipe = chosen.recipe(stage, {*settings, *(name[2:].replace("-", "_") for name in names)})
     if not torch.cuda.is_available():
         recipe.pop("bf16", None)
     return recipe
 
 
-def as_arguments(value: Any) -> list[str]:
-    """A value of a recipe as it is typed on the command line."""
-    if isinstance(value, list):
-        return [str(part) for part in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]
+def as_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as defaults of a parser, which reads text as it does that of the command line: `1e-3` of YAML is text."""
+    plain = bool, list, dict
+    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+
+
+def plain_arguments(arguments: Any) -> dict[str, Any]:
+    """The training arguments that a YAML file can hold, without tokens."""
+    kept = [entry.name for entry in fields(arguments) if entry.init and not entry.name.endswith("_token")]
+    values = {name: getattr(arguments, name) for name in kept}
+    values = {name: getattr(value, "value", value) for name, value in values.items()}  # of an enumeration
+    return {name: value for name, value in values.items() if isinstance(value, (str, int, float, list, dict))}
 
 
 def planned(config: Any, arguments: Any, sequence_length: int, teacher: str | None, trust_remote_code: bool) -> Any:

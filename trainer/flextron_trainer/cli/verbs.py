@@ -1,27 +1,101 @@
 """What every verb of the command takes beside its own options."""
 
+import difflib
 import functools
 import inspect
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .options import json_output
 
+# Of one call, not of what it does.
+NOT_KEPT = ("config", "as_json", "preset", "plan", "resume")
+
+
+def read_options(context: typer.Context, path: Path | None) -> None:
+    """Read options from a YAML file, which count where the command line does not name them.
+
+    Those that are no options of the verb itself, where it takes others, are left in `context.default_map`.
+
+    Raises:
+        ValueError: there is no such file, or it is no mapping of options.
+    """
+    if path is None:
+        return
+    import yaml
+
+    from modeling_flextron.errors import invalid
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        rule = f"It cannot be read as YAML: {error}."
+        raise invalid("config", str(path), rule, "Write for instance `max_steps: 100`.") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise invalid("config", str(path), "It names no options.", "Write for instance `max_steps: 100`.")
+    values = {name.lstrip("-").replace("-", "_"): value for name, value in found.items() if value is not None}
+    own = {parameter.name: parameter for parameter in context.command.params if parameter.name not in NOT_KEPT[:2]}
+    if not context.allow_extra_args:
+        refuse_unknown(values, own)
+    context.default_map = {
+        name: as_typed(value, getattr(own[name], "multiple", False)) if name in own else value
+        for name, value in values.items()
+    }
+
+
+def as_typed(value: Any, multiple: bool) -> Any:
+    """A value of a YAML file as an option would have it from the command line."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return ",".join(map(str, value)) if isinstance(value, list) and not multiple else value
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse options that a verb does not have, with the ones that look most alike."""
+    from modeling_flextron.errors import invalid
+
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            remedy = f"Did you mean {' or '.join(near)}?" if near else "`--help` lists the options."
+            raise invalid("config", name, "There is no such option.", remedy)
+
+
+def write_options(folder: Path, options: dict[str, Any]) -> None:
+    """Write the options of a run to `run.yaml`, from which `--config` repeats it."""
+    import yaml
+
+    kept = {name: value for name, value in options.items() if value is not None and name not in NOT_KEPT}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({name: str(value) if isinstance(value, Path) else value for name, value in kept.items()})
+    (folder / "run.yaml").write_text(text, encoding="utf-8")
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=read_options, help="YAML file with values of these options."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as one line of JSON, and nothing else, on stdout.")
 ]
-COMMON = (inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),)
+COMMON = (
+    inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config),
+    inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),
+)
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a verb take `--json`: what it and its libraries print otherwise goes to stderr then."""
+    """Let a verb take `--config` and `--json`, with which what it and its libraries print otherwise goes to stderr."""
 
     @functools.wraps(function)
-    def run(*, as_json: bool, **given: Any) -> None:
+    def run(*, config: Path | None, as_json: bool, **given: Any) -> None:
         if not as_json:
             return function(**given)
         before = json_output.set(sys.stdout)

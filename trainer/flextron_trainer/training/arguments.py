@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
@@ -182,6 +183,8 @@ class FlextronTrainingArguments(TrainingArguments):
         self._refuse_what_other_stages_read(derived)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # those of layers that no size of a step has
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # which the base class would want to be told, though there is no other choice
         super().__post_init__()
         # Reentrant checkpoints forget every gradient but those of a layer's inputs, such as that of what tokens cost.
         given = self.activation_checkpointing_kwargs or {}
