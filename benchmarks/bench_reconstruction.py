@@ -98,7 +98,8 @@ class Sample:
         place: dict[str, float] = {}
         if make:
             place["cpu_seconds"] = time.process_time() - begin
-            place["share"] = corrections.parameters() / _size(self.model.config, subnetwork)
+            place["share"] = corrections.owner(row, subnetwork).parameters(self.model.config)
+            place["share"] /= _size(self.model.config, subnetwork)
         elif row in self.rows:
             texts["held out"] = self.held_out
         put_corrections(self.model, {row: (subnetwork, corrections)} if make else {})

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .corrections import Owner, parameters_beside
 from .errors import invalid
 from .frontier import FrontierRow
 from .latency import HasTables, table_of
@@ -43,6 +44,9 @@ class Family(HasTables, HasRouting, Protocol):
     elastic: dict[str, Any]
     frontier: list[FrontierRow]
     static_router: dict[str, Any] | None
+
+    def owners(self) -> tuple[Owner, ...]:
+        """The sub-networks with corrections of their own, smallest first."""
 
 
 @dataclass(frozen=True)
@@ -261,23 +265,31 @@ def row_cost(config: Family, row: FrontierRow, kind: str) -> int:
     if kind == "parameters":
         return row.parameters
     if row.subnetwork is not None:
-        return memory_of(config)(row.subnetwork)
+        return memory_of(config)(row.subnetwork) + _bytes_beside(config, row.subnetwork)
     # Its layers are not known here: each keeps as many tokens as those of what is built do on average.
     cache = kv_cache_bytes(config, config.built, memory_context(config))
     cache = cache * row.kv_values_per_token // kv_values_per_token(config, config.built)
     return row.parameters * bytes_per_value(config.dtype) + cache
 
 
+def _bytes_beside(config: Family, subnetwork: SubNetwork) -> int:
+    """Bytes of the corrections of smaller sizes in a model that is loaded at a size."""
+    return parameters_beside(config, config.owners(), subnetwork) * bytes_per_value(config.dtype)
+
+
 def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
     """The sub-network for a limit on what it costs: the best row of the frontier, or what the router chooses."""
     cost = cost_of(config, asked.kind, budget)
     limit = asked.value * (config.parent_size() if asked.kind == "fraction" else 1)
-    priced = _priced_rows(config, asked.kind, cost)
+    priced = _priced_rows(config, asked, cost)
     best, found = _best_row(priced, asked, limit), None
     if best is not None:
         found = _held(budget, best)
         if config.static_router is None or cost(found) >= CLOSE * min(limit, cost(config.built)):
             return found
+    if config.static_router is not None and asked.kind == "memory":
+        # Bounds what any size may hold beside its own weights.
+        limit -= max(_bytes_beside(config, s) for s in (config.built, *(owner.subnetwork for owner in config.owners())))
     if config.static_router is not None and limit >= cost(smallest_subnetwork(config)):
         routed = StaticRouter(config, config.static_router).choose(cost, limit)
         return routed if found is None or cost(routed) > cost(found) else found
@@ -290,12 +302,19 @@ def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
     return found
 
 
-def _priced_rows(config: Family, kind: str, cost: Cost) -> list[tuple[FrontierRow, float]]:
+def _priced_rows(config: Family, asked: Budget, cost: Cost) -> list[tuple[FrontierRow, float]]:
     """Rows and their costs: those that are held, and larger ones, which say how to reload."""
     held = [(row, cost(row.subnetwork)) for row in config.frontier if row.subnetwork is not None]
-    if kind == "latency":
+    if asked.kind == "memory":  # but a row that is called by the budget was made for it
+        called = {row.name for row, _ in held if budget_of_name(row.name) == asked}
+        held = [
+            (row, used if row.name in called else used + _bytes_beside(config, row.subnetwork))
+            for row, used in held
+            if row.subnetwork is not None
+        ]
+    if asked.kind == "latency":
         return held
-    others = [(row, row_cost(config, row, kind)) for row in config.frontier if row.subnetwork is None]
+    others = [(row, row_cost(config, row, asked.kind)) for row in config.frontier if row.subnetwork is None]
     return held + [(row, used) for row, used in others if used > cost(config.built)]
 
 

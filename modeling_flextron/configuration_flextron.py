@@ -27,7 +27,7 @@ from .config_checks import (
     full_elastic,
 )
 from .config_files import AUTO_MAP, VERSION, StoredConfig
-from .corrections import Owner, check_corrections, number_of_owner
+from .corrections import Owner, check_corrections, owners_within
 from .errors import invalid, require_int
 from .frontier import FrontierRow, held, read_rows
 from .latency import check_tables
@@ -306,10 +306,7 @@ class FlextronConfig(StoredConfig):
             }
         if self.token_routing is not None:
             new.token_routing = narrowed_routing(self, new, subnetwork.layers)
-        owners = self.owners()
-        folded = number_of_owner(owners, subnetwork)
-        beside, inner = (None, owners) if folded is None else (owners[int(folded)], owners[: int(folded)])
-        new.corrections = [owner.within(subnetwork, beside).to_dict() for owner in inner] or None
+        new.corrections = [owner.to_dict() for owner in owners_within(self.owners(), subnetwork)] or None
         if new.built not in held(new.frontier).values():
             others = [row for row in new.frontier if row.name != "built"]
             rows = [new.row("built", new.built), *others]

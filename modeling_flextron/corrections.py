@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .errors import invalid
-from .subnetwork import SubNetwork, is_routed
+from .subnetwork import Shape, SubNetwork, is_routed
 
 # And their corrections, whose names no pattern of PEFT for the projections matches.
 PROJECTIONS = {"o_proj": "o_correction", "down_proj": "down_correction"}
@@ -49,6 +49,17 @@ class Owner:
             **{projection: list(ranks) for projection, ranks in self.ranks.items()},
         }
 
+    def parameters(self, shape: Shape) -> int:
+        """Count the numbers that it owns in a model of this shape: norms, and two thin matrices for each rank."""
+        sizes, norm = self.subnetwork, self.subnetwork.hidden * (2 if shape.norm_type == "layer" else 1)
+        inputs = {"o_proj": [heads * shape.head_dim for heads in sizes.heads], "down_proj": sizes.mlp}
+        thin = sum(
+            rank * (sizes.hidden + read)
+            for projection, ranks in self.ranks.items()
+            for rank, read in zip(ranks, inputs[projection], strict=True)
+        )
+        return thin + norm * (len(NORMS) * len(sizes.layers) + 1)
+
     def within(self, outer: SubNetwork, beside: "Owner | None") -> "Owner":
         """This owner as a model that holds only `outer` has it, with the corrections of `beside` folded in."""
         common = self.subnetwork.intersection(outer)
@@ -68,6 +79,21 @@ def number_of_owner(owners: Sequence[Owner], subnetwork: SubNetwork) -> str | No
     if is_routed(subnetwork):
         return None
     return next((str(number) for number, owner in enumerate(owners) if owner.subnetwork.contains(subnetwork)), None)
+
+
+def owners_within(owners: Sequence[Owner], subnetwork: SubNetwork) -> list[Owner]:
+    """The owners in a model that is loaded at a size, into whose weights the corrections of that size are folded."""
+    folded_in = number_of_owner(owners, subnetwork)
+    beside, inner = (None, owners) if folded_in is None else (owners[int(folded_in)], owners[: int(folded_in)])
+    return [owner.within(subnetwork, beside) for owner in inner]
+
+
+def parameters_beside(shape: Shape, owners: Sequence[Owner], subnetwork: SubNetwork) -> int:
+    """Count what a model that is loaded at a size holds beside its dense network: what smaller sizes own in it.
+
+    With `count_parameters` of the size that is `num_parameters()` of what is loaded; nothing of it is extracted.
+    """
+    return sum(owner.parameters(shape) for owner in owners_within(owners, subnetwork))
 
 
 def owner_number(name: str) -> str | None:

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .checkpoint import write_file_beside
 from .configuration_flextron import VERSION, FlextronConfig
+from .corrections import parameters_beside
 from .eval_results import write_eval_results
 from .extraction import stock_sizes
 from .frontier import FrontierRow, is_of_router
@@ -157,13 +158,18 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
             code(row.name),
             f"{count_parameters(model.config, subnetwork):,}",
             in_units(downloads[row.name]),
-            in_units(weight_bytes(model.config, subnetwork, model.dtype)),
+            in_units(weight_bytes(model.config, subnetwork, model.dtype) + _bytes_beside(model, subnetwork)),
             in_units(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
             *(column[i] for _, column in figures),
             *(f"{table.conditions['batch'] / table.predict(subnetwork):,.1f}" for table in tables),
         ]
         lines.append(cells)
     return table_of_cells(heads, lines)
+
+
+def _bytes_beside(model, subnetwork: SubNetwork) -> int:
+    """Bytes of what smaller sizes own in a model that is loaded at a size."""
+    return parameters_beside(model.config, model.config.owners(), subnetwork) * model.dtype.itemsize
 
 
 def _figure_columns(rows: Sequence[Figures]) -> list[tuple[str, list[str]]]:
@@ -282,9 +288,12 @@ def _notes(model, plotted: bool) -> str:
     if model.config.latency_tables:
         notes.append("Tokens per second are those of decoding, from the measured latency tables in `latency/`.")
     if model.config.corrections:
-        names = ", ".join(code(entry["name"]) for entry in model.config.corrections)
+        owned = ", ".join(
+            f"{code(owner.name)} owns {owner.parameters(model.config):,} parameters" for owner in model.config.owners()
+        )
         notes.append(
-            f"Beside the shared weights {names} own corrections, which loading at a size folds into its weights."
+            f"Beside the shared weights {owned}: corrections, which loading at a size folds into its weights. A model"
+            " that is loaded at a size also holds what smaller ones own, which `weights` counts."
         )
     routed = figures_of_targets(model.config.token_routing)
     for name, figures in routed.items():

@@ -82,7 +82,7 @@ def test_rows_that_need_not_nest(work, monkeypatch):
     from flextron_trainer.conversion import convert
 
     choose, asked = convert.choose_rows, []
-    monkeypatch.setattr(convert, "choose_rows", lambda *given: asked.append(given[3:]) or choose(*given))
+    monkeypatch.setattr(convert, "choose_rows", lambda *given: asked.append(given[3:4]) or choose(*given))
     for flags in ((), ("--no-nested",)):
         flextron("convert", "parent", "rows", "--calibration", "weights", "--mlp", "1,0.5", *flags, "--device", "cpu")
     assert [nested for nested in asked if nested] == [(True,), (False,)]

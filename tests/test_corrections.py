@@ -11,10 +11,11 @@ from flextron_trainer import convert
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.export.verify import verify
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.corrections import Owner, number_of_owner
+from modeling_flextron.budgets import row_cost
+from modeling_flextron.corrections import Owner, number_of_owner, owner_number, parameters_beside
 from modeling_flextron.families import is_shared
 from modeling_flextron.model_card import write_model_card
-from modeling_flextron.subnetwork import count_parameters
+from modeling_flextron.subnetwork import count_parameters, memory_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -92,6 +93,28 @@ def test_what_was_loaded_small_is_saved_and_loaded_again(model, tmp_path):
     for name in ("0.6", "0.35", "0.15"):
         again = FlextronForCausalLM.from_pretrained(tmp_path / "small", flextron_budget=name)
         assert difference(logits(again), logits(model, name)) < 1e-5
+
+
+def test_all_that_is_owned_is_counted(model, tmp_path):
+    config, owners = model.config, model.model.owners
+    for number, owner in enumerate(owners):
+        own = [p.numel() for name, p in own_parameters(model).items() if owner_number(name) == str(number)]
+        assert owner.parameters(config) == sum(own)
+    model.save_pretrained(tmp_path)
+    for size in all_sizes(model, 3):
+        small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=size)
+        beside = parameters_beside(config, owners, size)
+        assert count_parameters(config, size) + beside == small.num_parameters()
+        assert beside == parameters_beside(small.config, small.model.owners, small.built)
+
+
+def test_memory_holds_what_smaller_sizes_own(one):
+    need = {row.name: row_cost(one.config, row, "memory") for row in one.frontier}
+    dense = memory_of(one.config)
+    for row in one.frontier[:-1]:
+        assert need[row.name] > dense(row.subnetwork)
+        assert one.resolve_budget(f"{need[row.name] / 1024}KiB") == row.subnetwork
+        assert one.resolve_budget(f"{(need[row.name] - 1) / 1024}KiB") != row.subnetwork
 
 
 def test_extracted(model, variant):
@@ -197,17 +220,18 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
         loss, before = (mean_loss(one, one.resolve_budget(row.name), [data]) for one in (model, plain))
         assert loss < before or row.name not in {owner.name for owner in model.model.owners}
     assert len(model.model.owners) >= 2
-    for owner in model.model.owners:
-        own = sum(
-            p.numel() for n, p in own_parameters(model).items() if f"corrections.{model.model.owners.index(owner)}" in n
-        )
-        assert own <= 0.07 * count_parameters(model.config, owner.subnetwork, embeddings=False)
+    for owner in model.model.owners:  # which fits its budget with what it owns
+        size, own = count_parameters(model.config, owner.subnetwork, embeddings=False), owner.parameters(model.config)
+        assert own <= 0.05 * size
+        assert size + own <= float(owner.name) * model.config.parent_size() or owner.name == "0.15"
     model.export(tmp_path)
     assert verify(tmp_path)["rows"] == ["0.15", "0.35", "0.6", "everything"]
     small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="0.6")
     assert difference(logits(small), logits(model, "0.6")) < 1e-5
     write_model_card(model, tmp_path)
-    assert "own corrections, which loading at a size folds into its weights" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "corrections, which loading at a size folds into its weights" in card
+    assert all(f"owns {owner.parameters(model.config):,} parameters" in card for owner in model.model.owners)
 
 
 @pytest.mark.parametrize(("data", "share"), [("weights", 0.03), (IDS, -0.1), (IDS, 1.0)])

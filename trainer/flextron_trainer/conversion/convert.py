@@ -112,7 +112,8 @@ def convert(
             ones. False chooses each by itself, where sizes are too few for both that and the budgets.
         corrections: Part of its non-embedding parameters that a row may own beside the shared weights, such as 0.03:
             low-rank corrections of what its layers write, fitted to the parent where that lowers the loss on the last
-            eighth of the calibration data (docs/method.md). They are folded in where the row is loaded or extracted.
+            eighth of the calibration data (docs/method.md). They are folded in where the row is loaded or extracted,
+            and `budgets` limit a row together with them.
         rotate: Turn the residual stream into its principal axes first, so that smaller sizes of `hidden` keep more of
             it. For models with RMS norms; embeddings that are tied to the output are untied, and adapters of the
             parent do not fit. The full network stays the same but for rounding.
@@ -217,7 +218,7 @@ def convert(
         else:
             found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order], files)
             if order == "auto":
-                slices = _rows_by_size(elastic.config, named, nested)
+                slices = _rows_by_size(elastic.config, named, nested, corrections)
                 record["order"] = order = _best_order(elastic, found, slices, sort, held_out)
             sort(found[order])
         if batches:
@@ -228,11 +229,11 @@ def convert(
         if not uniform and metrics is not None:
             record["rows"] = {"predicted": True}
             losses = predicted_losses(elastic, sorted_moments(elastic, fitted, files), metrics, corrections)
-            elastic.config.frontier = rows_by_prediction(elastic.config, named, losses)
+            elastic.config.frontier = rows_by_prediction(elastic.config, named, losses, corrections)
         else:
             loss = TextLoss(elastic, rows) if rows else None
-            elastic.config.frontier = choose_rows(elastic.config, named, loss, nested)
-            record |= _searched(elastic, named, loss, search_evaluations, seed)
+            elastic.config.frontier = choose_rows(elastic.config, named, loss, nested, corrections)
+            record |= _searched(elastic, named, loss, search_evaluations, seed, corrections)
         elastic.config.conversion = record
         if corrections:
             inputs = sorted_moments(elastic, fitted, files)
@@ -261,7 +262,12 @@ def _best_order(
 
 
 def _searched(
-    elastic: FlextronForCausalLM, named: dict[str, Any], loss: TextLoss | None, evaluations: int, seed: int
+    elastic: FlextronForCausalLM,
+    named: dict[str, Any],
+    loss: TextLoss | None,
+    evaluations: int,
+    seed: int,
+    corrections: float,
 ) -> dict[str, Any]:
     """Give the model what a search finds that starts at its rows; return what that and the rows took, by its name."""
     if loss is None:
@@ -269,18 +275,20 @@ def _searched(
     if not evaluations:
         return {"rows": loss.effort()}
     searched = TextLoss(elastic, loss.batches, loss.known)
-    elastic.config.frontier = search_rows(elastic.config, elastic.config.frontier, named, searched, evaluations, seed)
+    elastic.config.frontier = search_rows(
+        elastic.config, elastic.config.frontier, named, searched, evaluations, seed, corrections
+    )
     effort = searched.effort()
     logger.info("The search: {evaluations:,} evaluations of {tokens:,} tokens together, {full_size_tokens:,}"
                 " at full size.".format(**effort))  # fmt: skip
     return {"rows": loss.effort(), "search": effort}
 
 
-def _rows_by_size(config: FlextronConfig, named: dict[str, Any], nested: bool) -> list[SubNetwork]:
+def _rows_by_size(config: FlextronConfig, named: dict[str, Any], nested: bool, corrections: float) -> list[SubNetwork]:
     """The largest sub-networks within the budgets, the full one left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rows that are kept say what is wrong with the budgets
-        rows = choose_rows(config, named, None, nested=nested)
+        rows = choose_rows(config, named, None, nested, corrections)
     return [subnetwork for subnetwork in held(rows).values() if subnetwork != config.built]
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from modeling_flextron.corrections import Owner, owned_names, owner_number
+from modeling_flextron.corrections import owned_names, owner_number
 from modeling_flextron.families import is_shared
 from modeling_flextron.frontier import held
-from modeling_flextron.subnetwork import SubNetwork
+from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
 from ..blockwise import BlockRecipe, distill_blocks
 from ..layerwise import ModelBlocks, Text
-from .moments import PLACES, Read, matrix_name
+from .moments import Read
 from .reconstruction import Corrections, from_inputs, within
 from .rows import mean_loss
 
@@ -59,7 +59,11 @@ def add_corrections(
     for name, row in reversed(rows.items()):
         # Each layer reads what the parent's layers write.
         first = found.get(name) or within(model, row, batches, share, sequential=False, metrics=metrics)
-        ways = (first, within(model, row, batches, share, metrics=metrics, **SEQUENTIAL))
+        second = within(model, row, batches, share, metrics=metrics, **SEQUENTIAL)
+        most = share * count_parameters(model.config, row, embeddings=False)
+        ways = [
+            way for way in (first, second) if way.owner(name, row).parameters(model.config) <= most
+        ]  # norms may be too much
         best, losses[name] = _best(model, name, row, ways, held_out)
         if best is not None:
             fitted[name] = row, best
@@ -129,7 +133,7 @@ def put_corrections(model: Any, fitted: Mapping[str, tuple[SubNetwork, Correctio
         model: A `FlextronForCausalLM`.
         fitted: Name of a row -> its sizes and its corrections, the smallest row first.
     """
-    owners = [Owner(name, subnetwork, _ranks(found, subnetwork)) for name, (subnetwork, found) in fitted.items()]
+    owners = [found.owner(name, subnetwork) for name, (subnetwork, found) in fitted.items()]
     model.config.corrections = [owner.to_dict() for owner in owners] or None
     model.model.set_owners(owners)
     parameters = dict(model.named_parameters())
@@ -141,12 +145,3 @@ def put_corrections(model: Any, fitted: Mapping[str, tuple[SubNetwork, Correctio
             values: Any = found.low_rank[name] if len(own) == 2 else (found.vectors.get(name, parameter),) * len(own)
             for part, value in zip(own, values, strict=True):
                 part.copy_(value[: len(part)])
-
-
-def _ranks(found: Corrections, subnetwork: SubNetwork) -> dict[str, tuple[int, ...]]:
-    """Projection -> rank of its correction in each kept layer."""
-    ranks = {name: up.shape[1] for name, (up, _) in found.low_rank.items()}
-    return {
-        place.rpartition(".")[2]: tuple(ranks.get(matrix_name(i, axis), 0) for i in subnetwork.layers)
-        for axis, place in PLACES.items()
-    }

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from modeling_flextron.corrections import Owner
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
@@ -44,11 +45,14 @@ class Corrections:
     low_rank: dict[str, tuple[torch.Tensor, torch.Tensor]]
     vectors: dict[str, torch.Tensor]
 
-    def parameters(self) -> int:
-        """Count the numbers that the row owns."""
-        return sum(up.numel() + down.numel() for up, down in self.low_rank.values()) + sum(
-            vector.numel() for vector in self.vectors.values()
-        )
+    def owner(self, name: str, subnetwork: SubNetwork) -> Owner:
+        """The row of this name and these sizes with them; its norms are its own whether or not they were fitted."""
+        found = {name: up.shape[1] for name, (up, _) in self.low_rank.items()}
+        ranks = {
+            place.rpartition(".")[2]: tuple(found.get(matrix_name(layer, axis), 0) for layer in subnetwork.layers)
+            for axis, place in PLACES.items()
+        }
+        return Owner(name, subnetwork, ranks)
 
     def cut(self, ranks: Mapping[str, int]) -> "Corrections":
         """Cut each to a lower rank."""
@@ -260,7 +264,7 @@ def within(
 
     Args:
         model, subnetwork, batches: As in `reconstruct`.
-        share: Of the row's parameters, norms included. Too little for the norms alone gives these.
+        share: Of the row's parameters, norms included. Too little for its norms gives these alone.
         how: Options of `reconstruct`.
     """
     full, gains = reconstruct(model, subnetwork, batches, share=share, **how)
@@ -320,5 +324,5 @@ def _ranks(
 ) -> dict[str, int]:
     """Ranks of the corrections of a row with which it owns at most `share` of its parameters."""
     costs = {name: len(up) + down.shape[1] for name, (up, down) in full.low_rank.items()}
-    own = sum(vector.numel() for vector in full.vectors.values())
-    return allocate(gains, costs, share * count_parameters(model.config, subnetwork, embeddings=False) - own)
+    norms = Corrections({}, {}).owner("", subnetwork).parameters(model.config)
+    return allocate(gains, costs, share * count_parameters(model.config, subnetwork, embeddings=False) - norms)

@@ -19,7 +19,9 @@ from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.subnetwork import (
     AXES,
     Cost,
+    bytes_per_value,
     flops_per_token,
+    parameters_of,
     smallest_subnetwork,
     uniform_subnetworks,
 )
@@ -73,6 +75,7 @@ def choose_rows(
     budgets: dict[str, Any],
     loss: Callable[[SubNetwork], float] | None,
     nested: bool = True,
+    corrections: float = 0.0,
 ) -> list[FrontierRow]:
     """The full network, called "1" where no budget means it, and one uniform sub-network for each budget.
 
@@ -86,9 +89,10 @@ def choose_rows(
         budgets: Name of a row -> its budget; see `named_budgets`.
         loss: Of a sub-network, on text.
         nested: False chooses each row by itself.
+        corrections: As in `limit_of`.
     """
     uniform = uniform_subnetworks(config)
-    limits = {name: limit_of(config, budget) for name, budget in budgets.items()}
+    limits = {name: limit_of(config, budget, corrections) for name, budget in budgets.items()}
     names = sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built))  # the largest first
     uses = []
     for name in names:
@@ -117,6 +121,7 @@ def search_rows(
     loss: Callable[[SubNetwork], float],
     evaluations: int,
     seed: int = 0,
+    corrections: float = 0.0,
 ) -> list[FrontierRow]:
     """The rows, or what a search within their budgets finds that is better: its layers differ, and it need not nest.
 
@@ -127,13 +132,14 @@ def search_rows(
         loss: Of a sub-network, on text.
         evaluations: How many losses each search asks for.
         seed: Of the searches.
+        corrections: As in `limit_of`.
     """
     found = []
     for row in rows:
         best = row.subnetwork
         assert best is not None
         if row.name in budgets and best != config.built:
-            cost, limit = limit_of(config, budgets[row.name])
+            cost, limit = limit_of(config, budgets[row.name], corrections)
             if cost(best) <= limit:
                 other, value = search(
                     config, loss, limit, cost=cost, start=best, evaluations=evaluations, seed=seed,
@@ -250,11 +256,22 @@ def warn_of_same(name: str) -> None:
     warnings.warn(f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=4)
 
 
-def limit_of(config: FlextronConfig, budget: Any) -> tuple[Cost, float]:
-    """Read a budget: the cost that it limits, and the limit."""
+def limit_of(config: FlextronConfig, budget: Any, corrections: float = 0.0) -> tuple[Cost, float]:
+    """Read a budget: the cost that it limits, and the limit.
+
+    Args:
+        config: Of the elastic model.
+        budget: Of parameters or memory.
+        corrections: Part of its non-embedding parameters that a row may own besides, which counts in its cost. Of the
+            full network, which owns nothing, only what it is.
+    """
     parsed = parse_budget(budget)
-    whole = config.parent_size() if parsed.kind == "fraction" else 1
-    return cost_of(config, parsed.kind, budget), parsed.value * whole
+    limit = parsed.value * (config.parent_size() if parsed.kind == "fraction" else 1)
+    cost = cost_of(config, parsed.kind, budget)
+    if corrections and cost(config.built) > limit:
+        size = bytes_per_value(config.dtype) if parsed.kind == "memory" else 1
+        cost += parameters_of(config, embeddings=False) * (corrections * size)
+    return cost, limit
 
 
 @torch.no_grad()

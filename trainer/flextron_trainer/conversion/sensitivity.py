@@ -150,7 +150,10 @@ def _missed(moments: Moments, weight: torch.Tensor, metric: torch.Tensor, rank: 
 
 
 def rows_by_prediction(
-    config: FlextronConfig, budgets: Mapping[str, Any], losses: Mapping[str, list[list[float]]]
+    config: FlextronConfig,
+    budgets: Mapping[str, Any],
+    losses: Mapping[str, list[list[float]]],
+    corrections: float = 0.0,
 ) -> list[FrontierRow]:
     """The full network, and for each budget the sub-network of which least is predicted to be lost.
 
@@ -161,6 +164,7 @@ def rows_by_prediction(
         config: Of the elastic model.
         budgets: Name of a row -> its budget, see `named_budgets`.
         losses: Of `predicted_losses`.
+        corrections: As in `limit_of`.
     """
 
     def lost(candidate: Candidate) -> float:
@@ -182,7 +186,7 @@ def rows_by_prediction(
         # Nothing is known of `hidden`: it goes last.
         return min(steps, key=lambda s: (s[0].axis == "hidden", more_lost(candidate, s[0]) / (abs(s[1]) or 1)))[0]
 
-    limits = {name: limit_of(config, budget) for name, budget in budgets.items()}
+    limits = {name: limit_of(config, budget, corrections) for name, budget in budgets.items()}
     smallest, outer = smallest_subnetwork(config), config.built
     rows: list[FrontierRow] = []
     for name in sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built)):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, SubNetwork
+from modeling_flextron.corrections import parameters_beside
 from modeling_flextron.frontier import held
 from modeling_flextron.level_reader import empty_model
 from modeling_flextron.subnetwork import bytes_per_value, count_parameters, flops_per_token, smallest_subnetwork
@@ -112,7 +113,7 @@ def plan_memory(
     size, built = 4 if learns and args.float32_weights else bytes_per_value(dtype or config.dtype), config.built
     tokens = args.per_device_train_batch_size * sequence_length
     half = args.bf16 or args.fp16
-    count = count_parameters(config, built)
+    count = count_parameters(config, built) + parameters_beside(config, config.owners(), built)
     head = config.vocab_size * built.hidden
     share = args.world_size if sharded else 1
     wide = args.stage != "router" or args.router_method != "surrogate"  # else one layer's activations at a time
