@@ -432,7 +432,8 @@ with model.at_budget({small}):
 model.set_budget({small})  # from now on
 model.set_budget(None)  # everything again"""
     draft = f"outputs = model.generate(**inputs, max_new_tokens=20, assistant_model=model.share({small}))"
-    causal_part = CAUSAL.format(draft=_block(draft), export=_block(_export(model, repo, tokenizer))) if causal else ""
+    export = _export(model, repo, tokenizer is not None)
+    causal_part = CAUSAL.format(draft=_block(draft), export=_block(export)) if causal else ""
     return {"load": _block(load), "switch": _block(switch), "causal": causal_part}
 
 

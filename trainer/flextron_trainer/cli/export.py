@@ -1,7 +1,6 @@
 """`flextron export`."""
 
 import sys
-from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -18,17 +17,7 @@ from .options import (
     print_result,
 )
 
-
-class Format(str, Enum):
-    """What `--format` takes."""
-
-    levels = "levels"
-    plain = "plain"
-    dense = "dense"
-    gguf = "gguf"
-    onnx = "onnx"
-    executorch = "executorch"
-    openvino = "openvino"
+FORMATS = ("levels", "plain", "dense", "gguf", "onnx", "executorch", "openvino")
 
 
 def export(
@@ -36,7 +25,7 @@ def export(
     output: Output,
     budget: Budget = None,
     format: Annotated[
-        Format | None, typer.Option(help="By default levels; for dense, plain and gguf as below.")
+        str | None, typer.Option(help="One of levels (default), plain, dense, gguf, onnx, executorch and openvino.")
     ] = None,
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
     pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
@@ -69,8 +58,10 @@ def export(
     from ..models import load_elastic
 
     different_folders(model, output)
+    if format not in (None, *FORMATS):
+        raise invalid("format", format, f"It is one of {', '.join(FORMATS)}.", "Pick one of them.")
     flags = {"dense": dense, "gguf": gguf, "plain": plain}
-    kinds = {name for name, given in flags.items() if given} | ({format.value} if format else set())
+    kinds = {name for name, given in flags.items() if given} | ({format} if format else set())
     if len(kinds) > 1:
         remedy = f"Pass --{' or --'.join(name for name in flags if name in kinds)}." if format is None else "Pass one."
         raise invalid("format", sorted(kinds), "An export has one format.", remedy)

@@ -147,8 +147,8 @@ def train(
         rows = mixed(list(named.values()), shares, seed)
         if streaming:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        settings: dict[str, Any] = {"resume": resume, "teacher": teacher, "eval_dataset": eval_dataset or None}
-        trained, kept, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **settings)
+        options: dict[str, Any] = {"resume": resume, "teacher": teacher, "eval_dataset": eval_dataset or None}
+        trained, kept, errors = train_folder(local_folder(model), arguments, rows, collator(tokenizer), **options)
         tokenizer.save_pretrained(arguments.output_dir)
         write_model_card(trained, arguments.output_dir)
         kept.remove()

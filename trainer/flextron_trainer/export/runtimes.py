@@ -69,7 +69,10 @@ def export_program(
     from transformers.exporters import AutoExportConfig, AutoHfExporter, ExportedModel
 
     model = load_elastic(source, flextron_budget=subnetwork.to_dict(), dtype=torch.float32).eval()
-    settings = {"export_format": kind, "dynamic_shapes": _dynamic_shapes(config, len(subnetwork.layers), kind)}
+    settings: dict[str, Any] = {
+        "export_format": kind,
+        "dynamic_shapes": _dynamic_shapes(config, len(subnetwork.layers), kind),
+    }
     if kind == "openvino":
         settings["stateful"] = False  # the cache is an input and an output everywhere
     plan = AutoExportConfig.from_dict(settings)
