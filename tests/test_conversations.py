@@ -255,6 +255,13 @@ def test_templates_that_are_refused(template, message):
         documents_of(template, CHATS[0], "row")
 
 
+def test_what_nothing_asked_for_is_no_answer(tokenizer):
+    with pytest.raises(ValueError, match="no answer in it that follows a message"):
+        documents_of(tokenizer, {"messages": says("a", "b", "c")[1:]}, "row")
+    with pytest.raises(ValueError, match="Only a fast tokenizer"):
+        documents_of(object(), CHATS[0], "row")
+
+
 def test_text_is_no_conversation(tokenizer):
     rows = datasets.Dataset.from_dict({"text": WORDS})
     with pytest.raises(ValueError, match=r"`assistant_only`=True .*Text has no answers"):

@@ -66,7 +66,12 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     settings = {"PARENT": "parent", "TEXT": "text", "STEPS": 2, "LENGTH": 16}
     for name, value in settings.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (EXAMPLES.parent, EXAMPLES.parent / "trainer"))))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join(map(str, (EXAMPLES.parent, EXAMPLES.parent / "trainer")))
+        + os.pathsep
+        + os.environ.get("PYTHONPATH", ""),
+    )
     notebook = nbformat.read(EXAMPLES / "elastic_in_ten_minutes.ipynb", as_version=4)
     client.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "elastic" / "modeling_flextron.py").is_file()

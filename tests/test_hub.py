@@ -12,11 +12,11 @@ import datasets
 import pytest
 from helpers import elastic_of, parent_of, run_python
 from hub_server import HubServer, Repo
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitOperationDelete, ModelCard
 from planted import plant
 
 from flextron_trainer.measuring.loading import fetched_bytes
-from modeling_flextron.hub import files_of
+from modeling_flextron.hub import commit_files, files_of
 from modeling_flextron.permutation import FILE as PERMUTATION
 
 PUSH = """
@@ -67,6 +67,8 @@ tokenizer.save_pretrained("saved")
 plant(Path("saved"), Path("marker").resolve())
 done["command"] = flextron("push", "saved", "me/private", "--private", "--commit-message", "by command", "--tag", "cli")
 push("fourth")
+done["sizes"] = flextron("sizes", "me/elastic", "--context", 16, "--device", "cpu")
+done["fetched"] = sorted(path.suffix for path in Path(HF_HUB_CACHE, "models--me--elastic").rglob("snapshots/*/*"))
 
 run = trainer(
     "run", model=elastic, teacher=None, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1,
@@ -76,8 +78,6 @@ run.processing_class = tokenizer
 run.train()
 run.evaluate()
 run.push_to_hub(tags=["trained"])
-done["sizes"] = flextron("sizes", "me/trained", "--context", 16, "--device", "cpu")
-done["fetched"] = [str(path) for path in Path(HF_HUB_CACHE, "models--me--trained").rglob("*.safetensors")]
 done["generated"] = flextron("generate", "me/trained", "def main", "--max-new-tokens", 1, "--budget", "0.35")
 done["verified"] = flextron("verify", "me/trained")
 
@@ -280,6 +280,15 @@ class TestPush:
         assert "tokenizer.json" in files and "- `max_steps`: `3`" in card.text and "trained" in card.data.tags
 
 
+def test_sizes_of_a_hub_id(hub, pushed):
+    """Of the config and the indices alone."""
+    assert set(pushed["fetched"]) == {".json"}
+    rows = {row["name"]: row["download"] for row in pushed["sizes"]["rows"]}
+    shards = [content for path, content in hub.files("me/elastic").items() if path.startswith("model.level")]
+    assert rows["1"] == sum(len(content) for content in shards if not content.startswith(b"{"))
+    assert list(rows.values()) == sorted(rows.values(), reverse=True)
+
+
 def test_bench_takes_a_hub_id(pushed):
     """And loads of a budget are downloads of its own bytes."""
     result, family = pushed["bench"], pushed["home"] / "family"
@@ -343,3 +352,17 @@ def test_offline(hub, pushed, loaded):
     assert done["main"] == pytest.approx(pushed["fourth"]["logits"], abs=1e-5)
     assert "`from_pretrained('me/private', flextron_budget='0.6')` fetches them" in done["larger"]
     assert "couldn't find them in the cached files" in done["never"] and len(hub.requests) == before
+
+
+def test_a_push_deletes_scores_that_no_longer_hold(tmp_path, monkeypatch):
+    """With the card, which says the same; files of others stay."""
+    path = tmp_path / "README.md"
+    path.touch()
+    ours = [".eval_results/flextron-0-1.yaml", ".eval_results/flextron-1-0.5.yaml"]
+    there = [*ours, ".eval_results/other.yaml", "README.md"]
+    monkeypatch.setattr("modeling_flextron.hub.list_repo_files", lambda *args, **kwargs: there)
+    monkeypatch.setattr("modeling_flextron.hub.create_commit", lambda repo, operations, **kwargs: operations)
+    *_, deleted = commit_files({"README.md": path, ours[0]: path}, "me/elastic")
+    assert isinstance(deleted, CommitOperationDelete) and deleted.path_in_repo == ours[1]
+    kept = commit_files({"last-checkpoint/config.json": path}, "me/elastic")
+    assert [operation.path_in_repo for operation in kept] == ["last-checkpoint/config.json"]

@@ -76,7 +76,7 @@ def parsed(recipe, *given):
     """The training arguments that `flextron train --preset` makes of a recipe."""
     parser = HfArgumentParser(FlextronTrainingArguments)
     parser.set_defaults(**as_defaults(recipe))
-    return parser.parse_args_into_dataclasses(given)[0]
+    return parser.parse_args_into_dataclasses(list(given))[0]
 
 
 def test_recipes_are_arguments_of_the_trainer(preset, tmp_path):

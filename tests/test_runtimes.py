@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import elastic_of, flextron, parent_of
+from tokenizers import Regex, Tokenizer, models, normalizers
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
 from transformers import MistralConfig, MistralForCausalLM
 
 from flextron_trainer.demo import train_tokenizer
+from flextron_trainer.export.gguf import ONE_DIGIT, THREE_DIGITS, pre_tokenizer
 from flextron_trainer.export.runtimes import PACKAGES, difference, empty_cache
 from modeling_flextron import FlextronForCausalLM
 
-LAYERS = {"mlp": [96, 48], "heads": [4, 2]}
+BYTES, PLAIN_BYTES = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
+DIGITS = Sequence([Digits(individual_digits=True), BYTES])
+
+
+def words(pattern: str, behavior: str = "isolated") -> Sequence:
+    return Sequence([Split(Regex(pattern), behavior), PLAIN_BYTES])
+
+
+LAYERS = {"mlp": [96, 48], "heads": [8, 4]}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +52,7 @@ def test_a_program_computes_what_the_model_does(elastic, tmp_path, kind):
     model = FlextronForCausalLM.from_pretrained(elastic, flextron_budget=LAYERS)
     program = ExportedModel.from_pretrained(folder)
     assert difference(program, model) == result["largest_difference"]
-    cache = empty_cache(model)
-    cache.batch_repeat_interleave(3)
+    cache = empty_cache(model, batch=3)
     ids = torch.randint(300, (3, 9))
     with torch.no_grad():
         found = program(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache).logits
@@ -77,3 +87,40 @@ def test_what_a_program_cannot_hold(elastic, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             flextron("export", arguments[0], tmp_path / "refused", *arguments[1:])
     assert not Path(tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "merges_ignored", "normalizer"),
+    [
+        ("gpt-2", BYTES, False, None),
+        ("gpt-2", Sequence([BYTES]), False, None),
+        ("smollm", DIGITS, False, None),
+        ("llama-bpe", words(THREE_DIGITS), True, None),
+        ("qwen2", words(ONE_DIGIT), False, None),
+        ("qwen2", words(ONE_DIGIT), False, normalizers.NFC()),
+        (None, None, False, None),
+        (None, Whitespace(), False, None),
+        (None, ByteLevel(add_prefix_space=True), False, None),
+        (None, BYTES, False, normalizers.NFC()),
+        (None, BYTES, True, None),
+        (None, Sequence([Digits(individual_digits=False), BYTES]), False, None),
+        (None, Sequence([BYTES, Digits(individual_digits=True)]), False, None),
+        (None, Sequence([Digits(individual_digits=True), PLAIN_BYTES]), False, None),
+        (None, words(THREE_DIGITS), False, None),
+        (None, words(THREE_DIGITS, "removed"), True, None),
+        (None, words(ONE_DIGIT + "|x"), False, None),
+        (None, Sequence([Split(Regex(ONE_DIGIT), "isolated"), BYTES]), False, None),
+    ],
+)
+def test_how_a_tokenizer_splits_text_is_recognised_by_what_it_does(name, split, merges_ignored, normalizer):
+    tokenizer = Tokenizer(models.BPE(ignore_merges=merges_ignored))
+    if split is not None:
+        tokenizer.pre_tokenizer = split
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    vocabulary = json.loads(tokenizer.to_str())
+    if name is None:
+        with pytest.raises(ValueError, match="Only byte-level BPE that splits as"):
+            pre_tokenizer(vocabulary)
+    else:
+        assert pre_tokenizer(vocabulary) == name

@@ -40,6 +40,8 @@ if len(sys.argv) > 3:
     sys.exit()
 runs = [(name, "native", {}) for name in DENSE]
 runs += [("llama-dense-1", "Transformers backend", {"model_impl": "transformers"})]
+speculative = {"method": "draft_model", "model": str(WORK / "llama-dense-0.3"), "num_speculative_tokens": 3}
+runs += [("llama-dense-1", "native, with 0.3 as its draft", {"speculative_config": speculative})]
 runs += [(name, "our class, Transformers backend", {"trust_remote_code": True}) for name in OURS]
 for name, how, options in runs:
     command = [sys.executable, __file__, *sys.argv[1:3], name, json.dumps(options)]

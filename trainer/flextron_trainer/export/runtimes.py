@@ -106,10 +106,10 @@ def difference(program: Any, model: Any) -> float:
     return ((torch.cat(parts, dim=1) - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
-def empty_cache(model: Any) -> DynamicCache:
+def empty_cache(model: Any, batch: int = 1) -> DynamicCache:
     """A cache of no tokens, with which a program reads a prompt."""
-    cache = _inputs(model, batch=1, past=1, new=1)["past_key_values"]
-    cache.crop(0)
+    cache = _inputs(model, batch, past=1, new=1)["past_key_values"]
+    cache.crop(-1)  # the one token that it holds
     return cache
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from modeling_flextron import FlextronConfig
 from modeling_flextron.budgets import SHARE
 from modeling_flextron.errors import invalid
+from modeling_flextron.hub import retried
 from modeling_flextron.latency import LatencyTable, device_name, table_of
 from modeling_flextron.level_blocks import index_name
 from modeling_flextron.level_reader import row_bytes
@@ -105,7 +107,7 @@ def _downloads(source: str, config: FlextronConfig) -> dict[str, int]:
     with reading("model", source):
         if config.levels is not None:
             levels = (*range(len(config.levels["rows"])), None)
-            paths = [first_file(source, [index_name(level)], HUB_DEFAULTS) for level in levels]
+            paths = [retried(partial(first_file, source, [index_name(level)], HUB_DEFAULTS)) for level in levels]
             return row_bytes(Path(paths[0]).parent, config)
         try:
             index = json.loads(Path(first_file(source, [SAFE_WEIGHTS_INDEX_NAME], HUB_DEFAULTS)).read_text())
