@@ -3,6 +3,7 @@
     python benchmarks/bench_native.py                   # CPU, one thread, fp32 and bf16, about 15 minutes
     python benchmarks/bench_native.py --device cuda --rounds 60 --shapes 80M,1B
     python benchmarks/bench_native.py --rounds 5 --dtypes float32 --no-save     # a quick look
+    python benchmarks/bench_native.py --corrections 0.03 --dtypes float32    # the family with against without them
     python benchmarks/bench_native.py --rounds 60 --shapes trivial --tasks decode --no-save    # what Python costs
 
 The family "80M" has 82 M parameters (hidden 768, 12 layers, 12 query heads in 4 groups, MLP 2048, vocabulary 8192,
@@ -19,6 +20,7 @@ over rounds of time / time of the stock model in the same round. The last line i
 """
 
 import argparse
+import copy
 import json
 import tempfile
 
@@ -35,7 +37,8 @@ from flextron_trainer.measuring.bench import (
     tokens_per_second,
     variants_of,
 )
-from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, count_parameters
+from modeling_flextron.corrections import PROJECTIONS, Owner
 
 SHAPES = {
     "trivial": {
@@ -92,6 +95,33 @@ def training(model, extra, ids):
     return run
 
 
+def corrected(model: FlextronForCausalLM, sizes: dict, share: float) -> FlextronForCausalLM:
+    """A copy of a family in which a size owns corrections of this share of its parameters, of one rank everywhere."""
+    model = copy.deepcopy(model)
+    row, config = model.resolve_budget(sizes), model.config
+    one, none = (
+        Owner("row", row, dict.fromkeys(PROJECTIONS, (rank,) * len(row.layers))).parameters(config) for rank in (1, 0)
+    )
+    rank = int((share * count_parameters(config, row, embeddings=False) - none) / (one - none))
+    model.model.set_owners([Owner("row", row, dict.fromkeys(PROJECTIONS, (rank,) * len(row.layers)))])
+    return model.eval()
+
+
+def with_corrections(options: argparse.Namespace) -> None:
+    """Print what decoding with corrections takes, as a ratio to the same family without."""
+    for shape, dtype in ((s, d) for s in options.shapes.split(",") for d in options.dtypes.split(",")):
+        model = family(shape, getattr(torch, dtype), options.device)
+        for size, sizes in SIZES[shape].items():
+            models = {"plain": model, "control": model, "corrected": corrected(model, sizes, options.corrections)}
+            for batch in (1, 8):
+                ids = torch.randint(0, model.config.vocab_size, (batch, 64), device=options.device)
+                extra = {"flextron_budget": model.resolve_budget(sizes)}
+                functions = {name: decoding(one, extra, ids) for name, one in models.items()}
+                ratios = against(interleaved(functions, options.rounds, options.device), "plain")
+                found = {name: ratios[name]["ratio"] for name in ("control", "corrected")}
+                print(json.dumps({"shape": shape, "dtype": dtype, "size": size, "batch": batch, **found}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -101,8 +131,11 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--tasks", default="prefill,decode,train")
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--corrections", type=float, default=0.0, help="share that a size owns; measures that alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.corrections:
+        return with_corrections(options)
 
     result = {"machine": machine(options.device), "rounds": options.rounds, "bars": BARS, "rows": []}
     result |= {"switching": {}, "speed": [], "slower": []}

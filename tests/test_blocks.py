@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import VARIANTS, elastic_of, flextron, let_tokens_choose, parent_of, run_python
 from training import arguments, rows, with_adapter
+from transformers import Trainer
 
 from flextron_trainer import FlextronTrainer, convert
-from flextron_trainer.blockwise import BlockRecipe, States, Streams, distill_blocks
+from flextron_trainer.blockwise import BlockRecipe, States, Streams, _learning, decay_groups, distill_blocks
 from flextron_trainer.data import collator
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.layerwise import ModelBlocks, Text
@@ -304,3 +305,22 @@ def test_what_has_no_gradients_does_not_learn():
     same = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
     assert {name for name in before if "layers.1." in name} <= same
     assert not any("layers.2.mlp" in name for name in same)
+
+
+def test_what_decays_is_what_decays_in_a_trainer():
+    for variant in ("gpt2", "qwen3"):
+        layer = elastic_of(variant).model.layers[0]
+        expected = set(Trainer.get_decay_parameter_names(None, layer))
+        matrices, vectors = decay_groups(list(layer.parameters()), 0.1)
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+        found = {name for name, p in layer.named_parameters() if any(p is one for one in matrices["params"])}
+        assert found == expected and len(matrices["params"]) + len(vectors["params"]) == len([*layer.parameters()])
+
+
+def test_every_weight_keeps_its_dtype():
+    layer = elastic_of("gqa-wide-heads").to(torch.bfloat16).model.layers[0]
+    layer.input_layernorm.float()
+    before = {name: p.dtype for name, p in layer.named_parameters()}
+    with _learning(layer, "all") as parameters:
+        assert all(p.dtype == torch.float32 for p in parameters)
+    assert {name: p.dtype for name, p in layer.named_parameters()} == before

@@ -5,12 +5,15 @@ import importlib
 import pytest
 import torch
 from helpers import VARIANTS, difference, parent_of
+from transformers import LlamaConfig
 
 from flextron_trainer import convert
 from flextron_trainer.conversion.corrections import put_corrections
 from flextron_trainer.conversion.importance import measure
 from flextron_trainer.conversion.moments import (
     Moments,
+    _compacted,
+    _inverted,
     allocate,
     least_squares,
     low_rank,
@@ -19,8 +22,9 @@ from flextron_trainer.conversion.moments import (
     removal_order,
 )
 from flextron_trainer.conversion.orders import RANKINGS, best_order, rankings
+from flextron_trainer.conversion.plan import plan_conversion
 from flextron_trainer.conversion.reconstruction import from_inputs, input_moments, reconstruct, within
-from flextron_trainer.conversion.sizes import family_config
+from flextron_trainer.conversion.sizes import elastic_config, family_config
 from flextron_trainer.conversion.weights import take
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.subnetwork import smallest_subnetwork
@@ -197,7 +201,7 @@ def test_one_walk_fits_all_rows_as_walks_of_their_own_do(variant):
     model, _ = unsorted_of(variant)
     rows = {
         "a": SubNetwork(64, (0, 1, 2, 3), (96, 48, 24, 96), (4, 2, 4, 2)),
-        "b": SubNetwork(64, (0, 2), (32, 48), (2, 4)),
+        "b": SubNetwork(64, (0, 1, 2, 3), (32, 48, 24, 24), (2, 4, 4, 2)),
     }
     found = from_inputs(model, rows, input_moments(model, [DATA]), 0.1)
     for name, row in rows.items():
@@ -254,3 +258,40 @@ def test_moments_are_taken_of_no_more_tokens_than_fit_into_memory(monkeypatch):
     watched("rankings", module.rankings), watched("add_corrections", module.add_corrections)
     convert(parent_of("mha"), DATA, order="norms", corrections=0.05, budgets=[1, 0.6], sequence_length=24, batch_size=4)
     assert seen == [("rankings", 96), ("add_corrections", 96)]
+
+
+def test_an_order_of_units_takes_three_gigabytes_beside_the_moments():
+    """Of an 8B model, by plan, with the states of as many tokens as moments are taken of."""
+    config = elastic_config(
+        LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+            num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+        )
+    )  # fmt: skip
+    plan = plan_conversion(
+        config, dtype="bfloat16", device="cpu", calibrated=True, budgets=4, max_samples=64, sequence_length=512,
+        batch_size=1, search_evaluations=0, order="obs", corrections=0.0, offloaded=True,
+    )  # fmt: skip
+    assert plan.weights == 0 and plan.passes - 4 * config.intermediate_size**2 <= 3e9
+
+
+def test_an_inverse_and_what_is_left_of_it_take_no_more_memory():
+    matrix = torch.randn(40, 40, dtype=torch.float64)
+    matrix = matrix @ matrix.T + torch.eye(40)
+    expected, rows = torch.linalg.inv(matrix), torch.tensor([0, 3, *range(5, 38)])
+    inverse = _inverted(matrix)
+    assert inverse.data_ptr() == matrix.data_ptr()
+    torch.testing.assert_close(inverse, expected)
+    left = _compacted(inverse, rows, rows)
+    assert left.data_ptr() == matrix.data_ptr() and left.is_contiguous()
+    torch.testing.assert_close(left, expected[rows][:, rows])
+
+
+def test_the_layer_before_a_dropped_one_learns_what_that_one_did():
+    model, _ = unsorted_of("gqa-wide-heads")
+    full = model.built
+    row = SubNetwork(full.hidden, (0, 1, 3), full.mlp[:3], full.heads[:3])
+    fitted, _ = reconstruct(model, row, [DATA], sequential=False)
+    changes = {name: (up @ down).norm().item() for name, (up, down) in fitted.low_rank.items()}
+    most = changes.pop("model.layers.1.mlp.down_proj.weight")
+    assert all(10 * change < most for change in changes.values()), (most, changes)

@@ -313,6 +313,13 @@ def learning_parameters(layer: torch.nn.Module, parameters: str) -> list[torch.n
     return [p for name, p in own.items() if parameters == "all" or owner_number(name) is not None]
 
 
+def decay_groups(parameters: Sequence[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer for a layer: norms and biases, its only vectors, do not decay, as in a `Trainer`."""
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) is kind] for kind in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 def distill_blocks(
     blocks: Blocks, text: Text, recipe: BlockRecipe, *, kept: Kept | None = None, folder: Path | None = None
 ) -> dict[str, list[tuple[float, float]]]:
@@ -371,10 +378,12 @@ def _learn(
     errors = partial(_errors, number, layer, parts, streams, metric, recipe.autocast)
     sequences, r = streams.shape[0], recipe
     few = list(range(min(MEASURED, sequences)))
-    with _learning(layer, r.parameters, streams.blocks.dtype) as parameters:
+    with _learning(layer, r.parameters) as parameters:
         with torch.no_grad():
             before = {part.name: error.item() for part, error in errors(few)}
-        optimizer = torch.optim.AdamW(parameters, r.learning_rate, r.betas, r.epsilon, r.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            decay_groups(parameters, r.weight_decay), r.learning_rate, r.betas, r.epsilon, fused=True
+        )
         schedule = get_scheduler(
             r.scheduler, optimizer, r.warmup_steps, r.steps, scheduler_specific_kwargs=r.scheduler_kwargs
         )
@@ -415,9 +424,9 @@ def _errors(
 
 
 @contextmanager
-def _learning(layer: torch.nn.Module, parameters: str, dtype: torch.dtype) -> Iterator[list[torch.nn.Parameter]]:
+def _learning(layer: torch.nn.Module, parameters: str) -> Iterator[list[torch.nn.Parameter]]:
     """Let what learns of a layer have gradients, in float32; afterwards all is as before."""
-    asked = {name: p.requires_grad for name, p in layer.named_parameters()}
+    asked = {name: (p.requires_grad, p.dtype) for name, p in layer.named_parameters()}
     layer.float()
     found = learning_parameters(layer, parameters)
     layer.requires_grad_(False)
@@ -426,10 +435,11 @@ def _learning(layer: torch.nn.Module, parameters: str, dtype: torch.dtype) -> It
     try:
         yield found
     finally:
-        layer.to(dtype)
         for name, parameter in layer.named_parameters():
+            learns, dtype = asked[name]
             parameter.grad = None
-            parameter.requires_grad_(asked[name])
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(learns)
 
 
 def batches_of(sequences: int, recipe: BlockRecipe, number: int) -> Iterator[list[int]]:

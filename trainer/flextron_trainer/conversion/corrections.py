@@ -52,7 +52,8 @@ def add_corrections(
         Name of a row -> its loss without and with corrections.
     """
     rows = {name: row for name, row in held(model.config.frontier).items() if row != model.built}
-    wide = {name: row for name, row in rows.items() if row.hidden == model.built.hidden}
+    full = model.built.hidden, model.built.layers
+    wide = {name: row for name, row in rows.items() if (row.hidden, row.layers) == full}
     found = from_inputs(model, wide, inputs, share, metrics) if wide else {}
     fitted: dict[str, tuple[SubNetwork, Corrections]] = {}
     losses = {}

@@ -19,6 +19,7 @@ import torch
 PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the matrices that write into the residual stream
 RIDGE = 1e-2  # of the mean of the diagonal
 METRIC_RIDGE = 0.1  # the same, of a metric of outputs: no direction is free
+COMPACTED = 64  # rows that are copied at a time
 MOMENT_TOKENS = 32768  # that moments are taken of: the hidden states of all of them are in memory
 
 
@@ -54,8 +55,8 @@ class Moments:
         h = inputs.flatten(0, -2).to(self.inputs.dtype)
         y = outputs.flatten(0, -2).to(self.inputs.dtype)
         w = torch.ones_like(h[:, 0]) if weights is None else weights.flatten().to(h.dtype)
-        self.inputs += (h * w[:, None]).T @ h
-        self.cross += (y * w[:, None]).T @ h
+        self.inputs.addmm_((h * w[:, None]).T, h)
+        self.cross.addmm_((y * w[:, None]).T, h)
         self.input_sum += w @ h
         self.tokens += float(w.sum())
         self.count += len(h)
@@ -154,7 +155,8 @@ def removal_order(
     """Units in the order in which they are best kept: greedy, with the others making up for each that goes.
 
     Removing the columns `b` of `W` costs `tr(W_b (C^-1_bb)^-1 W_b^T)` when all others are fitted anew (Optimal Brain
-    Surgeon). What goes is taken out of `C^-1` and `W` before the next one is chosen, so one order serves every size.
+    Surgeon). What goes is taken out of `C^-1` and `W` before the next one is chosen, so one order serves every size. In
+    memory are these two alone, in float64.
 
     Args:
         inputs: `[K, K]`, second moments of the columns.
@@ -167,8 +169,8 @@ def removal_order(
     Returns:
         `[U]`, numbers of units, the best one first.
     """
-    w = weight.double().clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised(inputs, ridge)))
+    w = weight.to(torch.float64, copy=True)
+    inverse = _inverted(regularised(inputs, ridge))
     size = units.shape[1]
     chunk = chunk or (max(1, len(units) // 96) if size == 1 else 1)
     alive = torch.arange(len(units), device=units.device)
@@ -179,7 +181,7 @@ def removal_order(
     while len(alive):
         count = min(chunk, len(alive))
         if size == 1:
-            costs = w.square().sum(0) / inverse.diagonal()
+            costs = torch.linalg.vector_norm(w, dim=0).square() / inverse.diagonal()
         else:
             blocks = inverse.view(len(alive), size, len(alive), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             parts = w.view(len(w), len(alive), size).permute(1, 2, 0)  # [U, e, D]
@@ -191,7 +193,25 @@ def removal_order(
         b, rest = places[out].flatten(), places[kept].flatten()
         # Those left make up for what goes, and the inverse becomes that of their own moments.
         solved = torch.linalg.solve(inverse[b][:, b], inverse[b][:, rest])
-        w = w[:, rest] - w[:, b] @ solved
-        inverse = inverse[rest[:, None], rest].addmm_(inverse[rest[:, None], b], solved, alpha=-1)
+        read, written = inverse[rest[:, None], b], w[:, b]
+        w = _compacted(w, torch.arange(len(w), device=w.device), rest).addmm_(written, solved, alpha=-1)
+        inverse = _compacted(inverse, rest, rest).addmm_(read, solved, alpha=-1)
         alive = alive[kept]
     return torch.cat(gone).flip(0)
+
+
+def _inverted(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse of a positive definite matrix `[K, K]`, in its place."""
+    columns = matrix.T  # LAPACK works on columns, without a copy where they are contiguous
+    torch.linalg.cholesky(columns, out=columns)
+    torch.cholesky_inverse(columns, out=columns)
+    return matrix
+
+
+def _compacted(matrix: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """`matrix[rows][:, columns]` at the beginning of the memory of a contiguous matrix; both ascend."""
+    small = matrix.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
+    for start in range(0, len(rows), COMPACTED):  # no row moves to where one lies that is still to be read
+        part = slice(start, start + COMPACTED)
+        small[part] = matrix[rows[part]].index_select(1, columns)
+    return small

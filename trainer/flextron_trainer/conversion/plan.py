@@ -19,7 +19,7 @@ from .sensitivity import SENSITIVITY_TOKENS
 
 GIB = 2**30
 STATES = 3  # of all tokens that are walked with: before a layer, between its halves, behind it
-SQUARES = 3  # [K, K] in float64 while the units that a matrix reads are ordered
+SQUARES = 3  # [K, K] in float64 while corrections are fitted, or losses predicted
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,10 @@ def plan_conversion(
     logits = 3 * 4 * config.vocab_size * min(LOSS_CHUNK, batch)
     algebra, read = 0, (config.intermediate_size, built.heads[0] * config.head_dim)
     states = STATES * size * moments * config.hidden_size
-    if ordered or corrections or not uniform:
-        algebra = SQUARES * 8 * max(read) ** 2
+    if ordered:  # the moments, their inverse, and the matrix
+        algebra = (4 + 8) * max(read) ** 2 + 8 * max(read) * config.hidden_size
+    if corrections or not uniform:
+        algebra = max(algebra, SQUARES * 8 * max(read) ** 2)
     kept = 4 * config.num_hidden_layers * sum(size**2 for size in read) if ordered and keeps_moments else 0
     if not calibrated:
         tokens, layer, logits, algebra, states, kept = dict.fromkeys(tokens, 0), 0, 0, 0, 0, 0

@@ -23,7 +23,7 @@ from modeling_flextron.corrections import Owner
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
-from ..layerwise import ModelBlocks, Text, observed, run_half, surroundings
+from ..layerwise import ModelBlocks, Text, observed, run_half, run_layer, surroundings
 from .moment_files import MomentFiles
 from .moments import PLACES, RIDGE, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
 
@@ -140,6 +140,8 @@ def _fits(
 ) -> Iterator[tuple[str, Moments, torch.Tensor]]:
     """Walk through the layers of the parent and of a row side by side, and show each matrix of the row its moments.
 
+    The layer before a dropped one is to write what that one wrote, too (ReplaceMe does this linearly).
+
     Whoever iterates puts the matrix that the row is to run into `answers` under its name before the next step.
 
     Yields:
@@ -165,16 +167,16 @@ def _fits(
         return outputs
 
     for i, layer in enumerate(tqdm(decoder.layers, desc="Reconstructing", unit="layer", leave=False)):
+        if i not in at:
+            continue  # the layer before has run it
         prefix = f"model.layers.{i}"
         o, down = layer.self_attn.o_proj, layer.mlp.down_proj
         # the parent, which is what the row is to become
         middle = [run_half(blocks, layer, "heads", states, states)[1] for states in parent]
         after = [run_half(blocks, layer, "mlp", *both)[1] for both in zip(parent, middle, strict=True)]
-        if i not in at:
-            parent = after
-            if not sequential:
-                reduced = [states[..., :d] for states in parent]
-            continue
+        following = next((kept for kept in subnetwork.layers if kept > i), len(decoder.layers))
+        for dropped in decoder.layers[i + 1 : following]:  # what they do is for this one to make up for
+            after = [run_layer(blocks, dropped, states) for states in after]
         heads, mlp = subnetwork.heads[at[i]], subnetwork.mlp[at[i]]
         start = reduced
         for axis, module, aims in (("heads", o, middle), ("mlp", down, after)):
@@ -284,7 +286,8 @@ def from_inputs(
 ) -> dict[str, Corrections]:
     """`within(sequential=False)` of several rows at once, which keep all of `hidden`: one walk serves all of them.
 
-    What such a row reads in a layer is a part of what the parent reads, so second moments of the latter say it all.
+    What such a row reads in a layer is a part of what the parent reads, so second moments of the latter say it all. But
+    for what dropped layers did, which `within` also fits.
 
     Args:
         model: A `FlextronForCausalLM`, its units sorted.
