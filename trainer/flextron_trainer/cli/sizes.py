@@ -1,11 +1,10 @@
 """`flextron sizes`."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from .options import Device, Model, device_or_default, dtype_named, print_result
+from .options import Device, Model, command, device_or_default, dtype_named, print_result
 
 
 def sizes(
@@ -37,7 +36,8 @@ def sizes(
     free = free_memory(where)
     rows = sizes_here(model, config, where.type, free, contexts_of(config, context), chosen)
     name = str(chosen or "float32").removeprefix("torch.")
-    print(
-        f"{table_of_sizes(rows)}\n\n{in_units(free)} are free on {where}; bytes of memory in {name}.", file=sys.stderr
-    )
-    print_result(model=model, device=str(where), free=free, dtype=name, rows=rows)
+    told = f"{in_units(free)} are free on {where}; memory is that of {name}."
+    print_result(
+        command("generate", model, "Once upon a time", "--budget", "fit"), tables=[table_of_sizes(rows), told],
+        model=model, device=str(where), free=free, dtype=name, rows=rows,
+    )  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from rich.table import Table
+from rich.text import Text
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_flextron import FlextronConfig
@@ -18,7 +20,6 @@ from modeling_flextron.latency import LatencyTable, device_name, table_of
 from modeling_flextron.level_blocks import index_name
 from modeling_flextron.level_reader import row_bytes
 from modeling_flextron.loading import HUB_DEFAULTS, first_file
-from modeling_flextron.markdown import code, plain, table_of_cells
 from modeling_flextron.memory import in_units
 from modeling_flextron.model_card import figure_cell, is_figure
 from modeling_flextron.subnetwork import kv_cache_bytes, weight_bytes
@@ -74,23 +75,26 @@ def sizes_here(
     return rows
 
 
-def table_of_sizes(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `sizes_here` as a table."""
+def table_of_sizes(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of `sizes_here` as a table for people."""
     fixed = ("name", "parameters", "download", "memory", "fits_tokens", "tokens_per_second")
     figures = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in fixed]
     figures = [name for name in figures if not name.endswith("_stderr")]
     speed = any("tokens_per_second" in row for row in rows)
     heads = ["row", "parameters", "download", *(f"memory, {context:,} tokens" for context in rows[0]["memory"])]
-    heads += ["fits now", *map(plain, figures), *(["tokens/s"] if speed else [])]
-    lines = []
+    heads += ["fits now", *figures, *(["tokens/s"] if speed else [])]
+    table = Table(heads[0])
+    for head in heads[1:]:
+        table.add_column(Text(head), justify="right")
     for row in rows:
-        line = [code(row["name"]), f"{row['parameters']:,}"]
+        line = [row["name"], f"{row['parameters']:,}"]
         line.append("unknown" if row["download"] is None else in_units(row["download"]))
         line += map(in_units, row["memory"].values())
         line.append("no" if row["fits_tokens"] is None else f"{row['fits_tokens']:,} tokens")
         line += [figure_cell(row.get(name), row.get(f"{name}_stderr")) for name in figures]
-        lines.append(line + ([f"{row['tokens_per_second']:,.1f}"] if speed else []))
-    return table_of_cells(heads, lines)
+        line += [f"{row['tokens_per_second']:,.1f}"] if speed else []
+        table.add_row(*map(Text, line))  # names are not markup
+    return table
 
 
 def _table_of_this_device(config: FlextronConfig, kind: str) -> LatencyTable | None:
