@@ -75,7 +75,7 @@ def test_what_the_demo_leaves(result):
 
 
 def test_the_table_is_read():
-    assert len(BUDGETS) == 10 and 0.5 in BUDGETS and [0.25, 1, "small"] in BUDGETS
+    assert len(BUDGETS) == 13 and 0.5 in BUDGETS and [0.25, 1, "small"] in BUDGETS
 
 
 @pytest.mark.slow
@@ -85,9 +85,13 @@ def test_every_row_of_the_table_of_budgets_runs(result, budget):
     if budget == "25ms":  # which a busy machine may not have reached when it was measured, in one round
         whole = FlextronForCausalLM.from_pretrained(result["repo"])
         budget = f"{max(25, 2e3 * whole.latency_table.predict(whole.built)):.0f}ms"
-    if not isinstance(budget, list):
+    if isinstance(budget, dict) and "thinking" in budget:
+        budget |= {"end": 3}  # the demo's tokenizer has no end of thinking
+    elif not isinstance(budget, list):
         model = FlextronForCausalLM.from_pretrained(result["repo"], flextron_budget=budget)
         assert model(ids).logits.isfinite().all()
+    if isinstance(budget, str) and budget.startswith("fit"):
+        return  # of what is not in memory yet
     whole = FlextronForCausalLM.from_pretrained(result["repo"])
     assert whole.generate(ids, max_new_tokens=2, min_new_tokens=2, flextron_budget=budget).shape == (3, 10)
 

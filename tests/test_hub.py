@@ -255,7 +255,7 @@ class TestPush:
         assert pushed["command"]["repo"] == "me/private" and hub.repos["me/private"].private
         assert set(hub.files("me/private")) == set(hub.files("me/elastic"))
         assert "cli" in card_of(hub, "me/private").data.tags
-        assert not pushed["ran"] and not [p for p, b in hub.files("me/private").items() if b"planted" in b]
+        assert not pushed["ran"] and not [p for p, b in hub.files("me/private").items() if b"--planted" in b]
 
     def test_what_arrived_is_whole(self, hub, pushed):
         shards = [content for path, content in hub.files("me/trained").items() if path.startswith("model.level")]
@@ -337,7 +337,7 @@ class TestLoad:
         shards = {path for path in weights(files) if path.endswith(".safetensors")}
         assert shards == {"model.level0.safetensors", "model.level1.safetensors"}  # it holds no more
         assert loaded[0]["again"] == pytest.approx(loaded[0]["main"], abs=1e-5)
-        assert 'from_pretrained("me/again"' in card_of(hub, "me/again").text
+        assert 'repo = "me/again"' in card_of(hub, "me/again").text
 
     def test_snippets_of_the_card_run(self, loaded):
         _, home = loaded

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import elastic_of, flextron, let_tokens_choose
+from planted import plant
 
 from flextron_trainer.demo import train_tokenizer
 
@@ -21,7 +22,9 @@ def writer(tmp_path_factory):
     model.resize_token_embeddings(300)
     let_tokens_choose(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return runpy.run_path(str(SPACE / "app.py"))["Writer"](str(folder))
+    plant(folder, folder / "marker")
+    yield runpy.run_path(str(SPACE / "app.py"))["Writer"](str(folder), False)
+    assert not (folder / "marker").exists()
 
 
 def test_a_text_goes_on_at_every_size(writer):
@@ -55,5 +58,5 @@ def test_the_page_needs_gradio(writer, monkeypatch):
 
 def test_the_page_is_built(writer):
     pytest.importorskip("gradio")
-    page = runpy.run_path(str(SPACE / "app.py"))["build"](writer.model.name_or_path)
+    page = runpy.run_path(str(SPACE / "app.py"))["build"](writer.model.name_or_path, False)
     assert {"size", "text", "report"} <= {getattr(block, "elem_id", None) for block in page.blocks.values()}

@@ -31,6 +31,10 @@ CASES = {
     "convert": ["parent", "converted", "--calibration", "text", "--max-samples", 4, *TINY],
     "train": ["elastic", "text", "--teacher", "parent", "--output_dir", "run", *LOOSE],
     "evaluate": ["elastic", "text", "--max-samples", 2, "--write", *TINY],
+    "teach": ["parent", "text", "cache", "--draws", 4, *TINY],
+    "answers": ["parent", "prompts.jsonl", "answers.jsonl", "--max-new-tokens", 2, "--device", "cpu"],
+    "transplant": ["elastic", "parent", "carried", "--base", "parent"],
+    "sizes": ["elastic", "--device", "cpu"],
     "measure": ["elastic", "--rounds", 1, "--context", 8, "--device", "cpu"],
     "export": ["elastic", "levels"],
     "export --plain": ["elastic", "plain", "--plain"],
@@ -39,7 +43,12 @@ CASES = {
     "verify": ["exported"],
     "generate": ["elastic", "def", "--max-new-tokens", 2, "--device", "cpu"],
 }  # fmt: skip
-ELSEWHERE = {"push": "test_hub.py", "bench": "test_bench.py", "demo": "test_cli.py"}  # where they run anyway
+ELSEWHERE = {
+    "push": "test_hub.py",
+    "bench": "test_bench.py",
+    "demo": "test_demo.py",
+    "ui": "test_space.py",
+}  # where they run anyway
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +56,7 @@ def work(tmp_path_factory):
     """A parent, an elastic model, an export of it and an adapter, all with planted code, and a text."""
     folder = tmp_path_factory.mktemp("untrusted")
     tokenizer = train_tokenizer([TEXT] * 20, vocab_size=300)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
     parent = parent_of("gqa-wide-heads", vocab_size=300)
     elastic = elastic_of(
         "gqa-wide-heads", parent, mlp=[1, 0.5], heads=[1, 0.5], hidden=[1], depth=[1], budgets=[1, 0.6]
@@ -65,6 +75,7 @@ def work(tmp_path_factory):
     settings = json.loads(path.read_text()) | {"base_model_name_or_path": str(folder / "parent")}
     settings |= {"megatron_core": "planted", "megatron_config": {"a": 1}, "auto_mapping": imports}
     path.write_text(json.dumps(settings))
+    (folder / "prompts.jsonl").write_text('{"prompt": "def main"}\n')
     (folder / "text").mkdir()
     for i in range(3):
         (folder / "text" / f"{i}.txt").write_text(TEXT * 60)

@@ -15,12 +15,18 @@ MODEL = os.environ.get("MODEL", "you/flextron-llama")
 
 
 class Writer:
-    """Writes text with an elastic model, at a size that may change from one call to the next."""
+    """Writes text with an elastic model, at a size that may change from one call to the next.
 
-    def __init__(self, repo: str):
+    Args:
+        repo: Folder or Hub id.
+        trust_remote_code: Run the code that lies there, which needs no package of Flextron.
+    """
+
+    def __init__(self, repo: str, trust_remote_code: bool):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(repo)
-        self.model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True).to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=trust_remote_code)
+        self.model = model.to(device).eval()
         self.rows = {row["name"]: row for row in reversed(self.model.frontier)}  # smallest first
         routing = self.model.config.token_routing
         self.routed = [f"auto:{entry['target']}" for entry in routing["targets"]] if routing else []
@@ -79,11 +85,11 @@ class Writer:
         return [(self.tokenizer.decode([token]), part) for token, part in zip(ids[0].tolist(), share, strict=True)]
 
 
-def build(repo: str) -> Any:
+def build(repo: str, trust_remote_code: bool) -> Any:
     """The page of a model."""
     import gradio as gr
 
-    writer = Writer(repo)
+    writer = Writer(repo, trust_remote_code)
     largest, end = len(writer.rows) - 1, len(writer.sizes) - 1
 
     def run(ids: torch.Tensor, cache: Any, place: float, tokens: float) -> tuple:
@@ -119,4 +125,4 @@ def build(repo: str) -> Any:
 
 
 if __name__ == "__main__":
-    build(MODEL).launch()
+    build(MODEL, trust_remote_code=True).launch()
