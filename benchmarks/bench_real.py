@@ -7,6 +7,7 @@
 PARENT is an instruct model: a folder or a Hub id. Three of four training rows are blocks of the text, one is a chat:
 the parent's own answer to a prompt made from the text, where only the answer counts. At each budget of non-embedding
 parameters the losses (nats per token, held-out text; answers alone of held-out chats) are those of
+    parent            as it is
     int8, int4        the parent, its weights quantized, nothing trained
     slices            by activation order, uniform, nothing trained
     repaired slices   sizes of each layer of its own, and corrections of at most 3 % of a row, nothing trained
@@ -57,7 +58,8 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 FAMILIES = {"elastic": "repaired slices", "elastic, plain": "sizes by layer"}
 SINGLES = {"singles": "repaired slices", "singles, tokens": "repaired slices", "depth, singles": "depth"}
-LINES = (*[name for name in STARTS if name != "sizes by layer"], "int8", "int4", *FAMILIES, *SINGLES, "control")
+PARENTS = ("parent", "int8", "int4")
+LINES = (*PARENTS, *[name for name in STARTS if name != "sizes by layer"], *FAMILIES, *SINGLES, "control")
 PROMPTS = (
     "Summarize the following text in two sentences.\n\n{}",
     "Explain to a beginner what this is about.\n\n{}",
@@ -260,8 +262,10 @@ class Study:
         """Measure what is missing of a line."""
         if line in STARTS and line not in self.measured:
             self.keep(line, self.family_losses(FlextronForCausalLM.from_pretrained(self.start(line)).eval()))
-        elif line in ("int8", "int4") and line not in self.measured:
-            self.keep(line, self.quantized(line))
+        elif line == "parent":
+            self.keep_new(line, lambda: {"1": self.losses(self.parent), "bytes": 2 * self.parent.num_parameters()})
+        elif line in PARENTS:
+            self.keep_new(line, lambda: self.quantized(line))
         elif line in FAMILIES:
             for tokens, rate in self.settings(line):
                 self.keep_new(f"{line} {tokens} {rate:g}", lambda t=tokens, r=rate: self.family(line, t, r))
@@ -292,7 +296,7 @@ class Study:
         return self.options.work / str(self.options.seeds[0]) / "measured.json"
 
     def quantized(self, line: str) -> dict[str, Any]:
-        """The parent with quantized weights, and the bytes of its tensors."""
+        """The parent with quantized weights, and the bytes of its tensors, embeddings in bfloat16."""
         settings = next(value for name, value in formats().items() if name.startswith(f"torchao {line}"))
         model = AutoModelForCausalLM.from_pretrained(self.options.parent, **settings).eval()
         bits, embedded = int(line[3:]), self.parent.get_input_embeddings().weight.numel()
@@ -336,7 +340,7 @@ def table(result: dict[str, Any]) -> str:
             out.append(f"| {label} | {tokens} | {cpu} | {' | '.join(row)} |")
 
     for line in LINES:
-        if line in STARTS or line in ("int8", "int4"):
+        if line in STARTS or line in PARENTS:
             cells(dict.fromkeys(budgets, line), line, "")
             continue
         for tokens in sorted(result["options"]["tokens"]):

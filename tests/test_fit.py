@@ -9,7 +9,9 @@ import pytest
 import torch
 from helpers import difference, elastic_of, flextron
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from typer.testing import CliRunner
 
+from flextron_trainer.cli import app
 from flextron_trainer.conversion.sizes import elastic_config
 from flextron_trainer.measuring import sizes
 from modeling_flextron import FlextronForCausalLM, LatencyTable, fit, latency
@@ -207,6 +209,11 @@ class TestSizes:
         stored = (plain / "model.safetensors").stat().st_size
         assert {entry["download"] for entry in found["rows"]} == {stored}
         assert found["rows"][0]["memory"] == {"128": need("1", torch.bfloat16)}  # as many as there are positions
+
+    def test_people_read_one_table_in_units(self, folders):
+        shown = CliRunner().invoke(app, ["sizes", str(folders[0]), "--device", "cpu"], env={"COLUMNS": "160"}).output
+        assert shown.count("parameters") == 1 and "KiB" in shown and "128 tokens" in shown
+        assert f"next: flextron generate {folders[0]} 'Once upon a time' --budget fit" in shown
 
     def test_what_was_measured_and_what_fits(self, monkeypatch, tmp_path):
         model = elastic_of("mha")

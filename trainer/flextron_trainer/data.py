@@ -120,8 +120,8 @@ def tokens_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     for text in texts:
         if not isinstance(text, str):
             raise invalid("dataset", text, "Every row of its text column is a text.", "Drop the rows without one.")
-    end = tokenizer.eos_token_id
-    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts).input_ids]
+    end, tokens = tokenizer.eos_token_id, tokenizer(texts, verbose=False).input_ids  # no warning of a long document
+    return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in tokens]
 
 
 def blocks_of(documents: Iterable[list[int]], length: int, rest: bool = False) -> Iterator[tuple[list[int], list[int]]]:
@@ -202,7 +202,7 @@ def pack(
         sequence_length: Tokens in a block; what is left behind the last document of text is dropped.
         num_proc: Processes to tokenize with.
         document_boundaries: Keep the documents of a block apart: `position_ids` that begin at 0 in every document,
-            from which transformers makes masks, and no label for a document's first token, as nothing foretells it.
+            from which transformers makes masks, and no label for a document's first token, as nothing predicts it.
             What a block holds of a text that began before it is a document of its own, from position 0. None: of
             conversations, not of text.
         assistant_only: Labels for answers alone. None: of conversations, while text has none.

@@ -47,7 +47,7 @@ class Teacher:
         return Teacher(self.hidden_states, self.weight[:vocab_size].to(dtype))
 
     def foretold(self, part: slice, temperature: float) -> "Probabilities":
-        """What the teacher foretells at some of the tokens."""
+        """What the teacher predicts at some of the tokens."""
         log_probabilities = self.log_probabilities(part, temperature)
         probabilities = log_probabilities.exp()
         return Probabilities(probabilities, probabilities.flatten().dot(log_probabilities.flatten()))
@@ -81,7 +81,7 @@ class Probabilities:
 
 @dataclass(frozen=True)
 class SampledTeacher:
-    """Tokens drawn from what a teacher foretells, which on average give its loss and the gradient of it.
+    """Tokens drawn from what a teacher predicts, which on average give its loss and the gradient of it.
 
     With the share that each token has of the draws in place of its probability, the KL divergence and its gradient in
     the student's logits are linear in what was drawn, so the expectation is exact (arXiv 2503.16870); the most likely

@@ -45,7 +45,7 @@ def teach(
 
     Example: `flextron train elastic ./text --teacher cache --sequence-length 1024 --output_dir run --max_steps 1000`
 
-    At every token some tokens are drawn from what the teacher foretells; on average the loss and its gradient are those
+    At every token some tokens are drawn from what the teacher predicts; on average the loss and its gradient are those
     of the teacher itself. Started again after a stop, it goes on behind the last file that was written.
     """
     from ..conversion.parents import place_of

@@ -64,7 +64,7 @@ def quality(rows: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
-    """How well a model foretells a batch: `RowScores.rows` `[B, 3]`. The one place where quality is measured.
+    """How well a model predicts a batch: `RowScores.rows` `[B, 3]`. The one place where quality is measured.
 
     Args:
         model: A causal language model, elastic (also with adapters) or stock.

@@ -1,4 +1,4 @@
-"""Let a teacher read a text once, and keep what it foretells: for runs that then need no teacher in memory."""
+"""Let a teacher read a text once, and keep what it predicts: for runs that then need no teacher in memory."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -51,7 +51,7 @@ def teach(
     trust_remote_code: bool = False,
     **load_kwargs: Any,
 ) -> dict[str, Any]:
-    """Write what a teacher foretells of a text, for `FlextronTrainer(teacher=cache)`.
+    """Write what a teacher predicts of a text, for `FlextronTrainer(teacher=cache)`.
 
     At every token some tokens are drawn from the teacher's probabilities (random sampling distillation, arXiv
     2503.16870): on average the loss and its gradient are those of the teacher in memory. A run that is stopped goes on

@@ -1,4 +1,4 @@
-"""What a teacher foretells of a text, on disk: drawn tokens, found again by the rows of the text.
+"""What a teacher predicts of a text, on disk: drawn tokens, found again by the rows of the text.
 
 A cache is a folder: `teacher_cache.json`, the tokenizer, and shards `teacher-00000.safetensors`. At every token of the
 text some tokens are drawn from the teacher's probabilities, and kept with how often (`losses.SampledTeacher`).

@@ -58,7 +58,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         model: A `FlextronForCausalLM`, or the folder or Hub id of one; or a `PeftModel` of one, of which the adapter
             alone is trained and saved.
         args: `FlextronTrainingArguments`.
-        teacher: Who is imitated: a model, its folder or Hub id (usually the parent), the folder of what it foretells of
+        teacher: Who is imitated: a model, its folder or Hub id (usually the parent), the folder of what it predicts of
             the training text (`teach`; no model in memory), `"self"` (the full network of the same step, which then
             learns from the text; no second copy), or None to learn from the text alone. A model that is on a GPU
             already, or quantized, stays where it is. It has the tokenizer of the model; where one of them has more
