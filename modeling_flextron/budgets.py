@@ -266,16 +266,16 @@ def row_cost(config: Family, row: FrontierRow, kind: str) -> int:
     if kind == "parameters":
         return row.parameters
     if row.subnetwork is not None:
-        return memory_of(config)(row.subnetwork) + _bytes_beside(config, row.subnetwork)
+        return memory_of(config)(row.subnetwork) + bytes_beside(config, row.subnetwork)
     # Its layers are not known here: each keeps as many tokens as those of what is built do on average.
     cache = kv_cache_bytes(config, config.built, memory_context(config))
     cache = cache * row.kv_values_per_token // kv_values_per_token(config, config.built)
     return row.parameters * bytes_per_value(config.dtype) + cache
 
 
-def _bytes_beside(config: Family, subnetwork: SubNetwork) -> int:
-    """Bytes of the corrections of smaller sizes in a model that is loaded at a size."""
-    return parameters_beside(config, config.owners(), subnetwork) * bytes_per_value(config.dtype)
+def bytes_beside(config: Family, subnetwork: SubNetwork, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the corrections of smaller sizes in what is loaded at a size, in `dtype` or that of the config."""
+    return parameters_beside(config, config.owners(), subnetwork) * bytes_per_value(dtype or config.dtype)
 
 
 def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
@@ -290,7 +290,7 @@ def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
             return found
     if config.static_router is not None and asked.kind == "memory":
         # Bounds what any size may hold beside its own weights.
-        limit -= max(_bytes_beside(config, s) for s in (config.built, *(owner.subnetwork for owner in config.owners())))
+        limit -= max(bytes_beside(config, s) for s in (config.built, *(owner.subnetwork for owner in config.owners())))
     if config.static_router is not None and limit >= cost(smallest_subnetwork(config)):
         routed = StaticRouter(config, config.static_router).choose(cost, limit)
         return routed if found is None or cost(routed) > cost(found) else found
@@ -309,7 +309,7 @@ def _priced_rows(config: Family, asked: Budget, cost: Cost) -> list[tuple[Fronti
     if asked.kind == "memory":  # but a row that is called by the budget was made for it
         called = {row.name for row, _ in held if budget_of_name(row.name) == asked}
         held = [
-            (row, used if row.name in called else used + _bytes_beside(config, row.subnetwork))
+            (row, used if row.name in called else used + bytes_beside(config, row.subnetwork))
             for row, used in held
             if row.subnetwork is not None
         ]
@@ -320,10 +320,10 @@ def _priced_rows(config: Family, asked: Budget, cost: Cost) -> list[tuple[Fronti
 
 
 def _best_row(priced: list[tuple[FrontierRow, float]], asked: Budget, limit: float) -> FrontierRow | None:
-    """The row that was made for the budget, or the best within the limit, of which one called by the budget is one."""
-    called = [(row, used) for row, used in priced if budget_of_name(row.name) == asked]
-    made = (row for row, used in called if abs(used / limit - 1) <= TOLERANCE)
-    return next(made, None) or best_within(priced, limit, [row.name for row, _ in called])
+    """The row that is called by the budget, or the largest within the limit; of those about as large the best one."""
+    # A conversion may give a row much less than its budget, as it does for corrections.
+    near = (row for row, used in priced if used <= (1 + TOLERANCE) * limit)
+    return next((row for row in near if budget_of_name(row.name) == asked), None) or best_within(priced, limit)
 
 
 def best_within(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .budgets import Family, best_within, parse_budget
+from .budgets import Family, best_within, parse_budget, row_cost
 from .errors import invalid
 from .memory import free_memory, in_units
-from .subnetwork import SubNetwork, memory_context, memory_of
+from .subnetwork import SubNetwork, memory_context
 
 logger = logging.get_logger(__name__)
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of transformers over all accelerators
@@ -31,8 +31,7 @@ def fit(config: Family, budget: str, device_map: Any = None, max_memory: Mapping
     share = parse_budget(budget).value
     devices = target_devices(device_map, max_memory)
     free = sum(_free_within(device, (max_memory or {}).get(key)) for key, device in devices.items())
-    cost = memory_of(config)
-    priced = [(row, cost(row.subnetwork)) for row in config.frontier if row.subnetwork is not None]
+    priced = [(row, float(row_cost(config, row, "memory"))) for row in config.frontier if row.subnetwork is not None]
     needs = {row.name: need for row, need in priced}
     best, where = best_within(priced, share * free), " + ".join(map(str, devices.values()))
     have = f"{in_units(free)} of memory are free on {where}, of which {share:.0%} are to be used"

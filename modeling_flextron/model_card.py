@@ -18,9 +18,9 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
+from .budgets import bytes_beside
 from .checkpoint import write_file_beside
 from .configuration_flextron import VERSION, FlextronConfig
-from .corrections import parameters_beside
 from .eval_results import write_eval_results
 from .extraction import stock_sizes
 from .frontier import FrontierRow, is_of_router
@@ -158,18 +158,13 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
             code(row.name),
             f"{count_parameters(model.config, subnetwork):,}",
             in_units(downloads[row.name]),
-            in_units(weight_bytes(model.config, subnetwork, model.dtype) + _bytes_beside(model, subnetwork)),
+            in_units(sum(of(model.config, subnetwork, model.dtype) for of in (weight_bytes, bytes_beside))),
             in_units(kv_cache_bytes(model.config, subnetwork, context, model.dtype)),
             *(column[i] for _, column in figures),
             *(f"{table.conditions['batch'] / table.predict(subnetwork):,.1f}" for table in tables),
         ]
         lines.append(cells)
     return table_of_cells(heads, lines)
-
-
-def _bytes_beside(model, subnetwork: SubNetwork) -> int:
-    """Bytes of what smaller sizes own in a model that is loaded at a size."""
-    return parameters_beside(model.config, model.config.owners(), subnetwork) * model.dtype.itemsize
 
 
 def _figure_columns(rows: Sequence[Figures]) -> list[tuple[str, list[str]]]:

@@ -4,18 +4,18 @@ import copy
 
 import pytest
 import torch
-from helpers import all_sizes, difference, elastic_of, let_tokens_choose, parent_of, random_subnetworks
+from helpers import all_sizes, difference, elastic_of, flextron, let_tokens_choose, parent_of, random_subnetworks
 from training import trainer, with_adapter
 
 from flextron_trainer import convert
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.export.verify import verify
-from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, fit
 from modeling_flextron.budgets import row_cost
 from modeling_flextron.corrections import Owner, number_of_owner, owner_number, parameters_beside
 from modeling_flextron.families import is_shared
 from modeling_flextron.model_card import write_model_card
-from modeling_flextron.subnetwork import count_parameters, memory_of
+from modeling_flextron.subnetwork import count_parameters, kv_cache_bytes, memory_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -238,3 +238,17 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
 def test_corrections_need_text_and_a_fraction(data, share):
     with pytest.raises(ValueError, match="fitted to calibration data"):
         convert(parent_of("mha"), data, corrections=share)
+
+
+def test_what_smaller_rows_own_takes_memory(one, tmp_path, monkeypatch):
+    """`fit` and `sizes` count what will be loaded; and a row is loaded by its name though its budget had room."""
+    one.save_pretrained(tmp_path)
+    rows = {entry["name"]: entry for entry in flextron("sizes", tmp_path, "--context", 8, "--device", "cpu")["rows"]}
+    for row in one.frontier:
+        small = FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget=row.name)
+        assert small.built == row.subnetwork.within(row.subnetwork)
+        need = 4 * small.num_parameters() + kv_cache_bytes(one.config, row.subnetwork, 8)
+        assert rows[row.name]["memory"] == {"8": need}
+        monkeypatch.setattr(fit, "free_memory", lambda device, need=need: need)
+        settings = {"flextron_budget": "fit:1", "flextron_context": 8}
+        assert FlextronForCausalLM.from_pretrained(tmp_path, **settings).built == small.built

@@ -253,7 +253,7 @@ class TestSizes:
 
 
 class TestTolerance:
-    """A row that was made for a budget answers to it, one percent above or below, whatever lies between."""
+    """A row that is called by a budget answers to it, up to one percent above, whatever lies between."""
 
     def config(self, share: float, name: str = "0.5"):
         """A config whose smallest row costs this share of the parent, with one between that is better."""
@@ -281,9 +281,14 @@ class TestTolerance:
             with pytest.raises(ValueError, match="smallest row of the frontier, 'half', costs"):
                 named.resolve(0.494)
 
+    @pytest.mark.parametrize("share", [0.494, 0.3])
+    def test_a_row_that_uses_less_than_its_name_allows(self, share):
+        """As rows with corrections do: it is reached by its name, which a larger row would fit as well."""
+        config, own, larger = self.config(share)
+        assert config.resolve(0.5) == config.narrowed(larger).resolve("0.5") == own
+        assert self.config(share, "half")[0].resolve(0.5) == larger
+
     def test_beyond(self):
-        config, _, larger = self.config(0.494)
-        assert config.resolve(0.5) == larger
         for name in ("0.5", "half"):
             with pytest.raises(ValueError, match="smallest row of the frontier"):
                 self.config(0.506, name)[0].resolve(0.5)

@@ -14,7 +14,7 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
-from modeling_flextron.subnetwork import is_routed
+from modeling_flextron.subnetwork import count_parameters, is_routed
 
 from ..data import load_tokenizer
 from ..models import load_elastic, read_config
@@ -95,7 +95,7 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return {"parameters": model.num_parameters(), "architecture": gguf.MODEL_ARCH_NAMES[arch]}
+    return {"parameters": count_parameters(config, subnetwork), "architecture": gguf.MODEL_ARCH_NAMES[arch]}
 
 
 def pre_tokenizer(vocabulary: dict[str, Any]) -> str:

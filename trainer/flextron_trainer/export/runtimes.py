@@ -16,7 +16,7 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit, stock_config
-from modeling_flextron.subnetwork import is_routed
+from modeling_flextron.subnetwork import count_parameters, is_routed
 
 from ..data import load_tokenizer
 from ..models import load_elastic, read_config
@@ -88,7 +88,7 @@ def export_program(
             raise invalid("format", kind, rule, "Try the versions that transformers names, or another format.")
         with suppress(ValueError):  # there is none
             load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(folder)
-    return {"parameters": model.num_parameters(), "largest_difference": found}
+    return {"parameters": count_parameters(config, subnetwork), "largest_difference": found}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_flextron import FlextronConfig
-from modeling_flextron.budgets import SHARE
+from modeling_flextron.budgets import SHARE, bytes_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.hub import retried
 from modeling_flextron.latency import LatencyTable, device_name, table_of
@@ -64,7 +64,7 @@ def sizes_here(
     for row in config.frontier:
         if (sub := row.subnetwork) is None:
             continue
-        weights = weight_bytes(config, sub, dtype)
+        weights = weight_bytes(config, sub, dtype) + bytes_beside(config, sub, dtype)
         memory = {context: weights + kv_cache_bytes(config, sub, context, dtype) for context in contexts}
         entry = {"name": row.name, "parameters": row.parameters, "download": downloads.get(row.name), "memory": memory}
         entry["fits_tokens"] = max((context for context in contexts if memory[context] <= SHARE * free), default=None)
