@@ -6,7 +6,6 @@ without any model; `resolve` finds the sub-network among the rows of the frontie
 
 import math
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -326,24 +325,15 @@ def _best_row(priced: list[tuple[FrontierRow, float]], asked: Budget, limit: flo
     return next((row for row in near if budget_of_name(row.name) == asked), None) or best_within(priced, limit)
 
 
-def best_within(
-    priced: list[tuple[FrontierRow, float]], limit: float, called: Collection[str] = ()
-) -> FrontierRow | None:
-    """Of rows and their costs the largest within a limit; of those about as large the one with the lowest loss.
-
-    Args:
-        priced: Rows and costs.
-        limit: Of the cost.
-        called: Names of rows that count as about as large, and are taken where losses are not known.
-    """
+def best_within(priced: list[tuple[FrontierRow, float]], limit: float) -> FrontierRow | None:
+    """Of rows and their costs the largest within a limit; of those about as large the one with the lowest loss."""
     fitting = [row for row, used in priced if used <= limit]
     most = max((row.non_embedding_parameters for row in fitting), default=0)
-    alike = [row for row in fitting if row.name in called or row.non_embedding_parameters >= CLOSE * most]
+    alike = [row for row in fitting if row.non_embedding_parameters >= CLOSE * most]
     losses = {row.name: row.loss for row in alike if row.loss is not None}
     if len(losses) == len(alike):
         return min(alike, key=lambda row: losses[row.name], default=None)
-    own = [row for row in alike if row.name in called]
-    return max(own or alike, key=lambda row: row.non_embedding_parameters)
+    return max(alike, key=lambda row: row.non_embedding_parameters)
 
 
 def _too_little(config: Family, budget: Any, kind: str, row: FrontierRow, least: float) -> ValueError:
