@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Budget, Device, Trust, budget_value, device_or_default, dtype_named, print_result
+from .options import Budget, Device, Trust, budget_value, command, device_or_default, dtype_named, print_result
 
 
 def answers(
@@ -67,4 +67,5 @@ def answers(
         loaded, tokenizer, rows, output, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
         do_sample=sample, **sampling,
     )  # fmt: skip
-    print_result(output=str(output), **counts)
+    then = command("train", "elastic", output, "--teacher", model, "--output-dir", "run", "--max-steps", 1000)
+    print_result(then, output=str(output), **counts)

@@ -36,8 +36,9 @@ def sizes(
     free = free_memory(where)
     rows = sizes_here(model, config, where.type, free, contexts_of(config, context), chosen)
     name = str(chosen or "float32").removeprefix("torch.")
-    told = f"{in_units(free)} are free on {where}; memory is that of {name}."
+    told = f"{in_units(free)} are free on {where}; memory is that of weights in {name} and of the KV cache."
+    main = [{name: value for name, value in row.items() if "/" not in name} for row in rows]  # a screen is not wide
     print_result(
-        command("generate", model, "Once upon a time", "--budget", "fit"), tables=[table_of_sizes(rows), told],
+        command("generate", model, "Once upon a time", "--budget", "fit"), tables=[table_of_sizes(main), told],
         model=model, device=str(where), free=free, dtype=name, rows=rows,
     )  # fmt: skip

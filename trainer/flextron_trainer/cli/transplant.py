@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Output, Trust, copy_tokenizer, different_folders, print_result
+from .options import Output, Trust, command, copy_tokenizer, different_folders, print_result
 
 
 def transplant(
@@ -43,4 +43,5 @@ def transplant(
     copy_tokenizer(place_of(variant, "tokenizer_config.json"), output, trust_remote_code)
     write_model_card(result, output)
     made = (result.config.conversion or {})["transplanted"]
-    print_result(output=str(output), **made, frontier=[row.to_dict() for row in result.frontier])
+    then = command("evaluate", output, "./held-out", "--write")
+    print_result(then, output=str(output), **made, frontier=[row.to_dict() for row in result.frontier])
