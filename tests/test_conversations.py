@@ -111,6 +111,13 @@ def test_other_formats(template):
         assert template.decode(ids).startswith('<|start|>tools\n[{"name": "f"}]<|end|>')
 
 
+@pytest.mark.parametrize("template", [PLAIN], indirect=True)
+def test_what_tables_fill_in_is_not_shown(template):
+    rows = datasets.Dataset.from_list([{**CHATS[0], "tools": [{"name": "f", key: 1}]} for key in "ab"])
+    texts = [template.decode(documents_of(template, row, "row")[0][0]) for row in rows]
+    assert not any("null" in text for text in texts)
+
+
 @pytest.mark.parametrize("template", [FORGETFUL], indirect=True)
 def test_every_answer_is_learned_behind_what_the_model_would_see(template):
     row = {"messages": says("a", "thought~b", "c", "more~d")}

@@ -36,7 +36,8 @@ def documents_of(tokenizer: Any, row: Mapping[str, Any], at: str, assistant_only
     Args:
         tokenizer: With a chat template, unless prompt and completion are strings.
         row: With the columns of one of `FORMATS`, and perhaps `tools` (a list, or one in JSON), which the template
-            gets, and `chat_template_kwargs`.
+            gets, and `chat_template_kwargs`. What is null within them and messages counts as left out, but for
+            `content`.
         at: Which row it is, for messages.
         assistant_only: Learn answers; else every token.
 
@@ -107,7 +108,7 @@ def template_options(row: Mapping[str, Any], at: str) -> dict[str, Any]:
             tools = json.loads(tools)
         except ValueError as error:
             raise invalid(at, tools, f"Its `tools` are no JSON: {error}.", "Write them as a list.") from error
-    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+    return {"tools": _given(tools) or None, **_given(row.get("chat_template_kwargs") or {})}
 
 
 def written(tokenizer: Any, messages: Messages, at: str, **options: Any) -> str:
@@ -140,9 +141,16 @@ def _parts(row: Mapping[str, Any], names: tuple[str, ...], at: str) -> tuple[Mes
 
 def _messages(value: Any, at: str) -> Messages:
     if isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        return value
+        return [{key: _given(m[key]) for key in m if m[key] is not None or key == "content"} for m in value]
     rule = "Messages are a list of dicts, each with a `role` and mostly a `content`."
     raise invalid(at, value, rule, "Write it so, or make prompt and completion both strings.")
+
+
+def _given(value: Any) -> Any:
+    """A value without null entries: tables have every key of every row, and null where a row had none."""
+    if isinstance(value, dict):
+        return {name: _given(part) for name, part in value.items() if part is not None}
+    return [_given(part) for part in value] if isinstance(value, list) else value
 
 
 def _instruction(row: Mapping[str, Any]) -> dict[str, Any]:

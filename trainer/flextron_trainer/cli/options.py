@@ -56,7 +56,7 @@ def print_result(*then: str, tables: Any = None, **result: Any) -> None:
     if (output := json_output.get()) is not None:
         print(json.dumps(result), file=output, flush=True)
         return
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for part in tables_of(result) if tables is None else tables:
         console.print(part)
     for i, text in enumerate(then):

@@ -194,7 +194,8 @@ def places_and_options(context: typer.Context) -> tuple[list[Any], list[str]]:
 
     names = "model", "dataset"
     kept = {"dataset": None, **(context.default_map or {})}
-    words = [context.params[name] for name in names if context.params[name] != kept.get(name)] + context.args
+    typed = [name for name in names if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"]
+    words = [context.params[name] for name in typed] + context.args
     first = list(takewhile(lambda word: not word.startswith("--"), words))[: len(names)]
     places = {**kept, **dict(zip(names, first, strict=False))}
     if "model" not in places:
