@@ -68,6 +68,6 @@ def teach(
         max_samples=max_samples, batch_size=batch_size, seed=seed, device=device_or_default(device),
         trust_remote_code=trust_remote_code, dtype=dtype_named(dtype),
     )  # fmt: skip
-    length = () if sequence_length is None else ("--sequence-length", sequence_length)
-    then = command("train", "elastic", dataset, "--teacher", cache, *length, "--output-dir", "run", "--max-steps", 1000)
+    same = () if sequence_length is None else ("--sequence-length", sequence_length)
+    then = command("train", "elastic", dataset, "--teacher", cache, *same, "--output-dir", "run", "--max-steps", 1000)
     print_result(then, output=str(cache), **done, bytes_per_token=round(done["bytes"] / done["tokens"], 2))
