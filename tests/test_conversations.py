@@ -378,9 +378,12 @@ def work(tokenizer, tmp_path_factory):
 
 
 def test_the_command_trains_on_a_mixture(work):
+    """From a teacher on disk, which has read all of it."""
+    common = ("--dataset", "chats.jsonl", "--sequence-length", 64)
+    flextron("teach", "parent", "text.txt", "cache", "--draws", 4, "--device", "cpu", *common)
     result = flextron(
-        "train", "elastic", "--output_dir", "run", "--dataset", "text.txt", "--dataset", "chats.jsonl", "--weights",
-        "0.5,0.5", "--teacher", "parent", "--sequence-length", 64, "--max_steps", 2, "--use_cpu", "--report_to", "none",
+        "train", "elastic", "--output_dir", "run", "--dataset", "text.txt", *common, "--weights",
+        "0.5,0.5", "--teacher", "cache", "--max_steps", 2, "--use_cpu", "--report_to", "none",
         "--save_strategy", "no", "--per_device_train_batch_size", 2,
     )  # fmt: skip
     names = ["2 % of text.txt, kept from training", "2 % of chats.jsonl, answers only, kept from training"]
@@ -425,5 +428,8 @@ def test_the_command_answers(work):
             flextron("answers", *arguments)
     with pytest.raises(ValueError, match="There is nothing to learn from"):
         flextron("train", "elastic", "--output_dir", "none")
+    Path("one.jsonl").write_text(json.dumps(CHATS[0]) + "\n")
+    with pytest.raises(ValueError, match="It is one sample, of which none can be kept"):
+        flextron("train", "elastic", "one.jsonl", "--output_dir", "none", "--sequence-length", 64)
     with pytest.raises(ValueError, match="One is given twice"):
         flextron("train", "elastic", "text.txt", "--dataset", "text.txt", "--output_dir", "none")

@@ -111,7 +111,7 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, dict):
-        return ", ".join(f"{as_words(str(key))} {cell(part)}" for key, part in value.items())
+        return ", ".join(f"{as_words(str(key))} {cell(part)}" for key, part in value.items() if part)
     if isinstance(value, list | tuple):
         return " ".join(cell(part) for part in value)
     return str(value)

@@ -24,6 +24,9 @@ def teach(
     parent: Annotated[str, typer.Argument(help="Folder or Hub id of the teacher.", show_default=False)],
     dataset: Annotated[str, typer.Argument(help=f"The text that is trained on: {DATA}", show_default=False)],
     cache: Annotated[Path, typer.Argument(help="Folder to write, or to go on with.", show_default=False)],
+    datasets: Annotated[
+        list[str] | None, typer.Option("--dataset", help="More of it, as in `train`; repeatable.")
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a sample, as in `train`: 1024")] = None,
     document_boundaries: Boundaries = None,
     assistant_only: AssistantOnly = None,
@@ -49,6 +52,8 @@ def teach(
     At every token some tokens are drawn from what the teacher predicts; on average the loss and its gradient are those
     of the teacher itself. Started again after a stop, it goes on behind the last file that was written.
     """
+    from datasets import concatenate_datasets
+
     from ..conversion.parents import place_of
     from ..conversion.sizes import elastic_config
     from ..data import load_tokenizer
@@ -60,14 +65,17 @@ def teach(
         config = elastic_config(config, mlp=[1], heads=[1], hidden=[1], budgets=[1])
     length = fitting_length(sequence_length, config)
     tokenizer = load_tokenizer(place_of(parent, "tokenizer_config.json"), trust_remote_code=trust_remote_code)
-    ((_, rows),) = packed(
-        [dataset], tokenizer, length, assistant_only, document_boundaries, num_proc, split, streaming
-    ).items()
+    sources = [dataset, *(datasets or ())]
+    named = packed(sources, tokenizer, length, assistant_only, document_boundaries, num_proc, split, streaming)
+    rows = concatenate_datasets(list(named.values()))
     done = run(
         parent, rows, cache, tokenizer=tokenizer, draws=draws, temperature=temperature, vocab_size=vocab_size,
         max_samples=max_samples, batch_size=batch_size, seed=seed, device=device_or_default(device),
         trust_remote_code=trust_remote_code, dtype=dtype_named(dtype),
     )  # fmt: skip
     same = () if sequence_length is None else ("--sequence-length", sequence_length)
-    then = command("train", "elastic", dataset, "--teacher", cache, *same, "--output-dir", "run", "--max-steps", 1000)
+    more = [word for source in sources[1:] for word in ("--dataset", source)]
+    then = command(
+        "train", "elastic", dataset, *more, "--teacher", cache, *same, "--output-dir", "run", "--max-steps", 1000
+    )
     print_result(then, output=str(cache), **done, bytes_per_token=round(done["bytes"] / done["tokens"], 2))

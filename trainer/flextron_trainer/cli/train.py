@@ -226,8 +226,9 @@ def as_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_arguments(arguments: Any) -> dict[str, Any]:
-    """The training arguments that a YAML file can hold, without tokens."""
-    kept = [entry.name for entry in fields(arguments) if entry.init and not entry.name.endswith("_token")]
+    """The training arguments that a YAML file can hold, without tokens, and without what a machine lacks."""
+    unkept = ("_token", "use_cpu")
+    kept = [entry.name for entry in fields(arguments) if entry.init and not entry.name.endswith(unkept)]
     values = {name: getattr(arguments, name) for name in kept}
     values = {name: getattr(value, "value", value) for name, value in values.items()}  # of an enumeration
     return {name: value for name, value in values.items() if isinstance(value, (str, int, float, list, dict))}
@@ -279,11 +280,14 @@ def held_out(rows: Any, dataset: str, streaming: bool, seed: int) -> tuple[Any, 
         The samples for training, those for evaluation, and what a card calls these.
 
     Raises:
-        ValueError: a stream has no samples behind those for evaluation.
+        ValueError: there are no samples beside those for evaluation.
     """
     from modeling_flextron.errors import invalid
 
     if not streaming:
+        if len(rows) < 2:
+            rule = "It is one sample, of which none can be kept from training to evaluate on."
+            raise invalid("dataset", dataset, rule, "Pass more of it, a smaller --sequence-length, or --eval-dataset.")
         parts = rows.train_test_split(test_size=max(1, len(rows) // 50), seed=seed)
         return parts["train"], parts["test"], f"2 % of {dataset}, kept from training"
     first, rest = list(rows.take(STREAMED_EVAL_ROWS)), rows.skip(STREAMED_EVAL_ROWS)
