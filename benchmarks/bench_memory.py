@@ -70,12 +70,14 @@ def compare(size: str, setting: str, device: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     device = options.device
     result: dict[str, object] = {"machine": machine(device), "rows": {}}
-    for size in SIZES:
-        for setting in SETTINGS:
+    for size in options.sizes:
+        for setting in options.settings:
             result["rows"][f"{size} {setting}"] = row = compare(size, setting, device)
             print(size, setting, row, flush=True)
             if not options.no_save:

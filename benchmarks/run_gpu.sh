@@ -39,16 +39,18 @@ if [[ $DEVICE == cuda ]]; then
   native=(--shapes 80M,1B --dtypes bfloat16 --rounds 30)
   training=(--dtypes bfloat16 --batch 8 --sequence 1024 --rounds 20 --vocabularies 32000,128000 --loss-tokens 8192 --loss-hidden 2048)
   tokens=(--dtypes bfloat16 --rounds 15)
+  memory=()
 else
   native=(--shapes trivial --dtypes float32 --rounds 2)
   training=(--rounds 1 --batch 1 --sequence 64 --memory-sequence 128 --vocabularies 1000 --loss-tokens 64 --loss-rounds 1)
   tokens=(--dtypes float32 --rounds 1 --tokens 64)
+  memory=(--sizes 12M --settings plain self)
 fi
 part correctness 240 $PYTHON -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py
 part native 150 $PYTHON benchmarks/bench_native.py --device $DEVICE "${native[@]}" --no-save
 part training 90 $PYTHON benchmarks/bench_training.py --device $DEVICE "${training[@]}" --no-save
 part tokens 60 $PYTHON benchmarks/bench_tokens.py --device $DEVICE "${tokens[@]}" --no-save
-part memory 60 $PYTHON benchmarks/bench_memory.py --device $DEVICE --no-save
+part memory 60 $PYTHON benchmarks/bench_memory.py --device $DEVICE "${memory[@]}" --no-save
 if [[ -n "${PARENT:-}" ]]; then
   part real 300 $PYTHON benchmarks/bench_real.py "$PARENT" --train "${TRAIN:?a text file}" --test "${TEST:?another one}" --device $DEVICE \
     --work "$OUT/real-work" --name gpu --lines "repaired slices" elastic singles control --tokens 40960 --rates 3e-4
