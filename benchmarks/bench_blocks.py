@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, save, text_blocks
+from common import RESULTS, machine, run_settings, save, text_blocks
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
@@ -69,11 +69,9 @@ def run(way: str, begin: str, parent: Any, data: torch.Tensor, tokens: int, args
         rows = [{"input_ids": row} for row in data.roll(-first, 0)[: steps * args.batch_size]]
         key = stage.get("block_parameters", stage["stage"])
         with tempfile.TemporaryDirectory() as folder:
-            settings = FlextronTrainingArguments(
-                folder, max_steps=steps, per_device_train_batch_size=args.batch_size, report_to="none", use_cpu=True,
-                learning_rate=(args.rate or RATES)[key], warmup_steps=max(1, steps // 20), save_strategy="no",
-                disable_tqdm=True, subnetworks_per_step=len(held(model.config.frontier)), logging_steps=1000, **stage,
-            )  # fmt: skip
+            common = run_settings(folder, steps, (args.rate or RATES)[key], args.batch_size, seed=42)
+            count = len(held(model.config.frontier))
+            settings = FlextronTrainingArguments(**common, **stage, subnetworks_per_step=count)
             teacher = parent if stage["stage"] == "elastic" else None
             FlextronTrainer(model, settings, teacher=teacher, train_dataset=rows).train()
         flops += compute(model.config, stage, steps * batch, min(steps * batch, len(rows) * args.length), args.length)

@@ -36,25 +36,26 @@ from typing import Any
 
 import torch
 from bench_quantized import formats
-from common import RESULTS, machine, save, text_blocks, write_json
-from tqdm.auto import tqdm
+from common import RESULTS, machine, run_settings, save, text_blocks, write_json
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
+from flextron_trainer.answers import write_answers
+from flextron_trainer.conversations import documents_of
 from flextron_trainer.data import collator, load_tokenizer
 from flextron_trainer.evaluation.quality import evaluate_model
 from flextron_trainer.losses import IGNORED
-from modeling_flextron import FlextronForCausalLM, flops_per_token
+from modeling_flextron import FlextronConfig, FlextronForCausalLM, flops_per_token
 from modeling_flextron.frontier import held
 
 LENGTH, BATCH = 256, 4
 SELECTION = "selection"  # the text that chooses, and is in no table
-STARTS: dict[str, dict[str, Any]] = {
+STARTS: dict[str, dict[str, Any]] = {  # and for "depth" the numbers of layers
     "slices": {"order": "importance"},
     "repaired slices": {"uniform": False, "corrections": 0.03},
     "sizes by layer": {"uniform": False},
-    "depth": {"mlp": [1], "heads": [1], "depth": [1 - i / 30 for i in range(25)], "order": "importance"},
+    "depth": {"mlp": [1], "heads": [1], "order": "importance"},
 }
 FAMILIES = {"elastic": "repaired slices", "elastic, plain": "sizes by layer"}
 SINGLES = {"singles": "repaired slices", "singles, tokens": "repaired slices", "depth, singles": "depth"}
@@ -98,38 +99,23 @@ class Data:
 
     def chats(self, name: str, source: Path, count: int) -> list[dict[str, Any]]:
         """The parent's answers to prompts made from the paragraphs of a text, as rows; kept in a file."""
-        note = self.options.work / f"chats-{name}.json"
-        if not note.is_file():
-            paragraphs = [part for part in source.read_text(errors="ignore").split("\n") if 200 < len(part) < 600]
-            step = max(1, len(paragraphs) // count)
-            prompts = [PROMPTS[i % len(PROMPTS)].format(text) for i, text in enumerate(paragraphs[::step][:count])]
-            write_json(note, [row for part in tqdm(list(_parts(prompts, 16)), name) for row in self.answers(part)])
-        return json.loads(note.read_text())
-
-    def answers(self, prompts: list[str]) -> Iterator[dict[str, Any]]:
-        """The parent's greedy answers, of at most 96 tokens."""
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        self.tokenizer.padding_side = "left"
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(self.parent.device)
-        with torch.no_grad():
-            found = self.parent.generate(**inputs, max_new_tokens=96, do_sample=False)
-        length = inputs.input_ids.shape[1]
-        end = self.tokenizer.eos_token_id
-        for mask, ids in zip(inputs.attention_mask, found, strict=True):
-            prompt, answer = ids[:length][mask.bool()].tolist(), ids[length:].tolist()
-            answer = answer[: answer.index(end) + 1] if end in answer else answer
-            yield {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+        file = self.options.work / f"chats-{name}.jsonl"
+        paragraphs = [part for part in source.read_text(errors="ignore").split("\n") if 200 < len(part) < 600]
+        step = max(1, len(paragraphs) // count)
+        prompts = [
+            {"prompt": PROMPTS[i % len(PROMPTS)].format(text)} for i, text in enumerate(paragraphs[::step][:count])
+        ]
+        write_answers(self.parent, self.tokenizer, prompts, file, batch_size=16, max_new_tokens=96)
+        rows = map(json.loads, file.read_text().splitlines())
+        documents = [documents_of(self.tokenizer, row, f"{file} row {i}")[0] for i, row in enumerate(rows, start=1)]
+        return [
+            {"input_ids": ids, "labels": [id if one else IGNORED for id, one in zip(ids, learned, strict=True)]}
+            for ids, learned in documents
+        ]
 
 
 def _rows(blocks: torch.Tensor) -> list[dict[str, Any]]:
     return [{"input_ids": block.tolist()} for block in blocks]
-
-
-def _parts(values: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
 
 
 class Study:
@@ -177,14 +163,17 @@ class Study:
         if not (folder / "config.json").is_file():
             begin = time.process_time()
             blocks = self.data.text[self.seed * self.options.calibration_blocks :][: self.options.calibration_blocks]
-            converted = convert(self.parent, blocks, budgets=[1, *self.options.budgets], seed=self.seed, **STARTS[name])
+            layers = self.parent.config.num_hidden_layers
+            depth = {"depth": [layers - i for i in range(layers * 5 // 6)]} if name == "depth" else {}
+            budgets = [1, *self.options.budgets]
+            converted = convert(self.parent, blocks, budgets=budgets, seed=self.seed, **STARTS[name], **depth)
             converted.save_pretrained(folder)
             self.keep(f"{name}, conversion", {"cpu_seconds": time.process_time() - begin})
         return folder
 
     def rows(self, name: str) -> dict[str, Any]:
         """Name -> sub-network of the rows of a start that have a budget of ours."""
-        found = held(FlextronForCausalLM.config_class.from_pretrained(self.start(name)).frontier)
+        found = held(FlextronConfig.from_pretrained(self.start(name)).frontier)
         return {budget: found[budget] for budget in self.names if budget in found}
 
     # ----------------------------------------------------------------------------------------- costs and losses
@@ -201,7 +190,7 @@ class Study:
 
     def per_token(self, start: str, trained: list[str]) -> float:
         """Floating-point operations of a training token that goes through the teacher and the rows `trained`."""
-        config = FlextronForCausalLM.config_class.from_pretrained(self.start(start))
+        config = FlextronConfig.from_pretrained(self.start(start))
         rows = held(config.frontier)
         teacher = flops_per_token(config, rows["1"], LENGTH // 2)
         return teacher + 3 * sum(flops_per_token(config, rows[name], LENGTH // 2) for name in trained)
@@ -211,12 +200,10 @@ class Study:
     def train(self, key: str, model: Any, tokens: int, rate: float, **arguments: Any) -> float:
         """Train a model in place, from the last checkpoint of an earlier start if there is one; CPU seconds."""
         steps, folder = max(1, tokens // (BATCH * LENGTH)), self.folder / "runs" / key.replace(" ", "-")
-        settings = FlextronTrainingArguments(
-            str(folder), max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=rate,
-            use_cpu=self.options.device == "cpu", bf16=self.options.device != "cpu",
-            warmup_steps=max(1, steps // 20), save_strategy="steps", save_steps=20, save_total_limit=1,
-            report_to="none", seed=self.seed, logging_steps=20, disable_tqdm=True, **arguments,
-        )  # fmt: skip
+        on_cpu = self.options.device == "cpu"
+        saved = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "logging_steps": 20}
+        common = run_settings(str(folder), steps, rate, BATCH, self.seed) | {"use_cpu": on_cpu, "bf16": not on_cpu}
+        settings = FlextronTrainingArguments(**common | saved | arguments)
         data = self.data.train_rows(self.seed, steps * BATCH)
         trainer = FlextronTrainer(
             model, settings, teacher=self.parent, train_dataset=data, processing_class=self.tokenizer,
@@ -296,13 +283,15 @@ class Study:
         return self.options.work / str(self.options.seeds[0]) / "measured.json"
 
     def quantized(self, line: str) -> dict[str, Any]:
-        """The parent with quantized weights, and the bytes of its tensors, embeddings in bfloat16."""
+        """The parent with quantized weights, and the bytes of its tensors: scales and the rest in bfloat16."""
         settings = next(value for name, value in formats().items() if name.startswith(f"torchao {line}"))
         model = AutoModelForCausalLM.from_pretrained(self.options.parent, **settings).eval()
-        bits, embedded = int(line[3:]), self.parent.get_input_embeddings().weight.numel()
-        linear = self.parent.num_parameters() - embedded
-        scales = linear / (16 if bits == 4 else 576) * 2
-        return {"1": self.losses(model), "bytes": linear * bits / 8 + scales + 2 * embedded}
+        bits, embedding = int(line[3:]), self.parent.get_input_embeddings().weight
+        linear = [value for value in self.parent.parameters() if value.ndim == 2 and value is not embedding]
+        quantized = sum(value.numel() for value in linear)
+        scales = quantized // 16 if bits == 4 else sum(map(len, linear))  # of groups of 16, or of every output
+        rest = self.parent.num_parameters() - quantized
+        return {"1": self.losses(model), "bytes": quantized * bits // 8 + 2 * (scales + rest)}
 
 
 def best_rate(measured: dict[str, Any], prefix: str, tokens: int, rates: list[float]) -> float:

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, against, interleaved, machine, peak_bytes, save, text_blocks
+from common import (
+    RESULTS,
+    add_run_options,
+    against,
+    interleaved,
+    machine,
+    peak_bytes,
+    run_settings,
+    save,
+    text_blocks,
+)
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert, teach
@@ -66,11 +76,7 @@ def errors(parent: Any, blocks: torch.Tensor, draws: int) -> dict[str, Any]:
 
 def trainer_of(begin: str, teacher: Any, rows: list[Any], folder: str, steps: int, args: argparse.Namespace) -> Any:
     """A trainer of a fresh copy of the elastic model."""
-    how = FlextronTrainingArguments(
-        folder, max_steps=steps, learning_rate=args.rate, per_device_train_batch_size=args.batch_size, use_cpu=True,
-        report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, warmup_steps=max(1, steps // 20),
-        lr_scheduler_type="cosine", seed=args.seed,
-    )  # fmt: skip
+    how = FlextronTrainingArguments(**run_settings(folder, steps, args.rate, args.batch_size, args.seed))
     return FlextronTrainer(load_elastic(begin), how, teacher=teacher, train_dataset=rows)
 
 
@@ -119,14 +125,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=[12, 50, 200])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.75, 0.5, 0.25])
-    parser.add_argument("--calibration-blocks", type=int, default=64)
-    parser.add_argument("--test-blocks", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true", help="print what was measured, and measure nothing")
+    add_run_options(parser)
     args = parser.parse_args()
     if args.table:
         for path in sorted(RESULTS.glob("teach-*.json")):

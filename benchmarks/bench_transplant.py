@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, save, text_blocks
+from common import RESULTS, add_run_options, machine, run_settings, save, text_blocks
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert, transplant
@@ -31,29 +31,20 @@ from modeling_flextron.frontier import held
 NAME = "transplant"
 
 
-def settings(folder: str, steps: int, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Training arguments that all runs have in common."""
-    return {
-        "output_dir": folder, "max_steps": steps, "learning_rate": rate, "warmup_steps": max(1, steps // 20),
-        "per_device_train_batch_size": args.batch_size, "lr_scheduler_type": "cosine", "save_strategy": "no",
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1000, "seed": args.seed,
-    }  # fmt: skip
-
-
 def tuned(base: Any, data: torch.Tensor, args: argparse.Namespace) -> Any:
     """A copy of the base that was trained on another text."""
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)
     rows = [{"input_ids": row, "labels": row} for row in data]
     with tempfile.TemporaryDirectory() as folder:
-        plain = TrainingArguments(**settings(folder, args.variant_steps, args.variant_rate, args))
-        Trainer(model, plain, train_dataset=rows, data_collator=collator()).train()
+        how = run_settings(folder, args.variant_steps, args.variant_rate, args.batch_size, args.seed)
+        Trainer(model, TrainingArguments(**how), train_dataset=rows, data_collator=collator()).train()
     return model.eval()
 
 
 def trained(model: Any, teacher: Any, data: torch.Tensor, steps: int, args: argparse.Namespace) -> Any:
     """An elastic model, trained at all of its rows with distillation."""
     with tempfile.TemporaryDirectory() as folder:
-        how = FlextronTrainingArguments(**settings(folder, steps, args.rate, args))
+        how = FlextronTrainingArguments(**run_settings(folder, steps, args.rate, args.batch_size, args.seed))
         rows = [{"input_ids": row} for row in data]
         FlextronTrainer(model, how, teacher=teacher, train_dataset=rows).train()
     return model.eval()
@@ -76,16 +67,9 @@ def main() -> None:
     parser.add_argument("--variant-train", type=Path, help="text that the variant is trained on")
     parser.add_argument("--variant-test", type=Path, help="text of that kind that is in neither")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--variant-steps", type=int, default=300)
     parser.add_argument("--variant-rate", type=float, default=1e-3)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.75, 0.5, 0.25])
-    parser.add_argument("--calibration-blocks", type=int, default=64)
-    parser.add_argument("--test-blocks", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--table", action="store_true", help="print what was measured, and measure nothing")
+    add_run_options(parser)
     args = parser.parse_args()
     if args.table:
         print(table(json.loads((RESULTS / f"{NAME}_cpu.json").read_text())))

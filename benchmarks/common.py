@@ -1,5 +1,6 @@
 """What every benchmark shares: timing and the machine (from the package), text, peak memory, and where results go."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,10 @@ from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.measuring.bench import against, interleaved, machine
 from modeling_flextron.checkpoint import write_file_beside
 
-__all__ = ["against", "interleaved", "machine", "peak_bytes", "save", "stdlib_blocks", "text_blocks", "write_json"]
+__all__ = [
+    "add_run_options", "against", "interleaved", "machine", "peak_bytes", "run_settings", "save", "stdlib_blocks",
+    "text_blocks", "write_json",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -43,6 +47,27 @@ def text_blocks(path: Path, tokenizer: Any, length: int, seed: int = 0) -> torch
     ids = torch.tensor(tokenizer(path.read_text(errors="ignore"), verbose=False).input_ids)
     found = ids[: len(ids) // length * length].view(-1, length)
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a script that converts a parent and trains what comes of it."""
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.75, 0.5, 0.25])
+    parser.add_argument("--calibration-blocks", type=int, default=64)
+    parser.add_argument("--test-blocks", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="print what was measured, and measure nothing")
+
+
+def run_settings(folder: str, steps: int, rate: float, batch_size: int, seed: int = 0) -> dict[str, Any]:
+    """Training arguments of a short run on a CPU, of which nothing is saved on the way."""
+    return {
+        "output_dir": folder, "max_steps": steps, "learning_rate": rate, "warmup_steps": max(1, steps // 20),
+        "per_device_train_batch_size": batch_size, "lr_scheduler_type": "cosine", "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1000, "seed": seed,
+    }  # fmt: skip
 
 
 def peak_bytes(run: Callable[[], object], device: str, *models: torch.nn.Module) -> int:

@@ -34,7 +34,7 @@ from .subnetwork import (
 from .thinking import is_phased
 from .token_routing import HasRouting, resolve_auto
 
-TOLERANCE = 0.01  # of a budget, by which a row that was made for it may cost more or less: norms do not halve
+TOLERANCE = 1.01  # of what a row may cost of the budget by which it is called: norms do not halve
 SHARE = 0.8  # of the free memory that "fit" takes: activations, and what else runs there, need some too
 
 
@@ -146,7 +146,7 @@ def unreached(rows: list[FrontierRow], parent_size: int) -> list[FrontierRow]:
             continue
         meanings.add(meaning)
         whole = wholes.get(meaning.kind)
-        if whole is not None and row.non_embedding_parameters > (1 + TOLERANCE) * meaning.value * whole:
+        if whole is not None and row.non_embedding_parameters > TOLERANCE * meaning.value * whole:
             wrong.append(row)
     return wrong
 
@@ -296,7 +296,7 @@ def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
     if found is None:
         smallest, least = min(priced, key=lambda entry: entry[1])
         named = budget_of_name(smallest.name) in (None, Budget("name", smallest.name))
-        if asked.kind != "fraction" or not named or least > (1 + TOLERANCE) * limit:
+        if asked.kind != "fraction" or not named or least > TOLERANCE * limit:
             raise _too_little(config, budget, asked.kind, smallest, least)
         return _held(budget, smallest)  # what it was made for is not known, and may be this
     return found
@@ -321,7 +321,7 @@ def _priced_rows(config: Family, asked: Budget, cost: Cost) -> list[tuple[Fronti
 def _best_row(priced: list[tuple[FrontierRow, float]], asked: Budget, limit: float) -> FrontierRow | None:
     """The row that is called by the budget, or the largest within the limit; of those about as large the best one."""
     # A conversion may give a row much less than its budget, as it does for corrections.
-    near = (row for row, used in priced if used <= (1 + TOLERANCE) * limit)
+    near = (row for row, used in priced if used <= TOLERANCE * limit)
     return next((row for row in near if budget_of_name(row.name) == asked), None) or best_within(priced, limit)
 
 

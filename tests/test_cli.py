@@ -13,6 +13,7 @@ from helpers import flextron, parent_of, run_python
 from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
+from flextron_trainer.cli.options import as_datasets
 from flextron_trainer.demo import train_tokenizer
 from modeling_flextron import count_parameters
 
@@ -64,6 +65,10 @@ def elastic(work):
     names = {path.name for path in (work / "elastic").iterdir()}
     assert {"config.json", "importance.safetensors", "README.md", "tokenizer.json", "modeling_flextron.py"} <= names
     return work / "elastic"
+
+
+def test_datasets_are_typed_as_they_are_read():
+    assert as_datasets(["a"]) == ["a"] and as_datasets(["a", "b", "c"]) == ["a", "--dataset", "b", "--dataset", "c"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,6 +1,7 @@
 """Teachers on disk: what is drawn, what a cache holds and refuses, and training from one."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -219,7 +220,8 @@ def test_what_cannot_be_taught_is_refused(cache, tmp_path):
             )
 
     refused(r"`draws`=300 cannot be used\. At most 255", draws=300)
-    refused(r"`temperature`=0 cannot be used", temperature=0)
+    for temperature in (0, math.nan, math.inf):
+        refused(rf"`temperature`={temperature} cannot be used", temperature=temperature)
     refused(r"`vocab_size`=97 cannot be used\. The teacher has 96 tokens", vocab_size=97)
     refused(r"`dataset`='list' cannot be used\. It holds no rows", data=[])
     refused(r"the text has token 99", data=[{"input_ids": [1, 99, 3]}], folder="unknown")
@@ -230,7 +232,10 @@ def test_what_cannot_be_taught_is_refused(cache, tmp_path):
         rows(seed=4),
         "cache",
         draws=255,
+        tokenizer=tokenizer_of(prefix="v"),
     )
+    for path in cache.iterdir():  # a mistaken call leaves a cache as it was
+        assert not path.is_file() or (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes(), path.name
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     refused(r"`cache`=.* There is something in it that is no cache", folder="other")

@@ -68,6 +68,12 @@ def command(*words: object) -> str:
     return shlex.join(["flextron", *map(str, words)])
 
 
+def as_datasets(sources: list[str]) -> list[str]:
+    """Several datasets as they are typed behind a model: the first one, and `--dataset` for each of the others."""
+    first, *more = sources
+    return [first, *(word for source in more for word in ("--dataset", source))]
+
+
 def tables_of(result: dict[str, Any]) -> Iterator[Any]:
     """A result as tables: its plain values, then one for each value that has entries, with a line for each of them."""
     from rich.table import Table

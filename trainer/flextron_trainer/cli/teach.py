@@ -11,6 +11,7 @@ from .options import (
     Boundaries,
     Device,
     Trust,
+    as_datasets,
     command,
     device_or_default,
     dtype_named,
@@ -74,8 +75,7 @@ def teach(
         trust_remote_code=trust_remote_code, dtype=dtype_named(dtype),
     )  # fmt: skip
     same = () if sequence_length is None else ("--sequence-length", sequence_length)
-    more = [word for source in sources[1:] for word in ("--dataset", source)]
     then = command(
-        "train", "elastic", dataset, *more, "--teacher", cache, *same, "--output-dir", "run", "--max-steps", 1000
+        "train", "elastic", *as_datasets(sources), "--teacher", cache, *same, "--output-dir", "run", "--max-steps", 1000
     )
     print_result(then, output=str(cache), **done, bytes_per_token=round(done["bytes"] / done["tokens"], 2))

@@ -15,6 +15,7 @@ from .options import (
     Boundaries,
     Model,
     Trust,
+    as_datasets,
     command,
     fitting_length,
     local_folder,
@@ -150,7 +151,8 @@ def train(
         tokenizer.save_pretrained(arguments.output_dir)
         write_model_card(trained, arguments.output_dir)
         kept.remove()
-        then = command("train", arguments.output_dir, sources[0], "--output-dir", "trained", "--max-steps", 1000)
+        same = as_datasets(sources)
+        then = command("train", arguments.output_dir, *same, "--output-dir", "trained", "--max-steps", 1000)
         return print_result(then, output=arguments.output_dir, **errors)
     eval_sets: dict[str, Any] = {}
     for source in eval_dataset or ():
@@ -178,7 +180,8 @@ def train(
     else:
         trainer.save_model()
         trainer.create_model_card()
-    then = command("evaluate", arguments.output_dir, eval_dataset or "./held-out", "--write", "--plot", "frontier.png")
+    held = as_datasets(eval_dataset or ["./held-out"])
+    then = command("evaluate", arguments.output_dir, *held, "--write", "--plot", "frontier.png")
     print_result(then, output=arguments.output_dir, **metrics)
 
 
@@ -260,10 +263,12 @@ def planned(config: Any, arguments: Any, sequence_length: int, teacher: str | No
 def planned_compute(config: Any, arguments: Any, sequence_length: int, teacher: str | None) -> dict[str, float]:
     """Say how much a run of stage `elastic` computes; nothing of other stages."""
     from ..training.plan import plan_operations
+    from ..training.teacher_cache import is_cache
 
     if arguments.stage != "elastic":
         return {}
-    step = plan_operations(config, arguments, sequence_length, teacher not in (None, "self"))
+    runs = teacher not in (None, "self") and not is_cache(teacher)
+    step = plan_operations(config, arguments, sequence_length, runs)
     steps = max(0, arguments.max_steps)
     text = f"A step takes {step:.2g} floating-point operations"
     if steps:

@@ -72,10 +72,13 @@ def write_options(folder: Path, options: dict[str, Any]) -> None:
     """Write the options of a run to `run.yaml`, from which `--config` repeats it."""
     import yaml
 
+    from modeling_flextron.checkpoint import write_file_beside
+
     kept = {name: value for name, value in options.items() if value is not None and name not in NOT_KEPT}
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({name: str(value) if isinstance(value, Path) else value for name, value in kept.items()})
-    (folder / "run.yaml").write_text(text, encoding="utf-8")
+    with write_file_beside(folder / "run.yaml") as path:
+        path.write_text(text, encoding="utf-8")
 
 
 Config = Annotated[

@@ -103,7 +103,7 @@ def choose_rows(
     rows: list[FrontierRow] = []
     for name, best, use in zip(names, chosen, uses, strict=True):
         cost, limit = limits[name]
-        if use[best] > 1 + TOLERANCE:
+        if use[best] > TOLERANCE:
             name = name_of_smallest(config, name, budgets[name], best)
         elif use[best] < USED and best != config.built:
             warn_of_unused(config, name, use[best])

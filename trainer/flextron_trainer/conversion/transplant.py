@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
@@ -31,6 +30,7 @@ from ..models import load_elastic
 from .convert import origin_of
 from .parents import place_of, plain_parent, tensor_of
 from .sizes import family_config
+from .weights import fill, unfilled
 
 logger = logging.get_logger(__name__)
 # What a variant may have of its own, and the result then has. The rest says what is computed.
@@ -91,13 +91,9 @@ def transplant(
     _check_tokenizers(model.name_or_path, dense["variant"].name_or_path, load_kwargs)
 
     config = _config_of(model.config, configs["variant"])
-    with no_init_weights():
-        result = FlextronForCausalLM._from_config(config, dtype=model.dtype)
+    result, names = unfilled(config, model.dtype)
     trained = dict(model.state_dict(keep_vars=True))
     states = {who: dict(each.state_dict(keep_vars=True)) for who, each in dense.items()}
-    names = list(result.state_dict())
-    if config.tie_word_embeddings:
-        names.remove("lm_head.weight")
     squares = torch.zeros(5, dtype=torch.float64)
     for name in tqdm(names, desc="Transplanting", unit="tensor"):
         shared = _shared_name(name)
@@ -109,8 +105,7 @@ def transplant(
             )
             tensor, found = _carried(name, tensor, base_tensor, own)
             squares += found
-        module, _, kind = name.rpartition(".")
-        setattr(result.get_submodule(module), kind, torch.nn.Parameter(tensor.clone() if shared is None else tensor))
+        fill(result, name, tensor.clone() if shared is None else tensor)
         if model is not elastic:  # loaded here: there is never a second copy
             source.data = source.new_empty(0)
     of_base, *others, changed, differing = squares.sqrt().tolist()

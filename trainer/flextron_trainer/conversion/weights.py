@@ -36,12 +36,9 @@ def take(
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     family, start = family_of(config.base_model_type), Permutation.unsorted(config)
-    with no_init_weights():
-        elastic = FlextronForCausalLM._from_config(config, dtype=dtype or parent.dtype)
+    elastic, names = unfilled(config, dtype or parent.dtype)
     theirs = dict(parent.state_dict(keep_vars=True))
-    names = list(elastic.state_dict())
     if config.tie_word_embeddings:
-        names.remove("lm_head.weight")
         theirs.pop("lm_head.weight", None)
     for stock, ours in tqdm(by_stock_name(family, names).items(), desc="Converting", unit="tensor"):
         source = theirs.pop(stock, None)
@@ -56,8 +53,7 @@ def take(
                 tensor = place(tensor if dtype is None else tensor.to(dtype))
             elif tensor is view and (len(ours) > 1 or not release or not view.is_contiguous()):
                 tensor = view.clone(memory_format=torch.contiguous_format)
-            module, _, kind = name.rpartition(".")
-            setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
+            fill(elastic, name, tensor)
         if release:
             source.data = source.new_empty(0)
     if theirs:
@@ -67,6 +63,20 @@ def take(
     elastic.generation_config = copy.deepcopy(parent.generation_config)
     elastic.permutation = start
     return elastic.eval()
+
+
+def unfilled(config: FlextronConfig, dtype: torch.dtype) -> tuple[FlextronForCausalLM, list[str]]:
+    """A model without values, and the names of the tensors that want some: a tied output layer has none of its own."""
+    with no_init_weights():
+        elastic = FlextronForCausalLM._from_config(config, dtype=dtype)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return elastic, [name for name in elastic.state_dict() if name not in tied]
+
+
+def fill(elastic: FlextronForCausalLM, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor, which is not copied, into a model."""
+    module, _, kind = name.rpartition(".")
+    setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ longer cache come out. One program reads a prompt, with an empty cache, and writ
 
 import importlib.util
 import os
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import misfit, stock_config
 from modeling_flextron.subnetwork import count_parameters, is_routed
 
-from ..data import load_tokenizer
+from ..data import known_tokenizer
 from ..models import load_elastic, read_config
 
 PACKAGES = {
@@ -86,8 +85,8 @@ def export_program(
         if not found <= TOLERANCE:
             rule = f"Its logits are off by {found:.1e} of the largest one, and {TOLERANCE:.0e} is allowed."
             raise invalid("format", kind, rule, "Try the versions that transformers names, or another format.")
-        with suppress(ValueError):  # there is none
-            load_tokenizer(source, trust_remote_code=trust_remote_code).save_pretrained(folder)
+        if (tokenizer := known_tokenizer(source, trust_remote_code=trust_remote_code)) is not None:
+            tokenizer.save_pretrained(folder)
     return {"parameters": count_parameters(config, subnetwork), "largest_difference": found}
 
 

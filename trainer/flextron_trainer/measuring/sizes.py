@@ -20,8 +20,9 @@ from modeling_flextron.latency import LatencyTable, device_name, table_of
 from modeling_flextron.level_blocks import index_name
 from modeling_flextron.level_reader import row_bytes
 from modeling_flextron.loading import HUB_DEFAULTS, first_file
+from modeling_flextron.measured import is_figure
 from modeling_flextron.memory import in_units
-from modeling_flextron.model_card import figure_cell, is_figure
+from modeling_flextron.model_card import figure_cell
 from modeling_flextron.subnetwork import kv_cache_bytes, weight_bytes
 
 from ..models import reading

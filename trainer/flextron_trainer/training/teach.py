@@ -1,5 +1,6 @@
 """Let a teacher read a text once, and keep what it predicts: for runs that then need no teacher in memory."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -83,7 +84,7 @@ def teach(
         require_int(name, value)
     if draws > MOST_DRAWS:
         raise invalid("draws", draws, f"At most {MOST_DRAWS} are kept.", "Pass for instance 50.")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or temperature <= 0:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise invalid("temperature", temperature, "It must be a positive number.", "Pass for instance 1.0.")
     if isinstance(parent, (str, os.PathLike)):
         parent = load_stock(parent, trust_remote_code=trust_remote_code, **{"dtype": "auto", **load_kwargs})
@@ -142,7 +143,8 @@ def _begin(folder: Path, about: dict[str, Any], tokenizer: Any) -> None:
             rule = f"There is a cache with {', '.join(f'{name} {found.get(name)!r}' for name in differing)}."
             remedy = "Pass the same to go on with it, or write to another folder."
             raise invalid(differing[0], about[differing[0]], rule, remedy)
-    elif folder.exists() and any(folder.iterdir()):
+        return  # whether its rows are these is seen shard by shard, and until then it stays what it is
+    if folder.exists() and any(folder.iterdir()):
         rule = "There is something in it that is no cache."
         raise invalid("cache", str(folder), rule, "Write to another folder.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -198,9 +198,8 @@ class TeacherCache:
             tokens, length = int(real[unknown[0]].sum()), self.about["sequence_length"]
             rule = f"{len(unknown)} of {len(keys)} rows of the training text are not among its {len(self._keys)}"
             rule += f", which have at most {length} tokens; the first of these has {tokens}."
-            remedy = (
-                "Make one of this text, or of all texts of a mixture: same tokenizer, `sequence_length`, boundaries."
-            )
+            remedy = "Make one of this text, or of all texts of a mixture: same tokenizer, `sequence_length`,"
+            remedy += " document boundaries, `max_samples`."
             raise invalid("teacher", str(self.folder), rule, remedy)
         return self._places[places].tolist(), real
 
