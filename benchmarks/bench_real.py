@@ -2,11 +2,12 @@
 
     python benchmarks/bench_real.py PARENT --train prose.txt --test other_prose.txt code.txt     # hours on 2 cores
     python benchmarks/bench_real.py PARENT ... --tokens 40960 163840 --seeds 0 1 2
-    python benchmarks/bench_real.py --table                              # what was measured so far
+    python benchmarks/bench_real.py --table                              # what was measured so far; draws it, too
 
-PARENT is an instruct model: a folder or a Hub id. Three of four training rows are blocks of the text, one is a chat:
-the parent's own answer to a prompt made from the text, where only the answer counts. At each budget of non-embedding
-parameters the losses (nats per token, held-out text; answers alone of held-out chats) are those of
+PARENT is a folder or a Hub id. Three of four training rows are blocks of the text, one is a chat: the parent's own
+answer to a prompt made from the text, where only the answer counts; a parent without a chat template has no chats. At
+each budget of non-embedding parameters the losses (nats per token, held-out text; answers alone of held-out chats) are
+those of
     parent            as it is
     int8, int4        the parent, its weights quantized, nothing trained
     slices            by activation order, uniform, nothing trained
@@ -14,6 +15,7 @@ parameters the losses (nats per token, held-out text; answers alone of held-out 
     depth             layers dropped, nothing trained
     elastic           one run that trains all rows from the repaired slices, with the library's defaults
     elastic, plain    the same without corrections
+    elastic, ...      the same with another recipe: see RECIPES
     singles           each repaired slice trained by itself; together they cost what the elastic run cost, teacher
                       included, and all of them read as many tokens
     singles, tokens   each repaired slice trained by itself on as many tokens as the elastic run
@@ -37,6 +39,8 @@ from typing import Any
 import torch
 from bench_quantized import formats
 from common import RESULTS, machine, run_settings, save, text_blocks, write_json
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -48,6 +52,7 @@ from flextron_trainer.evaluation.quality import evaluate_model
 from flextron_trainer.losses import IGNORED
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, flops_per_token
 from modeling_flextron.frontier import held
+from modeling_flextron.subnetwork import count_parameters
 
 LENGTH, BATCH = 256, 4
 SELECTION = "selection"  # the text that chooses, and is in no table
@@ -58,6 +63,12 @@ STARTS: dict[str, dict[str, Any]] = {  # and for "depth" the numbers of layers
     "depth": {"mlp": [1], "heads": [1], "order": "importance"},
 }
 FAMILIES = {"elastic": "repaired slices", "elastic, plain": "sizes by layer"}
+RECIPES: dict[str, dict[str, Any]] = {  # of lines that start as "elastic" does: what differs from the defaults
+    "elastic, cross entropy": {"ce_weight": 0.5},
+    "elastic, large epsilon": {"adam_epsilon": 1e-5},
+    "elastic, full more often": {"sampler": "weighted", "sampling_weights": [3, 1, 1, 1], "subnetworks_per_step": 4},
+}
+FAMILIES |= dict.fromkeys(RECIPES, "repaired slices")
 SINGLES = {"singles": "repaired slices", "singles, tokens": "repaired slices", "depth, singles": "depth"}
 PARENTS = ("parent", "int8", "int4")
 LINES = (*PARENTS, *[name for name in STARTS if name != "sizes by layer"], *FAMILIES, *SINGLES, "control")
@@ -84,14 +95,18 @@ class Data:
         few = options.test_blocks
         self.text = text[few:]
         self.tests = {path.stem: _rows(text_blocks(path, tokenizer, LENGTH)[:few]) for path in options.test}
-        self.tests["chats"] = self.chats("test", options.test[0], few)
+        self.talks = getattr(tokenizer, "chat_template", None) is not None
+        if self.talks:
+            self.tests["chats"] = self.chats("test", options.test[0], few)
         self.selection = _rows(text[:few])
 
     def train_rows(self, seed: int, count: int) -> list[dict[str, Any]]:
         """Of four rows three of text and one chat, in an order of the seed; what ends begins anew."""
-        chats = self.chats("train", self.options.train[0], self.options.chats)
         chooser = torch.Generator().manual_seed(seed)
         text = _rows(self.text[torch.randperm(len(self.text), generator=chooser)])
+        if not self.talks:
+            return [text[i % len(text)] for i in range(count)]
+        chats = self.chats("train", self.options.train[0], self.options.chats)
         turn = torch.randperm(len(chats), generator=chooser).tolist()
         return [
             chats[turn[i // 4 % len(chats)]] if i % 4 == 3 else text[(i - i // 4) % len(text)] for i in range(count)
@@ -176,6 +191,18 @@ class Study:
         found = held(FlextronConfig.from_pretrained(self.start(name)).frontier)
         return {budget: found[budget] for budget in self.names if budget in found}
 
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Start -> row -> bytes of its stock checkpoint in bfloat16, for what was converted."""
+        found = {}
+        for name in STARTS:
+            if (self.folder / name.replace(" ", "-") / "config.json").is_file():
+                config = FlextronConfig.from_pretrained(self.start(name))
+                rows = held(config.frontier)
+                found[name] = {
+                    row: 2 * count_parameters(config, rows[row]) for row in ("1", *self.names) if row in rows
+                }
+        return found
+
     # ----------------------------------------------------------------------------------------- costs and losses
 
     def losses(self, model: Any, budget: Any = None) -> dict[str, float]:
@@ -218,7 +245,8 @@ class Study:
         start = FAMILIES[line]
         names = ["1", *self.rows(start)]
         model = FlextronForCausalLM.from_pretrained(self.start(start))
-        seconds = self.train(f"{line} {tokens} {rate:g}", model, tokens, rate, subnetworks_per_step=len(names))
+        recipe = {"subnetworks_per_step": len(names)} | RECIPES.get(line, {})
+        seconds = self.train(f"{line} {tokens} {rate:g}", model, tokens, rate, **recipe)
         model.save_pretrained(self.folder / f"{line} {tokens} {rate:g}".replace(" ", "-"))
         cost = {"flops": tokens * self.per_token(start, names), "cpu_seconds": seconds}
         return self.family_losses(model) | cost
@@ -304,42 +332,120 @@ def best_rate(measured: dict[str, Any], prefix: str, tokens: int, rates: list[fl
     return min(rates, key=loss)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Losses at every budget, one row for each line and number of tokens; means over the seeds that have them."""
-    budgets, rates = ["1", *(f"{b:g}" for b in result["options"]["budgets"])], result["options"]["rates"]
-    texts = result["texts"]
-    out = [f"| | tokens | CPU min | {' | '.join(f'{b}, {text}' for b in budgets for text in texts)} |"]
-    out.append("|---|---:|---:|" + "---:|" * (len(budgets) * len(texts)))
-    seeds, first = list(result["seeds"].values()), result["seeds"][str(result["options"]["seeds"][0])]
-    few = min(result["options"]["tokens"])
-
-    def cells(keys: dict[str, str], label: str, tokens: Any) -> None:
-        found: dict[tuple[str, str], list[float]] = {}
-        minutes = []
-        for seed in seeds:
-            parts = {budget: seed[key] for budget, key in keys.items() if key in seed}
-            minutes.append(sum({key: seed[key].get("cpu_seconds", 0) for key in keys.values() if key in seed}.values()))
-            for budget, part in parts.items():
-                for text in texts:
-                    if text in part.get(budget, {}):
-                        found.setdefault((budget, text), []).append(part[budget][text])
-        if found:
-            row = [f"{statistics.mean(found[b, t]):.3f}" if (b, t) in found else "" for b in budgets for t in texts]
-            cpu = f"{statistics.mean(minutes) / 60:.0f}" if any(minutes) else ""
-            out.append(f"| {label} | {tokens} | {cpu} | {' | '.join(row)} |")
-
+def chosen(result: dict[str, Any]) -> dict[tuple[str, int | None], dict[str, str]]:
+    """Line and number of tokens -> budget -> name of the figures at the best learning rate, as far as that is known."""
+    options, first = result["options"], result["seeds"][str(result["options"]["seeds"][0])]
+    budgets, few = ["1", *(f"{budget:g}" for budget in options["budgets"])], min(options["tokens"])
+    found: dict[tuple[str, int | None], dict[str, str]] = {}
     for line in LINES:
         if line in STARTS or line in PARENTS:
-            cells(dict.fromkeys(budgets, line), line, "")
+            found[line, None] = dict.fromkeys(budgets, line)
             continue
+        for tokens in sorted(options["tokens"]):
+            prefixes = {budget: line if line in FAMILIES else f"{line} {budget}" for budget in budgets}
+            found[line, tokens] = {
+                budget: f"{prefix} {tokens} {best_rate(first, prefix, few, options['rates']):g}"
+                for budget, prefix in prefixes.items()
+                if all(f"{prefix} {few} {rate:g}" in first for rate in options["rates"])
+            }
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Losses of every line and number of tokens, means over the seeds that have them, and paired differences."""
+    budgets, texts = ["1", *(f"{budget:g}" for budget in result["options"]["budgets"])], result["texts"]
+    columns = [(budget, text) for budget in budgets for text in texts]
+    seeds, lines = list(result["seeds"].values()), chosen(result)
+    head = " | ".join(f"{budget}, {text}" for budget, text in columns)
+    rule = "---:|" * len(columns)
+    out = [f"| | tokens | TFLOP | CPU min | {head} |", f"|---|---:|---:|---:|{rule}"]
+
+    def losses(seed: dict[str, Any], keys: dict[str, str]) -> dict[tuple[str, str], float]:
+        parts = {budget: seed[key].get(budget, {}) for budget, key in keys.items() if key in seed}
+        return {(budget, text): part[text] for budget, part in parts.items() for text in texts if text in part}
+
+    def cost(keys: dict[str, str], what: str) -> float:
+        sums = [sum(seed[key].get(what, 0) for key in set(keys.values()) if key in seed) for seed in seeds]
+        return statistics.mean(each for each in sums if each) if any(sums) else 0
+
+    for (line, tokens), keys in lines.items():
+        found = [losses(seed, keys) for seed in seeds]
+        cells = [[each[column] for each in found if column in each] for column in columns]
+        if any(cells):
+            cost_cells = [f"{cost(keys, 'flops') / 1e12:.1f}", f"{cost(keys, 'cpu_seconds') / 60:.1f}"]
+            row = [f"{tokens:,}" if tokens else "", *(cost_cells if tokens else ["", ""])]
+            row += [f"{statistics.mean(cell):.3f}" if cell else "" for cell in cells]
+            out.append(f"| {line} | {' | '.join(row)} |")
+
+    paired: list[str] = []
+    rivals = [("elastic", rival) for rival in ("singles", "singles, tokens", "control")]
+    for line, rival in rivals + [(line, "elastic") for line in FAMILIES if line != "elastic"]:
         for tokens in sorted(result["options"]["tokens"]):
-            keys = {}
-            for budget in budgets:
-                prefix = line if line in FAMILIES else f"{line} {budget}"
-                if all(f"{prefix} {few} {rate:g}" in first for rate in rates):
-                    keys[budget] = f"{prefix} {tokens} {best_rate(first, prefix, few, rates):g}"
-            cells(keys, line, f"{tokens:,}")
+            ours, theirs = ([losses(seed, lines[each, tokens]) for seed in seeds] for each in (line, rival))
+            pairs = list(zip(ours, theirs, strict=True))
+            cells = [[a[column] - b[column] for a, b in pairs if column in a and column in b] for column in columns]
+            if any(cells):
+                paired.append(f"| {line} - {rival} | {tokens:,} | {' | '.join(map(difference, cells))} |")
+    if paired:
+        out += ["", f"| difference, standard deviation over seeds | tokens | {head} |", f"|---|---:|{rule}", *paired]
     return "\n".join(out)
+
+
+def bought(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Tokens -> budget -> nats that the elastic run is above the parent, first text, for `training/expectations.py`."""
+    seeds, text = list(result["seeds"].values()), result["texts"][0]
+    found = {}
+    for (line, tokens), keys in chosen(result).items():
+        if line in ("repaired slices", "elastic"):
+            above = {
+                budget: [
+                    each[key][budget][text] - each["parent"]["1"][text]
+                    for each in seeds
+                    if "parent" in each and budget in each.get(key, {})
+                ]
+                for budget, key in keys.items()
+            }
+            found[str(tokens or 0)] = {
+                budget: round(statistics.mean(each), 3) for budget, each in above.items() if each
+            }
+    return {tokens: row for tokens, row in found.items() if row}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw losses on the first text against the bytes of stock checkpoints, in bfloat16 or quantized."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, text, seeds = figure.subplots(), result["texts"][0], list(result["seeds"].values())
+    for (line, tokens), keys in chosen(result).items():
+        values = {
+            budget: [seed[key][budget][text] for seed in seeds if text in seed.get(key, {}).get(budget, {})]
+            for budget, key in keys.items()
+        }
+        if line in PARENTS:
+            if values["1"]:
+                axes.plot(seeds[0][line]["bytes"] / 1e6, statistics.mean(values["1"]), "*", markersize=12, label=line)
+            continue
+        start = FAMILIES.get(line, SINGLES.get(line, line))
+        sizes = result["bytes"].get(start, {})
+        points = [
+            (sizes[budget] / 1e6, statistics.mean(each)) for budget, each in values.items() if each and budget in sizes
+        ]
+        if len(points) > 1:
+            label = f"{line}, {tokens:,} tokens" if tokens else f"{line}, nothing trained"
+            axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=label)
+    axes.set_xlabel("MB of weights")
+    axes.set_ylabel(f"loss on {text}, nats per token")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def difference(values: list[float]) -> str:
+    """Mean of paired differences, and their standard deviation where there are several."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.3f}{spread}"
 
 
 def main() -> None:
@@ -365,6 +471,7 @@ def main() -> None:
     if options.table:
         for path in sorted(RESULTS.glob("real-*.json")):
             print(f"{path.stem}\n\n{table(json.loads(path.read_text()))}\n")
+            draw(json.loads(path.read_text()), path.with_suffix(".png"))
         return
     options.work.mkdir(parents=True, exist_ok=True)
     kept = ("budgets", "tokens", "rates", "seeds", "calibration_blocks", "test_blocks", "chats")
@@ -372,14 +479,18 @@ def main() -> None:
         "machine": machine(options.device),
         "options": {key: getattr(options, key) for key in kept},
     }
-    result["texts"] = [path.stem for path in options.test] + ["chats"]
+    talks = getattr(load_tokenizer(options.parent), "chat_template", None) is not None
+    result["texts"] = [path.stem for path in options.test] + ["chats"] * talks
     for line in options.lines:
         for seed in options.seeds:
             study = Study(options, seed)
             study.measure(line)
             result.setdefault("seeds", {})[str(seed)] = study.measured
+            result.setdefault("bytes", {}).update(study.sizes())
             save(name, result)
+    save(name, result | {"parameters": study.parent.num_parameters(), "bought": bought(result)})
     print(table(result))
+    draw(result, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":
