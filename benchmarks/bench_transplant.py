@@ -1,6 +1,7 @@
 """What a transplant is worth: an elastic model of a base, carried to a variant of that base.
 
     python benchmarks/bench_transplant.py BASE --train stories.txt --variant-train code.txt --variant-test held-out.txt
+    python benchmarks/bench_transplant.py BASE ... --name transplant-near    # of the result; variants differ
     python benchmarks/bench_transplant.py --table                       # what was measured so far
 
 BASE is a folder or a Hub id. The variant is the base, trained on another text by a plain language-model loss. Losses of
@@ -27,8 +28,6 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.data import collator, load_tokenizer
 from modeling_flextron.frontier import held
-
-NAME = "transplant"
 
 
 def tuned(base: Any, data: torch.Tensor, args: argparse.Namespace) -> Any:
@@ -66,13 +65,15 @@ def main() -> None:
     parser.add_argument("--train", type=Path, help="text that the elastic base is trained on")
     parser.add_argument("--variant-train", type=Path, help="text that the variant is trained on")
     parser.add_argument("--variant-test", type=Path, help="text of that kind that is in neither")
+    parser.add_argument("--name", default="transplant_cpu", help="of the result")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--variant-steps", type=int, default=300)
     parser.add_argument("--variant-rate", type=float, default=1e-3)
     add_run_options(parser)
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads((RESULTS / f"{NAME}_cpu.json").read_text())))
+        for path in sorted(RESULTS.glob("transplant*.json")):
+            print(f"{path.stem}\n\n{table(json.loads(path.read_text()))}\n")
         return
 
     tokenizer = load_tokenizer(args.base)
@@ -93,7 +94,7 @@ def main() -> None:
         rows = held(model.config.frontier)
         result["losses"][way] = {name: mean_loss(model, row, tests) for name, row in rows.items()}
         result["steps"][way] = steps
-        save(f"{NAME}_cpu", result)
+        save(args.name, result)
         print(way, result["losses"][way], flush=True)
 
     def converted(parent: Any, blocks: torch.Tensor) -> Any:
