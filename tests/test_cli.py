@@ -28,7 +28,7 @@ VERBS = (
 def work(tmp_path_factory):
     """A folder with a parent, its tokenizer and a text."""
     folder = tmp_path_factory.mktemp("cli")
-    texts = [path.read_text() for path in sorted((ROOT / "modeling_flextron").glob("*.py"))]
+    texts = [path.read_text()[:3_000] for path in sorted((ROOT / "modeling_flextron").glob("*.py"))[:12]]
     tokenizer = train_tokenizer(texts, vocab_size=300)
     parent = parent_of("gqa-wide-heads", vocab_size=300, pad_token_id=tokenizer.pad_token_id)
     parent.save_pretrained(folder / "parent")
@@ -36,9 +36,6 @@ def work(tmp_path_factory):
     (folder / "text").mkdir()
     for i, text in enumerate(texts):
         (folder / "text" / f"{i}.txt").write_text(text)
-    (folder / "few").mkdir()
-    for i, text in enumerate(texts[:3]):
-        (folder / "few" / f"{i}.txt").write_text(text[:3_000])
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -144,7 +141,7 @@ def test_people_get_a_table_and_the_next_command(elastic):
 
 def test_a_run_is_repeated_from_its_configuration(elastic):
     """The command line wins over the file, and a name that nobody knows is refused with those that it may be."""
-    shared = {"model": "elastic", "dataset": "few", "report-to": "none", "save_strategy": "no", "bf16": True}
+    shared = {"model": "elastic", "dataset": "text", "report-to": "none", "save_strategy": "no", "bf16": True}
     Path("mine.yaml").write_text(yaml.safe_dump(shared) + "max_steps: 5\nsequence_length: 32\nlearning_rate: 1e-3\n")
     batch = ("--per-device-train-batch-size", 2)
     first = flextron("train", "--config", "mine.yaml", "--max-steps", 1, "--output-dir", "once", *batch)
@@ -156,11 +153,11 @@ def test_a_run_is_repeated_from_its_configuration(elastic):
     for verb, name, near in (("train", "max_stepz", "max_steps"), ("evaluate", "max-sampels", "max_samples")):
         Path("bad.yaml").write_text(f"{name}: 1\n")
         with pytest.raises(ValueError, match=rf"There is no such option\. Did you mean {near}"):
-            flextron(verb, "elastic", "few", "--config", "bad.yaml")
+            flextron(verb, "elastic", "text", "--config", "bad.yaml")
     for content in ("- 1", "a: [", "\0"):
         Path("bad.yaml").write_text(content)
         with pytest.raises(ValueError, match=r"`config`='bad\.yaml' cannot be used"):
-            flextron("evaluate", "elastic", "few", "--config", "bad.yaml")
+            flextron("evaluate", "elastic", "text", "--config", "bad.yaml")
 
 
 def test_evaluate_writes_and_plots(elastic):

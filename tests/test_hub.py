@@ -19,6 +19,13 @@ from flextron_trainer.measuring.loading import fetched_bytes
 from modeling_flextron.hub import commit_files, files_of
 from modeling_flextron.permutation import FILE as PERMUTATION
 
+# A Hub that fails is asked again after seconds, which count nowhere here.
+HASTE = """
+import time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(seconds / 100)
+"""
+
 PUSH = """
 import json, sys
 from pathlib import Path
@@ -197,7 +204,7 @@ def pushed(hub, tmp_path_factory):
     hub.refuse_commits("me/trained", "Training in progress, step 2", 100)
     for path in BUSY:
         hub.be_busy("me/trained", path, 1)
-    return last_line(run_python(PUSH, env=hub.environment(home / "cache"), folder=home)) | {"home": home}
+    return last_line(run_python(HASTE + PUSH, env=hub.environment(home / "cache"), folder=home)) | {"home": home}
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +215,9 @@ def loaded(hub, pushed, tmp_path_factory):
     hub.cut("me/cut", "model.level0.safetensors", 1)
     hub.cut("me/broken", "model.level0.safetensors", 1000)
     home = tmp_path_factory.mktemp("load")
-    done = run_python(LOAD, pushed["first"]["oid"], package=False, env=hub.environment(home / "cache"), folder=home)
+    done = run_python(
+        HASTE + LOAD, pushed["first"]["oid"], package=False, env=hub.environment(home / "cache"), folder=home
+    )
     return last_line(done), home
 
 

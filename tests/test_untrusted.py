@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -104,11 +105,11 @@ def test_no_verb_is_forgotten():
 def test_every_call_says_who_is_trusted():
     """What is not said is asked on the terminal; by a literal only `standalone.py` trusts, when it is told to."""
     packages = (Path(modeling_flextron.__file__).parent, Path(standalone.__file__).parent)
-    for path in (path for folder in packages for path in folder.glob("*.py")):
+    for path in (path for folder in packages for path in folder.rglob("*.py")):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             said = {word.arg: word.value for word in call.keywords}
-            auto = isinstance(call.func, ast.Attribute) and ast.unparse(call.func).startswith("Auto")
-            if auto and call.func.attr.startswith("from_"):
+            called = call.args[0] if ast.unparse(call.func) == "partial" else call.func
+            if re.fullmatch(r"Auto(Config|Model|Tokenizer|Processor)\w*\.from_\w+", ast.unparse(called)):
                 assert "trust_remote_code" in said, f"{path.name}: {ast.unparse(call)}"
             if path.name != "standalone.py":
                 assert ast.unparse(said.get("trust_remote_code", ast.Constant(False))) != "True", path
