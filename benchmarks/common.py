@@ -1,7 +1,6 @@
 """What every benchmark shares: timing and the machine (from the package), text, peak memory, and where results go."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from flextron_trainer.data import load_text, pack
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.measuring.bench import against, interleaved, machine
-from modeling_flextron.checkpoint import write_file_beside
+from modeling_flextron.checkpoint import write_json
 
 __all__ = [
     "add_run_options", "against", "interleaved", "machine", "peak_bytes", "run_settings", "save", "stdlib_blocks",
@@ -94,11 +93,6 @@ def peak_bytes(run: Callable[[], object], device: str, *models: torch.nn.Module)
 
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write a result file; call it again as more is measured, so that a stop loses nothing."""
-    return write_json(RESULTS / f"{name}.json", result)
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Write a file at once, so that a stop leaves the one before."""
-    with write_file_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    write_json(path, result)
     return path

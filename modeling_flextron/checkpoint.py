@@ -6,6 +6,7 @@ process is killed, until the next save. Whoever reads weights (`undisturbed`) re
 files are no longer those that were there at the beginning: a file is opened by its name when its time comes.
 """
 
+import json
 import os
 import re
 import shutil
@@ -65,6 +66,18 @@ def write_file_beside(target: str | os.PathLike) -> Iterator[Path]:
     with staging(target.parent, target.name) as folder:
         yield folder / target.name
         os.replace(folder / target.name, target)
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON that every reader takes: numbers that are not finite, which JSON does not have, are null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent, allow_nan=False)
+
+
+def write_json(target: str | os.PathLike, value: Any) -> None:
+    """Write a value as strict JSON, and move the file to `target` when it is complete."""
+    with write_file_beside(target) as path:
+        path.write_text(strict_json(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -165,10 +165,11 @@ def _check_choices(name: str, sizes: Any, full: int) -> None:
         raise invalid(name, sizes, "The sizes must descend strictly.", "Sort them and drop repeated ones.")
 
 
-def check_origin(parent_name: Any, permutation: Any, terms: Any, made: Any, runs: Any, version: Any) -> None:
+def check_origin(parent: dict[str, Any], permutation: Any, terms: Any, made: Any, runs: Any, version: Any) -> None:
     """Refuse what a card says about where the model comes from: parent, its licence, conversion, training, code."""
-    if not isinstance(parent_name, str | None):
-        raise invalid("parent_name", parent_name, "It is a text.", "Pass the Hub id of the parent, or None.")
+    for field, value in parent.items():
+        if not isinstance(value, str | None):
+            raise invalid(field, value, "It is a text.", "Pass Hub id and commit of the parent, or None.")
     if not isinstance(permutation, str | None):
         raise invalid("permutation", permutation, "It is the name of a conversion.", "Leave it out.")
     texts = isinstance(terms, dict) and all(isinstance(value, str) for value in terms.values())

@@ -85,6 +85,7 @@ class FlextronConfig(StoredConfig):
         levels: Of a checkpoint that is stored in levels (`level_blocks.py`): `checkpoint`, which its files share, and
             `rows`, the row of the frontier that each level completes, smallest first.
         parent_name: Hub id of the parent, or the name of its folder.
+        parent_revision: Commit of the parent on the Hub, where it came from there.
         parent_license: `license`, and `license_name` and `license_link` where there are any, of the parent's card.
         permutation: What tells the order of units of this conversion from that of any other; the order itself is in a
             file beside this one (`permutation.py`). None when it is not known.
@@ -154,6 +155,7 @@ class FlextronConfig(StoredConfig):
     latency_tables: dict = None  # type: ignore[assignment]
     levels: dict | None = None
     parent_name: str | None = None
+    parent_revision: str | None = None
     parent_license: dict | None = None
     permutation: str | None = None
     conversion: dict | None = None
@@ -355,7 +357,8 @@ class FlextronConfig(StoredConfig):
         parse_budget(self.flextron_budget)
         require_int("flextron_context", self.flextron_context, minimum=0)
         terms, made, runs = self.parent_license, self.conversion, self.training_runs
-        check_origin(self.parent_name, self.permutation, terms, made, runs, self.flextron_version)
+        parent = {name: getattr(self, name) for name in ("parent_name", "parent_revision")}
+        check_origin(parent, self.permutation, terms, made, runs, self.flextron_version)
 
     def _check_rows(self) -> None:
         """Read the frontier, with costs and names that are right for this shape."""

@@ -46,9 +46,11 @@ class FlextronGenerationMixin(GenerationMixin):
         check_generation(self, args, kwargs)
         each = flextron_budget if is_list(flextron_budget) else [flextron_budget]
         each = [read_phases(self, one, kwargs.get("tokenizer")) if is_phased(one) else one for one in each]
+        if phases := [one for one in each if isinstance(one, Phases)]:
+            given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+            settings = {"draft_budget": draft_budget, **kwargs}
+            refuse_company(phases, self.config, settings, given, self.generation_config)
         if draft_budget is not None:
-            if any(isinstance(one, Phases) for one in each):
-                refuse_company({"draft_budget": draft_budget})
             return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
         if is_list(flextron_budget):
             return generate_each(self, each, args, kwargs)
@@ -62,8 +64,6 @@ class FlextronGenerationMixin(GenerationMixin):
 
     def _think(self, phases: Phases, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Generate at one size while the text thinks, and at another one behind it."""
-        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        refuse_company(kwargs, given, self.generation_config)
         sequences = sequences_of(args, kwargs)
         if sequences is not None and len(sequences) > 1:
             return generate_each(self, [replace(phases) for _ in sequences], args, kwargs)

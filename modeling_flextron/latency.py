@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from transformers.utils import cached_file, logging
 
-from .checkpoint import write_file_beside
+from .checkpoint import write_json
 from .errors import invalid
 from .subnetwork import Cost, Shape, SubNetwork
 
@@ -136,8 +136,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it as JSON."""
-        with write_file_beside(path) as beside:
-            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: HasTables | None = None) -> "LatencyTable":

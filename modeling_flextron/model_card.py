@@ -258,11 +258,14 @@ def _shape(row: FrontierRow, subnetwork: SubNetwork) -> str:
 
 
 def parent_of(config) -> str:
-    """The parent of a model, with its licence where that is known."""
+    """The parent of a model, with its commit and its licence where these are known."""
     if config.parent_name is None:
         return f"a {config.base_model_type} model"
     if _is_repo(config.parent_name):
         name = f"[{config.parent_name}](https://huggingface.co/{config.parent_name})"
+        if re.fullmatch(r"[0-9a-f]{40}", config.parent_revision or ""):
+            at = f"https://huggingface.co/{config.parent_name}/tree/{config.parent_revision}"
+            name += f" at commit [{config.parent_revision[:7]}]({at})"
     else:
         name = plain(config.parent_name)
     terms = config.parent_license or {}

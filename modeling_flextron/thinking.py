@@ -4,7 +4,7 @@ A reasoning model writes its thoughts, a token that ends them, and an answer. Wh
 from the tokens so far, so a call needs no state. The idea: Star Elastic (arXiv 2511.16664).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,13 @@ class Phases:
             return cache.get_seq_length() == ids.shape[1] - 1  # else it was made of more than these tokens
         return False
 
+    def keeps_kv_heads(self, config: Any) -> bool:
+        """Whether both parts have as many KV heads in every layer that both run."""
+        if config.kv_heads(1) > 1:
+            return True  # a parent with groups has the same ones at every budget
+        thinking, answer = (dict(zip(part.layers, part.heads, strict=True)) for part in (self.thinking, self.answer))
+        return all(thinking[layer] == answer[layer] for layer in thinking.keys() & answer.keys())
+
 
 def read_phases(model: Any, budget: Any, tokenizer: Any = None) -> Phases:
     """The phases that a budget such as `{"thinking": 0.5, "answer": 1}` means; `"end"` may name the token between.
@@ -109,10 +116,12 @@ def _end_of_thinking(budget: Any, end: Any, tokenizer: Any) -> int:
     raise invalid("flextron_budget", budget, rule, remedy)
 
 
-def refuse_company(given: Mapping[str, Any], *configs: Any) -> None:
-    """Refuse what writes or reads several tokens or texts at once, within which the size would have to change.
+def refuse_company(each: Iterable[Phases], config: Any, given: Mapping[str, Any], *configs: Any) -> None:
+    """Refuse what the size cannot change in: several tokens or texts at once, and a cache of one shape.
 
     Args:
+        each: The phases of a call.
+        config: Of the model.
         given: Keywords of `generate`, which go before
         configs: the generation configs, in this order.
     """
@@ -130,3 +139,10 @@ def refuse_company(given: Mapping[str, Any], *configs: Any) -> None:
         if (value := said(name)) not in (None, 1):
             rule = "Each of them would end its thinking elsewhere, and they run together."
             raise invalid(name, value, rule, "Leave it out; for several samples pass the prompt as often in the batch.")
+    for name in ("cache_implementation", "past_key_values"):
+        value = said(name)
+        static = "static" in value if isinstance(value, str) else getattr(value, "is_compileable", False)
+        if static and not all(phases.keeps_kv_heads(config) for phases in each):
+            rule = "A static cache has one number of KV heads in a layer, and the two parts of the text differ in it."
+            shown = value if isinstance(value, str) else type(value).__name__
+            raise invalid(name, shown, rule, "Leave it out, or pass sizes with the same numbers of heads.")

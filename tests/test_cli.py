@@ -1,8 +1,12 @@
 """Every verb of the `flextron` command, on tiny models and this checkout's own text."""
 
+import io
 import json
+import math
 import os
 import re
+import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,12 +14,14 @@ import pytest
 import torch
 import yaml
 from helpers import flextron, parent_of, run_python
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
-from flextron_trainer.cli.options import as_datasets
+from flextron_trainer.cli.options import as_datasets, json_output, print_result
 from flextron_trainer.demo import train_tokenizer
 from modeling_flextron import count_parameters
+from modeling_flextron.checkpoint import write_json
 
 ROOT = Path(__file__).parent.parent
 VERBS = (
@@ -105,6 +111,7 @@ def test_help_and_version_import_no_library():
     """Nor is PEFT, which finds the target modules of a LLaMA also where it is imported after us."""
     code = f"""
 import importlib.metadata, sys
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 import flextron_trainer
 from flextron_trainer.cli import app
@@ -158,6 +165,102 @@ def test_a_run_is_repeated_from_its_configuration(elastic):
         Path("bad.yaml").write_text(content)
         with pytest.raises(ValueError, match=r"`config`='bad\.yaml' cannot be used"):
             flextron("evaluate", "elastic", "text", "--config", "bad.yaml")
+
+
+CPU = ("--device", "cpu")
+SHORT = ("--sequence-length", 32, *CPU)
+WRITING = {  # the options that are kept, and the call that they are of
+    "convert": ("again/run.yaml", "parent", "again", "--calibration", "few", "--preset", "small.json", *SHORT),
+    "transplant": ("carried/run.yaml", "elastic", "parent", "carried", "--base", "parent"),
+    "teach": ("cache/run.yaml", "parent", "few", "cache", "--dataset", "one.txt", "--draws", 4, "--max-samples", 4,
+              *SHORT),
+    "answers": ("said.jsonl.run.yaml", "parent", "asked.jsonl", "said.jsonl", "--max-new-tokens", 2, "--sample", *CPU),
+    "export": ("small/run.yaml", "elastic", "small", "--budget", '{"mlp": 48}', "--dense"),
+    "evaluate": ("line.png.run.yaml", "elastic", "few", "--max-samples", 2, "--plot", "line.png", "--budget", "0.6",
+                 "--budget", "1", *SHORT),
+    "evaluate --write": ("elastic/evaluate.run.yaml", "elastic", "few", "--max-samples", 2, *SHORT),
+    "measure": ("elastic/latency/*.run.yaml", "elastic", "--rounds", 1, "--context", 8, *CPU),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def read(elastic):
+    """What calls of `WRITING` read beside the models."""
+    tokenizer = AutoTokenizer.from_pretrained("parent")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained("parent")
+    Path("asked.jsonl").write_text('{"prompt": "def main"}\n')
+    Path("one.txt").write_text("x = 1\n" * 60)
+    preset = json.loads((ROOT / "hub_configs" / "llama-3.2-1b.json").read_text())
+    preset["config"] |= json.loads(Path("parent/config.json").read_text())
+    preset["convert"] = {"mlp": [1, 0.5], "heads": [1], "budgets": [1, 0.8], "max_samples": 4, "order": "norms"}
+    Path("small.json").write_text(json.dumps(preset))
+
+
+@pytest.mark.parametrize("case", WRITING)
+def test_a_call_is_repeated_from_what_it_keeps_beside_its_output(read, case):
+    """Every option is kept, also those of a preset, which may be gone."""
+    verb, *flags = case.split()
+    pattern, *arguments = WRITING[case]
+    first = flextron(verb, *arguments, *flags)
+    (kept,) = Path().glob(pattern)
+    Path("kept.yaml").write_text(text := kept.read_text())
+    assert text.startswith(f"# flextron {verb} --config {kept.name}\n")
+    shutil.rmtree(kept.parent) if kept.name == "run.yaml" else kept.unlink()
+    Path("said.jsonl").unlink(missing_ok=True)
+    again = flextron(verb, "--config", "kept.yaml")
+    assert kept.read_text() == text
+    timed = ("measured", "planned", "decode_ms", "error")
+    assert {key: first[key] for key in first if key not in timed} == {
+        key: again[key] for key in again if key not in timed
+    }
+    options = yaml.safe_load(text)
+    assert verb != "convert" or (options["max_samples"], options["mlp"], options["seed"]) == (4, [1, 0.5], 0)
+
+
+def test_no_file_of_others_is_replaced_by_the_options_of_a_call(read, capsys):
+    """Nor is any written where a call fails, and `push` leaves them where they are."""
+    Path("theirs").mkdir()
+    Path("theirs/run.yaml").write_text("a: 1\n")
+    call = ("export", "elastic", "theirs", "--budget", "0.6")
+    done = CliRunner().invoke(app, call, catch_exceptions=False)
+    assert "theirs/run.yaml stays as it is" in done.stderr and Path("theirs/run.yaml").read_text() == "a: 1\n"
+    with pytest.raises(ValueError, match="budget"):
+        flextron("export", "elastic", "failed", "--budget", "0.01")
+    assert not Path("failed").exists()
+
+
+def test_wide_tables_fit_a_narrow_terminal(monkeypatch):
+    """Every word of a head and every number is there in one piece, and each part begins with the names of the rows."""
+    texts = ("", "ultrachat_200k, answers only/", "a-file-with-quite-a-long-name-of-its-own.jsonl/")
+    figures = {f"{text}{name}": 2.5 for text in texts for name in ("loss", "perplexity", "accuracy", "tokens")}
+    figures |= {"arc_easy/acc_norm": 0.4321, "arc_easy/acc_norm_stderr": 0.0123}
+    rows = {str(i): {name: value + i for name, value in figures.items()} for i in range(3)}
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = io.StringIO()
+    with redirect_stdout(stream):
+        print_result("then", results=rows, model="a" * 100)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in stream.getvalue()
+    bodies = [line for line in lines if line.startswith("│ 0 ")]
+    assert len(bodies) > 2 and sum(line.count(" 2.5 ") for line in bodies) == 12
+    assert "0.4321 ± 0.0123" in stream.getvalue() and stream.getvalue().count("perplexity") == 3
+    monkeypatch.setenv("COLUMNS", "400")
+    with redirect_stdout(stream):
+        print_result(results=rows)
+    assert sum(line.startswith("│ 0 ") for line in stream.getvalue().splitlines()) == len(bodies) + 1
+
+
+def test_json_is_strict(tmp_path):
+    """No reader but Python's takes NaN for JSON."""
+    value = {"a": [float("nan"), 1.5, -math.inf], "b": {"c": math.inf, "d": "NaN"}}
+    write_json(tmp_path / "a.json", value)
+    line = io.StringIO()
+    before = json_output.set(line)
+    print_result(**value)
+    json_output.reset(before)
+    for text in (line.getvalue(), (tmp_path / "a.json").read_text()):
+        assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, None], "b": {"c": None, "d": "NaN"}}
 
 
 def test_evaluate_writes_and_plots(elastic):

@@ -1,20 +1,23 @@
 """Conversations: what is learned of them, how they are packed and mixed, and a model's own answers."""
 
+import copy
 import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
-from helpers import flextron, parent_of
+from helpers import elastic_of, flextron, parent_of
 from torch.nn.functional import cross_entropy
+from training import arguments as settings_of
 
-from flextron_trainer import convert
+from flextron_trainer import FlextronTrainer, convert
 from flextron_trainer.answers import write_answers
 from flextron_trainer.conversations import documents_of
-from flextron_trainer.data import calibration_batches, load_text, mixed, pack, text_column, whole_in_blocks
+from flextron_trainer.data import calibration_batches, collator, load_text, mixed, pack, text_column, whole_in_blocks
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation.quality import evaluate_model
 from modeling_flextron.model_card import write_model_card
@@ -162,6 +165,7 @@ def test_a_long_conversation_is_cut_behind_the_beginning_of_an_answer(tokenizer,
     assert f"loss is that of {seen} tokens, and {total - seen} are masked" in line
     lost = sum(map(sum, (mask for _, mask in expected))) - seen
     assert f"{lost} more would be learned; 1 are left out" in line
+    assert pack(rows, tokenizer, length, num_proc=2)[:] == blocks[:] and lines.pop() == line
     stream = pack(rows.to_iterable_dataset(), tokenizer, length)
     assert list(stream) == list(blocks)
     joined = pack(rows, tokenizer, length, document_boundaries=False, assistant_only=False)
@@ -390,6 +394,37 @@ def test_the_command_trains_on_a_mixture(work):
     assert all(f"eval_{name}_loss_0.5" in result for name in names)
     card = Path("run/README.md").read_text()
     assert "answers only, kept from training/loss" in card and "apply_chat_template" in card
+
+
+@pytest.mark.parametrize("settings", [{"stage": "blocks"}, {"stage": "router", "router_method": "token"}])
+def test_padding_behind_conversations_teaches_no_layer_and_no_router(tokenizer, tmp_path, settings):
+    """Whatever it consists of: where documents share a row, no mask hides it."""
+    blocks = pack(datasets.Dataset.from_list(CHATS), tokenizer, 120)
+    assert len({len(row["input_ids"]) for row in blocks}) > 1
+    settings = settings | ({"router_budgets": [0.6]} if settings["stage"] == "router" else {})
+    begun, found = elastic_of("mha", parent_of("mha", vocab_size=len(tokenizer))), []
+    for padding in (0, 7):
+        run = FlextronTrainer(
+            copy.deepcopy(begun), settings_of(tmp_path, max_steps=2, **settings), train_dataset=blocks,
+            data_collator=collator(SimpleNamespace(pad_token_id=padding)),
+        )  # fmt: skip
+        run.train()
+        found.append([run.model.config.token_routing, *(p.tolist() for p in run.model.parameters())])
+    assert found[0] == found[1] and found[0][1:] != [p.tolist() for p in begun.parameters()]
+
+
+def test_the_command_learns_conversations_in_every_stage_and_with_workers(work):
+    common = ("--num_proc", 2, "--dataloader_num_workers", 2, "--sequence-length", 64, "--max_steps", 1, "--use_cpu",
+              "--report_to", "none", "--save_strategy", "no")  # fmt: skip
+    router = ("--router_method", "token", "--router_budgets", 0.6)
+    for stage, *more in (("blocks",), ("router", *router), ("joint", *router, "--teacher", "parent")):
+        flextron("train", "elastic", "chats.jsonl", "--stage", stage, *more, "--output_dir", stage, *common)
+    stream = ("--streaming", *common[2:], "--dataloader_num_workers", 1)
+    flextron("train", "elastic", "chats.jsonl", "--output_dir", "stream", *stream, "--eval-dataset", "text.txt")
+    with pytest.raises(ValueError, match="compares the states of all tokens"):
+        flextron(
+            "train", "elastic", "chats.jsonl", "--stage", "blocks", "--assistant-only", "--output_dir", "x", *common
+        )
 
 
 def test_the_command_evaluates_answers_beside_text(work):

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from itertools import pairwise
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -15,9 +16,11 @@ from flextron_trainer.conversion.importance import Importance, fingerprint, fing
 from flextron_trainer.conversion.orders import RANKINGS
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.conversion.sizes import elastic_config, family_config
+from flextron_trainer.conversion.transplant import transplant
 from flextron_trainer.conversion.weights import ranked_heads, take
 from flextron_trainer.layerwise import Walk, portions_of
-from modeling_flextron import SubNetwork, count_parameters
+from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
+from modeling_flextron.model_card import write_model_card
 from modeling_flextron.subnetwork import AXES, smallest_subnetwork
 
 convert = partial(convert_in_any_order, order="importance")  # to choose an order takes four passes
@@ -382,6 +385,29 @@ def test_the_parent_and_its_licence_are_remembered(tmp_path):
     assert origin_of("them/unreachable") == ("them/unreachable", None)
     assert origin_of(str(tmp_path / "gone")) == ("gone", None)
     assert elastic_of("mha").config.parent_name is None
+
+
+def test_the_commit_of_a_parent_on_the_hub_is_remembered(tmp_path, monkeypatch):
+    """Where it came from there; `transplant` reads the base at that commit, and the card names it."""
+    commit, place = "a1" * 20, tmp_path / "hub" / "models--them--parent"
+    parent_of("mha").save_pretrained(place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    hub = {"cache_dir": tmp_path / "hub", "local_files_only": True}
+    elastic = convert_in_any_order("them/parent", "weights", mlp=[1, 0.5], **hub)
+    elastic.save_pretrained(tmp_path / "out")
+    config = FlextronForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.parent_name, config.parent_revision) == ("them/parent", commit)
+    write_model_card(elastic, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"at commit [a1a1a1a](https://huggingface.co/them/parent/tree/{commit})" in card
+    assert "revision" not in card.partition("# ")[0]  # metadata of the Hub has no such field
+    asked = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("flextron_trainer.conversion.transplant.plain_parent", asked)
+    with pytest.raises(InterruptedError):
+        transplant(elastic, parent_of("mha"))
+    asked.assert_called_once_with("them/parent", trust_remote_code=False, revision=commit)
+    assert elastic_of("mha").config.parent_revision is None
 
 
 def test_searched_rows_beat_the_uniform_ones_within_their_budgets(monkeypatch):

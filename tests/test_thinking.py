@@ -156,9 +156,25 @@ def test_every_kind_of_budget_and_cache():
             expected = by_hand(model, ids, *budget.values(), kept=False, **thinks(5))
             assert torch.equal(found[:, :12], expected[:, :12]) and found.shape == expected.shape
     model = elastic_of("mha")
-    cache = StaticCache(config=model.config, max_cache_len=30)
-    with pytest.raises(ValueError, match="It holds 2 KV heads in layer 0, and this sub-network has 4"):
-        think(model, ids, {"thinking": {"heads": 2}, "answer": "1"}, past_key_values=cache, **thinks(5))
+    budget = {"thinking": {"mlp": 48, "heads": 2}, "answer": {"heads": 2}}
+    found = think(model, ids, budget, cache_implementation="static", **thinks(5))
+    assert torch.equal(found, by_hand(model, ids, *list(budget.values()), kept=True, **thinks(5)))
+
+
+def test_a_static_cache_of_other_heads_is_refused_before_anything_is_written():
+    model, ids, streamed = elastic_of("mha"), prompts(2), Streamed()
+    budget = {"thinking": {"heads": 2}, "answer": "1", "end": END}
+    cache, message = StaticCache(config=model.config, max_cache_len=30), "has one number of KV heads in a layer"
+    for budgets, rows in ((budget, ids[:1]), (["1", budget], ids)):
+        for options in (
+            {"cache_implementation": "static"},
+            {"cache_implementation": "offloaded_static"},
+            {"generation_config": GenerationConfig(cache_implementation="static")},
+            {"past_key_values": cache},
+        ):
+            with pytest.raises(ValueError, match=message):
+                model.generate(rows, flextron_budget=budgets, streamer=streamed, **options)
+    assert not streamed.tokens and cache.get_seq_length() == 0
 
 
 def tokenizer(words: dict[int, str], template: str | None = None, response: dict | None = None):

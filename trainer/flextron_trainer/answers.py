@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_flextron.checkpoint import write_file_beside
+from modeling_flextron.checkpoint import write_json
 from modeling_flextron.errors import invalid, require_int
 
 from .conversations import Messages, prompt_of, template_options, written
@@ -128,6 +128,5 @@ def _kept(output: Path, settings: Mapping[str, Any], prompts: Iterable[Mapping[s
         count -= count % settings["batch_size"]
     with output.open("ab") as file:
         file.truncate(sum(map(len, lines[:count])))
-    with write_file_beside(beside) as path:
-        path.write_text(json.dumps(settings), encoding="utf-8")
+    write_json(beside, settings)
     return count

@@ -341,7 +341,8 @@ def distill_blocks(
     depth, found = blocks.config.num_hidden_layers, dict[str, list[tuple[float, float]]]()
     done = [kept is not None and number in kept for number in range(depth)]
     streams = Streams(blocks, text, recipe.batch_size, folder)
-    readout = readout_metric(*blocks.head(), text.input_ids, blocks.device)
+    ids = text.input_ids if text.attention_mask is None else text.input_ids[text.attention_mask.bool()]
+    readout = readout_metric(*blocks.head(), ids, blocks.device)
     metric = Metric(readout, blocks.config.norm_type == "layer")
     bar = tqdm(total=done.count(False) * recipe.steps, desc="Blocks", unit="step", disable=recipe.quiet)
     try:

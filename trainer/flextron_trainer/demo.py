@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron.checkpoint import write_json
 from modeling_flextron.model_card import plot_frontier, write_model_card
 
 from . import standalone
@@ -232,7 +233,7 @@ def run(
     for folder in (output / "parent", output / "run"):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # the Trainer made it
-    (output / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "results.json", summary)
     return summary
 
 

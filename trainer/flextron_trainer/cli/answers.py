@@ -26,7 +26,7 @@ def answers(
     device: Device = None,
     seed: int = 0,
     trust_remote_code: Trust = False,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Write a model's own answers to prompts, for training: what a small size learns best is what its parent says.
 
     Example: `flextron answers HuggingFaceTB/SmolLM2-135M-Instruct prompts.jsonl answers.jsonl`
@@ -69,3 +69,4 @@ def answers(
     )  # fmt: skip
     then = command("train", "elastic", output, "--teacher", model, "--output-dir", "run", "--max-steps", 1000)
     print_result(then, output=str(output), **counts)
+    return {output: {}}

@@ -1,6 +1,5 @@
 """`flextron bench`."""
 
-import json
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +21,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
     device: Device = None,
     json_file: Annotated[Path | None, typer.Option(help="Write the result into this file, too.")] = None,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Measure what elasticity costs here: time against stock models of the same size, speed and loading of every size.
 
     Example: `flextron bench elastic --budgets 1,0.5 --device cuda --dtype bfloat16`
@@ -33,7 +32,7 @@ def bench(
     """
     import torch
 
-    from modeling_flextron.checkpoint import write_file_beside
+    from modeling_flextron.checkpoint import write_json
     from modeling_flextron.errors import invalid
 
     from ..measuring.bench import bench as run
@@ -55,10 +54,10 @@ def bench(
     )
     result["model"] = model
     if json_file is not None:
-        with write_file_beside(json_file) as path:
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, result)
     print_result(
         command("export", model, "small", "--budget", result["speed"][-1]["budget"]),
         tables=chain(tables(result), warnings(result)),
         **result,
     )
+    return {} if json_file is None else {json_file: {}}

@@ -85,7 +85,7 @@ def convert(
     device: Device = None,
     seed: int = 0,
     trust_remote_code: Trust = False,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Make a trained model elastic: LLaMA, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX and Pythia.
 
     Example: `flextron convert meta-llama/Llama-3.2-1B elastic --calibration ./text --mlp 1,0.75,0.5,0.25`
@@ -139,9 +139,9 @@ def convert(
     place = place_of(parent, "tokenizer_config.json")
     text = None if calibration in (None, "weights") else load_text(calibration)
     where, kind = "cpu" if offload and device is None else device_or_default(device), dtype_named(dtype)
+    settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
     planned = None
     if calibration is not None:  # else it is refused
-        settings = {name: one.default for name, one in inspect.signature(run).parameters.items()} | options
         sizes = {name: settings[name] for name in ("mlp", "heads", "hidden", "depth")}
         passes = ("max_samples", "sequence_length", "batch_size", "search_evaluations", "order", "corrections",
                   "block_steps", "uniform")  # fmt: skip
@@ -184,3 +184,4 @@ def convert(
         planned=plan,
         measured=took,
     )
+    return {output: {name: settings[name] for name in given} | {"budgets": [*map(str, settings["budgets"])]}}

@@ -1,7 +1,7 @@
 """`flextron demo`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ def demo(
     device: Device = None,
     seed: int = 0,
     trust_remote_code: Trust = False,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Train a small LLaMA, make it elastic, train it at every size, and load the result without this package.
 
     Every kind of budget means something for the model that it leaves: `flextron generate flextron-demo/elastic
@@ -33,3 +33,4 @@ def demo(
         router_steps=router_steps, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     print_result(tables=(), **result)  # it has told people all of it
+    return {output: {}}

@@ -1,7 +1,7 @@
 """`flextron evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ def evaluate(
     ] = None,
     device: Device = None,
     trust_remote_code: Trust = False,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Measure loss, perplexity and next-token accuracy of every size, and its scores on the tasks of lm-eval.
 
     The loss on conversations is that of the answers alone.
@@ -132,3 +132,5 @@ def evaluate(
                 curves.setdefault(label, []).append((size, result["loss"]))
         plot_frontier(curves, plot)
     print_result(command("export", model, "to-upload"), model=model, dataset=dataset, results=results)
+    written = plot, routing_report, Path(model, "evaluate") if write else None
+    return {path: {"sequence_length": length} for path in written if path is not None}

@@ -1,6 +1,7 @@
 """`flextron export`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,7 +35,7 @@ def export(
     snap: Annotated[bool, typer.Option(help="With --dense: the largest size that fits it and costs no more.")] = False,
     gguf: Annotated[bool, typer.Option(help="Write a file for llama.cpp; layers may differ.")] = False,
     trust_remote_code: Trust = False,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Write a model in levels, so that whoever loads it at a budget reads only what that needs; or one size of it.
 
     Example: `flextron export elastic to-upload`
@@ -76,13 +77,13 @@ def export(
         if result["changed"]:
             print(f"The stock class cannot hold what was asked for: {result['changed']}.", file=sys.stderr)
         print_result(f"vllm serve {output}", output=str(output), dense=True, **result)
-        return
+        return {output: {}}
     if kind == "gguf":
         print_result(f"llama-cli -m {output}", output=str(output), **export_gguf(model, output, **asked))
-        return
+        return {output: {}}
     if kind in PACKAGES:
         print_result(output=str(output), format=kind, **export_program(model, output, kind, **asked))
-        return
+        return {output: {}}
     loaded = load_elastic(model, flextron_budget=budget_value(budget))
     write = loaded.save_pretrained if kind == "plain" else loaded.export
     write(output, max_shard_size=max_shard_size)
@@ -91,3 +92,4 @@ def export(
     print_result(
         command("push", output, "you/name"), output=str(output), parameters=loaded.num_parameters(), dense=False
     )
+    return {output: {}}

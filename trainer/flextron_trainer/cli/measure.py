@@ -1,7 +1,7 @@
 """`flextron measure`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ def measure(
     threads: Annotated[int | None, typer.Option(help="CPU threads; by default what torch takes.")] = None,
     device: Device = None,
     seed: int = 0,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Time every choice of a model on this machine, so that `flextron_budget="25ms"` means something.
 
     Example: `flextron measure elastic --device cuda --dtype bfloat16`
@@ -48,3 +48,4 @@ def measure(
         error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},
         decode_ms={name: round(1e3 * seconds, 3) for name, seconds in times.items()},
     )
+    return {folder / table.file_name: {}}

@@ -53,8 +53,10 @@ def print_result(*then: str, tables: Any = None, **result: Any) -> None:
     """
     from rich.console import Console
 
+    from modeling_flextron.checkpoint import strict_json
+
     if (output := json_output.get()) is not None:
-        print(json.dumps(result), file=output, flush=True)
+        print(strict_json(result), file=output, flush=True)
         return
     console = Console(highlight=False, markup=False, emoji=False)
     for part in tables_of(result) if tables is None else tables:
@@ -76,14 +78,16 @@ def as_datasets(sources: list[str]) -> list[str]:
 
 def tables_of(result: dict[str, Any]) -> Iterator[Any]:
     """A result as tables: its plain values, then one for each value that has entries, with a line for each of them."""
-    from rich.table import Table
+    from rich.table import Column, Table
+
+    from ..tables import FittingTable, Values
 
     entries = {}
     for name, value in result.items():
         rows = list(value.values()) if isinstance(value, dict) else value
         if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
             entries[name] = [{name: key, **row} for key, row in value.items()] if isinstance(value, dict) else rows
-    plain = Table(show_header=False)
+    plain = Table("", Column("", overflow="fold"), show_header=False)
     for name, value in result.items():
         if cell(value) and name not in entries:
             plain.add_row(as_words(name), cell(value))
@@ -92,14 +96,13 @@ def tables_of(result: dict[str, Any]) -> Iterator[Any]:
     for name, rows in entries.items():
         names = {key: None for row in rows for key, value in row.items() if cell(value)}
         columns = [key for key in names if key.removesuffix("_stderr") not in names or not key.endswith("_stderr")]
-        table = Table(title=as_words(name))
+        shown = []
         for key in columns:
-            number = all(isinstance(row.get(key), int | float | None) for row in rows)
-            table.add_column("" if key == name else as_words(key), justify="right" if number else "left")
-        for row in rows:
-            values = ((row.get(key), row.get(f"{key}_stderr")) for key in columns)
-            table.add_row(*(" ± ".join(filter(None, map(cell, pair))) for pair in values))
-        yield table
+            values = ((row.get(key), row.get(f"{key}_stderr")) for row in rows)
+            cells = [" ± ".join(filter(None, map(cell, pair))) for pair in values]
+            numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
+            shown.append(Values("" if key == name else as_words(key), cells, numbers))
+        yield FittingTable(shown, as_words(name))
 
 
 def as_words(name: str) -> str:

@@ -1,7 +1,7 @@
 """`flextron teach`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,7 +43,7 @@ def teach(
     device: Device = None,
     seed: int = 0,
     trust_remote_code: Trust = False,
-) -> None:
+) -> dict[Path, dict[str, Any]]:
     """Let a teacher read a text once, so that training on it needs no teacher in memory.
 
     Example: `flextron teach meta-llama/Llama-3.2-1B ./text cache --sequence-length 1024`
@@ -79,3 +79,4 @@ def teach(
         "train", "elastic", *as_datasets(sources), "--teacher", cache, *same, "--output-dir", "run", "--max-steps", 1000
     )
     print_result(then, output=str(cache), **done, bytes_per_token=round(done["bytes"] / done["tokens"], 2))
+    return {cache: {"sequence_length": length}}

@@ -137,12 +137,17 @@ def train(
     )  # fmt: skip
     if arguments.process_index == 0:
         own = {**context.params, "model": model, "dataset": dataset, "sequence_length": sequence_length}
-        write_options(Path(arguments.output_dir), own | plain_arguments(arguments))
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_options(folder, "train", own | plain_arguments(arguments))
     seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     if arguments.stage == "blocks":
         if arguments.resume_from_checkpoint is not None:
             rule = "Stage 'blocks' goes on from its output folder."
             raise invalid("resume_from_checkpoint", arguments.resume_from_checkpoint, rule, "Pass --resume.")
+        if assistant_only:
+            rule = "Stage 'blocks' compares the states of all tokens, also of questions, which answers are read from."
+            raise invalid("assistant_only", assistant_only, rule, "Leave it out.")
         rows = mixed(list(named.values()), shares, seed)
         if streaming:
             rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)

@@ -1,6 +1,7 @@
 """`flextron transplant`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +23,7 @@ def transplant(
     ] = None,
     base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a base on the Hub.")] = None,
     trust_remote_code: Trust = False,
-) -> None:  # fmt: skip
+) -> dict[Path, dict[str, Any]]:  # fmt: skip
     """Carry what an elastic model of a base has learned to a variant of the base, such as its instruct model.
 
     Example: `flextron transplant run meta-llama/Llama-3.2-1B-Instruct elastic-instruct --base meta-llama/Llama-3.2-1B`
@@ -45,3 +46,4 @@ def transplant(
     made = (result.config.conversion or {})["transplanted"]
     then = command("evaluate", output, "./held-out", "--write")
     print_result(then, output=str(output), **made, frontier=[row.to_dict() for row in result.frontier])
+    return {output: {}}

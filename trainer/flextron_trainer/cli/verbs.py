@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from .options import json_output
 
 # Of one call, not of what it does.
 NOT_KEPT = ("config", "as_json", "preset", "plan", "resume")
+OURS = "# flextron "  # what a file that we may replace begins with
 
 
 def read_options(context: typer.Context, path: Path | None) -> None:
@@ -68,17 +69,26 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
             raise invalid("config", name, "There is no such option.", remedy)
 
 
-def write_options(folder: Path, options: dict[str, Any]) -> None:
-    """Write the options of a run to `run.yaml`, from which `--config` repeats it."""
+def write_options(place: Path, verb: str, options: dict[str, Any]) -> None:
+    """Write the options of a call beside what it wrote, so that `--config` repeats it; no file of others is replaced.
+
+    Args:
+        place: A folder, which gets a `run.yaml`; anything else gets a file of its own name and `.run.yaml` beside it.
+        verb: The name of the verb.
+        options: Name -> value; what is None or of this one call is left out.
+    """
     import yaml
 
     from modeling_flextron.checkpoint import write_file_beside
 
+    file = place / "run.yaml" if place.is_dir() else place.with_name(f"{place.name}.run.yaml")
+    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(OURS):
+        print(f"{file} stays as it is, because no call of this command wrote it.", file=sys.stderr)
+        return
     kept = {name: value for name, value in options.items() if value is not None and name not in NOT_KEPT}
-    folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump({name: str(value) if isinstance(value, Path) else value for name, value in kept.items()})
-    with write_file_beside(folder / "run.yaml") as path:
-        path.write_text(text, encoding="utf-8")
+    with write_file_beside(file) as path:
+        path.write_text(f"{OURS}{verb} --config {file.name}\n{text}", encoding="utf-8")
 
 
 Config = Annotated[
@@ -94,19 +104,24 @@ COMMON = (
 )
 
 
-def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a verb take `--config` and `--json`, with which what it and its libraries print otherwise goes to stderr."""
+def verb(function: Callable[..., dict[Path, dict[str, Any]] | None]) -> Callable[..., None]:
+    """Let a verb take `--config` and `--json`, and keep its options beside what it wrote.
+
+    Args:
+        function: The verb. It returns the places that it wrote, each with the options that it chose itself. With
+            `--json` what it and its libraries print goes to stderr.
+    """
 
     @functools.wraps(function)
     def run(*, config: Path | None, as_json: bool, **given: Any) -> None:
-        if not as_json:
-            return function(**given)
-        before = json_output.set(sys.stdout)
+        before = json_output.set(sys.stdout if as_json else None)
         try:
-            with redirect_stdout(sys.stderr):
-                function(**given)
+            with redirect_stdout(sys.stderr) if as_json else nullcontext():
+                written = function(**given) or {}
         finally:
             json_output.reset(before)
+        for place, chosen in written.items():
+            write_options(place, function.__name__, given | chosen)
 
     own = inspect.signature(function)
     run.__signature__ = own.replace(parameters=[*own.parameters.values(), *COMMON])  # type: ignore[attr-defined]

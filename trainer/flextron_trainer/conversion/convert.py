@@ -30,7 +30,7 @@ from .importance import CONTROLS, Importance, fingerprint, fingerprint_of_data, 
 from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
-from .parents import place_of, plain_parent
+from .parents import QUIET, commit_of, place_of, plain_parent
 from .places import place_in
 from .reconstruction import sorted_moments
 from .rotation import check_rotation
@@ -184,6 +184,7 @@ def convert(
         counted.tie_word_embeddings = False
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
     named, origin = named_budgets(counted, budgets), origin_of(dense.name_or_path, **hub)
+    commit = commit_of(parent, **hub)
 
     batches: list[torch.Tensor] = []
     if not by_weights:
@@ -219,7 +220,7 @@ def convert(
             found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order], files)
             if order == "auto":
                 slices = _rows_by_size(elastic.config, named, nested, corrections)
-                record["order"] = order = _best_order(elastic, found, slices, sort, held_out)
+                record["order"] = order = _best_order(elastic, found, slices, partial(sort, progress=False), held_out)
             sort(found[order])
         if batches:
             record["calibration_tokens"] = sum(batch.numel() for batch in batches)
@@ -243,6 +244,7 @@ def convert(
     if rotation is not None:  # no channel of the parent is left that an adapter could be for
         elastic.permutation = elastic.permutation.rotated_by(rotation)
     elastic.config.parent_name, elastic.config.parent_license = origin
+    elastic.config.parent_revision = commit
     elastic.config.validate()
     return elastic
 
@@ -301,9 +303,8 @@ def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | Non
     """
     if not source:
         return None, None
-    quiet = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
     try:
-        card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **quiet)
+        card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **QUIET)
         metadata = (card and metadata_load(card)) or {}
     except (ValueError, OSError, yaml.YAMLError, RecursionError):  # of a model in memory the folder may be gone
         metadata = {}

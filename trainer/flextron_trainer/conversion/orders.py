@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from modeling_flextron.families import stored_heads
 from modeling_flextron.subnetwork import SubNetwork
@@ -107,7 +108,7 @@ def best_order(
         Its name, and the mean of each in nats.
     """
     means = {}
-    for name, scores in candidates.items():
+    for name, scores in tqdm(candidates.items(), desc="Comparing orders", unit="order"):
         permute(scores)
         lost = torch.tensor([loss(row) - full for row in rows], dtype=torch.double)
         means[name] = lost.clamp_min(1e-6).log().mean().exp().item()

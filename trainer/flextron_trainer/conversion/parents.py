@@ -2,18 +2,21 @@
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
 
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import check_supported
 from modeling_flextron.loading import HUB_DEFAULTS
 
 from ..models import load_stock, read_config, reading
+
+QUIET = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
 
 
 def plain_parent(parent: Any, *, trust_remote_code: bool = False, **load_kwargs: Any) -> PreTrainedModel:
@@ -78,10 +81,17 @@ def adapter_of(source: str | os.PathLike, **hub: Any) -> Any:
 def place_of(source: str | os.PathLike, file: str, **hub: Any) -> str:
     """Find the source of a file of a parent: the parent itself, or the base of an adapter that has no such file."""
     adapter = adapter_of(source, **hub)
-    quiet = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
-    if adapter is None or cached_file(os.fspath(source), file, **hub, **quiet) is not None:
+    if adapter is None or cached_file(os.fspath(source), file, **hub, **QUIET) is not None:
         return os.fspath(source)
     return adapter.base_model_name_or_path
+
+
+def commit_of(source: Any, **hub: Any) -> str | None:
+    """The commit of a repo on the Hub that a parent is read from; None of a folder, and of a model in memory."""
+    if not isinstance(source, str) or Path(source).is_dir():
+        return None
+    files = (cached_file(source, file, **hub, **QUIET) for file in (CONFIG_NAME, "adapter_config.json"))
+    return extract_commit_hash(next(filter(None, files), None), None)
 
 
 def tensor_of(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from modeling_flextron.switching import quantization_method
 from ..data import check_tokens, known_tokenizer
 from ..models import load_elastic
 from .convert import origin_of
-from .parents import place_of, plain_parent, tensor_of
+from .parents import commit_of, place_of, plain_parent, tensor_of
 from .sizes import family_config
 from .weights import fill, unfilled
 
@@ -63,7 +63,7 @@ def transplant(
         variant: A model of the same shape as the base that was trained on from it, such as its instruct model; also an
             adapter. It may have more tokens or fewer: the difference goes to those that all three have, by number.
         base: What `elastic` was converted from; by default the Hub id that its config names.
-        base_revision: Of a base on the Hub.
+        base_revision: Of a base on the Hub; by default of the one that the config names the commit that it names.
         trust_remote_code, load_kwargs: As in `convert`, for the variant; the former for the base as well.
 
     Returns:
@@ -79,7 +79,8 @@ def transplant(
     if base is None and "/" not in (name or ""):
         rule = f"The config of the elastic model does not say where that is, only its name: {name}."
         raise invalid("base", None, rule, "Pass its folder or Hub id.")
-    base = name if base is None else base
+    if base is None:
+        base, base_revision = name, base_revision or model.config.parent_revision
     load_base = {} if base_revision is None else {"revision": base_revision}
     dense = {
         "base": plain_parent(base, trust_remote_code=trust_remote_code, **load_base),
@@ -116,6 +117,7 @@ def transplant(
     result.permutation = order
     hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
     config.parent_name, config.parent_license = origin_of(dense["variant"].name_or_path, **hub)
+    config.parent_revision = commit_of(variant, **hub)
     made = {
         "base": model.config.parent_name, "trained_difference": shares[0], "variant_difference": shares[1],
         "runs": len(model.config.training_runs or ()),

@@ -80,16 +80,20 @@ def fill(elastic: FlextronForCausalLM, name: str, tensor: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def permute(elastic: FlextronForCausalLM, scores: Importance, place: Place | None = None) -> None:
+def permute(
+    elastic: FlextronForCausalLM, scores: Importance, place: Place | None = None, *, progress: bool = True
+) -> None:
     """Sort every axis that can shrink by importance, one tensor at a time; the function stays the same.
 
     Args:
         place: Where the sorted ones go; None for memory.
+        progress: Show a bar.
     """
     assert elastic.permutation is not None
     permutation = _sorted(elastic.config, elastic.permutation, scores)
     change = permutation.since(elastic.permutation)
-    for name, parameter in tqdm(list(elastic.named_parameters()), desc="Permuting", unit="tensor"):
+    named = list(elastic.named_parameters())
+    for name, parameter in tqdm(named, desc="Permuting", unit="tensor", disable=not progress):
         tensor = change.to_ours(parameter.data, axes(name), layer_of(name))
         parameter.data = tensor if place is None or tensor is parameter.data else place(tensor)
     elastic.permutation = permutation

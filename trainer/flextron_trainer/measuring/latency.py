@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, LatencyTable, SubNetwork
-from modeling_flextron.checkpoint import write_config, write_file_beside
+from modeling_flextron.checkpoint import write_config, write_json
 from modeling_flextron.drafting import Watch, constant, share_draft
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.latency import FOLDER, LENGTHS, MODES, device_name, is_seconds, shape_of
@@ -277,9 +277,7 @@ class _Rounds:
     def add(self, times: dict[str, Any]) -> None:
         self.done.append(times)
         if self.path:
-            with write_file_beside(self.path) as beside:
-                kept = {"conditions": self.conditions, "rounds": self.done}
-                beside.write_text(json.dumps(kept), encoding="utf-8")
+            write_json(self.path, {"conditions": self.conditions, "rounds": self.done})
 
     def forget(self) -> None:
         if self.path:

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from rich.table import Table
-from rich.text import Text
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_flextron import FlextronConfig
@@ -26,6 +24,7 @@ from modeling_flextron.model_card import figure_cell
 from modeling_flextron.subnetwork import kv_cache_bytes, weight_bytes
 
 from ..models import reading
+from ..tables import FittingTable, Values
 
 CONTEXTS = (1024, 4096, 16384)
 
@@ -76,7 +75,7 @@ def sizes_here(
     return rows
 
 
-def table_of_sizes(rows: Sequence[dict[str, Any]]) -> Table:
+def table_of_sizes(rows: Sequence[dict[str, Any]]) -> FittingTable:
     """The rows of `sizes_here` as a table for people."""
     fixed = ("name", "parameters", "download", "memory", "fits_tokens", "tokens_per_second")
     figures = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in fixed]
@@ -84,9 +83,7 @@ def table_of_sizes(rows: Sequence[dict[str, Any]]) -> Table:
     speed = any("tokens_per_second" in row for row in rows)
     heads = ["row", "parameters", "download", *(f"memory, {context:,} tokens" for context in rows[0]["memory"])]
     heads += ["fits now", *figures, *(["tokens/s"] if speed else [])]
-    table = Table(heads[0])
-    for head in heads[1:]:
-        table.add_column(Text(head), justify="right")
+    lines = []
     for row in rows:
         line = [row["name"], f"{row['parameters']:,}"]
         line.append("unknown" if row["download"] is None else in_units(row["download"]))
@@ -94,8 +91,8 @@ def table_of_sizes(rows: Sequence[dict[str, Any]]) -> Table:
         line.append("no" if row["fits_tokens"] is None else f"{row['fits_tokens']:,} tokens")
         line += [figure_cell(row.get(name), row.get(f"{name}_stderr")) for name in figures]
         line += [f"{row['tokens_per_second']:,.1f}"] if speed else []
-        table.add_row(*map(Text, line))  # names are not markup
-    return table
+        lines.append(line)
+    return FittingTable([Values(head, cells) for head, cells in zip(heads, zip(*lines, strict=True), strict=True)])
 
 
 def _table_of_this_device(config: FlextronConfig, kind: str) -> LatencyTable | None:

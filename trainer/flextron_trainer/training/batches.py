@@ -54,6 +54,20 @@ def check_batch(inputs: Mapping[str, Any], collator: Any) -> None:
         raise invalid("data_collator", type(collator).__name__, rule, remedy)
 
 
+def real_tokens_of(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Where a batch has no padding, `[B, S]`; None where nothing says that it has any.
+
+    Where positions keep documents apart there is no mask, and each token of padding is a document of its own, at 0;
+    so is one that begins with the last token of a row, behind which nothing is foretold either.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None or positions is None:
+        return None if mask is None else mask.bool()
+    real = positions.flip(-1).cummax(-1).values.flip(-1) > 0
+    real[:, 0] = True
+    return real
+
+
 def stored_length(dataset: Any) -> int | None:
     """Tokens in the first row of a dataset that holds its rows; None of one that makes them when they are read."""
     stored = isinstance(dataset, (list, tuple)) or (

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.checkpoint import UNFINISHED, write_beside, write_config, write_file_beside
+from modeling_flextron.checkpoint import UNFINISHED, write_beside, write_config, write_file_beside, write_json
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 from modeling_flextron.level_reader import empty_model, stored_state, stored_tensors
@@ -35,6 +35,7 @@ from ..blockwise import BlockRecipe, Errors, check_blocks, distill_blocks
 from ..layerwise import Blocks, Text, digest, positions_of
 from ..models import kind_of, read_config, refuse_tensors
 from .arguments import FlextronTrainingArguments
+from .batches import real_tokens_of
 
 logger = logging.get_logger(__name__)
 FOLDER = "blocks"  # in the output folder: layers that have learned, and states that are too large for memory
@@ -143,7 +144,7 @@ def text_of(rows: Any, count: int, seed: int, collate: Callable[[list[Any]], dic
     if not chosen:
         raise invalid("train_dataset", rows, "It has no rows.", "Pass some.")
     batch = collate(chosen)
-    return Text(*(batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")))  # type: ignore[arg-type]
+    return Text(batch["input_ids"], real_tokens_of(batch), batch.get("position_ids"))
 
 
 class StoredBlocks:
@@ -237,8 +238,7 @@ class KeptBlocks:
         else:
             self.remove()
             self.folder.mkdir(parents=True)
-            with write_file_beside(self.folder / RUN) as path:
-                path.write_text(json.dumps(run, indent=1), encoding="utf-8")
+            write_json(self.folder / RUN, run)
 
     def path(self, number: int) -> Path:
         """The file of a layer."""

@@ -22,7 +22,6 @@ from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.budgets import cost_of, parse_budget
 from modeling_flextron.errors import invalid
 from modeling_flextron.measured import Figures
-from modeling_flextron.positions import real_tokens
 from modeling_flextron.static_router import StaticRouter
 from modeling_flextron.token_routing import TokenRouter, bounds_of, resolve_auto
 
@@ -30,6 +29,7 @@ from ..evaluation.quality import score_sizes
 from ..routers.gates import RelaxedSizes, RelaxedTokens, bounds_for
 from ..routers.surrogate import ERROR_THRESHOLD, SurrogateLearner, smallest_budget
 from .arguments import FlextronTrainingArguments
+from .batches import real_tokens_of
 from .checks import check_finite
 from .sampling import Draw
 
@@ -214,8 +214,7 @@ class RouterStage:
         config = self.model.config
         bounds = resolve_auto(config, f"auto:{target}", target)
         first, last = TEMPERATURE
-        ids = inputs["input_ids"]
-        tokens = real_tokens(inputs.get("attention_mask"), 0, ids.shape[1])
+        ids, tokens = inputs["input_ids"], real_tokens_of(inputs)
         row = (self._batch * self.args.world_size + self.args.process_index) * self.args.train_batch_size
         routing = RelaxedTokens(config, bounds, tokens, last + (first - last) * left, seed if left else None, row)
         count = torch.tensor(ids.numel(), device=ids.device) if tokens is None else tokens.sum()
@@ -298,7 +297,8 @@ class RouterStage:
         bounds = bounds_of(self.model.config, entry, entry["target"])
         costs, weights = [], []
         for batch in batches:
-            self.model.base_model(**batch, use_cache=False, flextron_budget=bounds)
+            inputs = {**batch, "attention_mask": real_tokens_of(batch)}
+            self.model.base_model(**inputs, use_cache=False, flextron_budget=bounds)
             routing: Any = self.model.last_routing
             costs.append(routing.cost().item())
             weights.append(batch["input_ids"].numel() if routing.tokens is None else int(routing.tokens.sum()))

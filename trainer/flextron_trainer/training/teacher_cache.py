@@ -24,11 +24,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modeling_flextron.checkpoint import write_file_beside
+from modeling_flextron.checkpoint import write_file_beside, write_json
 from modeling_flextron.errors import invalid
 
 from ..data import check_tokens, known_tokenizer
 from ..losses import SampledTeacher
+from .batches import real_tokens_of
 
 FILE = "teacher_cache.json"
 FORMAT = 1
@@ -79,14 +80,8 @@ def read_rows(inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
         Keys of the rows `[B]` int64; which tokens are theirs, `[B, S]`.
     """
     ids = inputs["input_ids"].cpu()
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    if mask is not None:
-        real = mask.cpu().bool()
-    elif positions is not None:  # padding is a document of its own for each token, behind which nothing is foretold
-        real = positions.cpu().flip(-1).cummax(-1).values.flip(-1) > 0
-        real[:, 0] = True
-    else:
-        real = torch.ones_like(ids, dtype=torch.bool)
+    positions, real = inputs.get("position_ids"), real_tokens_of(inputs)
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.cpu()
     keys = []
     for row, chosen in enumerate(real):
         places = torch.arange(int(chosen.sum())) if positions is None else positions[row].cpu()[chosen]
@@ -241,8 +236,7 @@ def read_about(folder: str | os.PathLike) -> dict[str, Any]:
 
 def write_about(folder: Path, about: Mapping[str, Any]) -> None:
     """Write what a cache says about itself."""
-    with write_file_beside(folder / FILE) as path:
-        path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / FILE, about)
 
 
 def shard_name(number: int) -> str:
