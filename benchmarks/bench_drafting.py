@@ -34,8 +34,8 @@ from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
 from flextron_trainer.evaluation.quality import evaluate_frontier
 from flextron_trainer.measuring.latency import measure_latency
+from flextron_trainer.models import write_config
 from modeling_flextron import FlextronForCausalLM
-from modeling_flextron.checkpoint import write_config
 from modeling_flextron.drafting import Watch, constant, expected_acceptance, share_draft, tokens_per_cycle
 from modeling_flextron.latency import LENGTHS
 from modeling_flextron.subnetwork import weight_bytes

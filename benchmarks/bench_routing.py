@@ -38,12 +38,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.conversion.rows import mean_loss
-from flextron_trainer.conversion.search import fill, search
+from flextron_trainer.conversion.search import candidate_of, fill, search
 from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
 from flextron_trainer.evaluation.quality import evaluate_model
 from modeling_flextron import FlextronForCausalLM, SubNetwork
-from modeling_flextron.static_router import Candidate, StaticRouter
+from modeling_flextron.static_router import StaticRouter
 from modeling_flextron.subnetwork import parameters_of, random_subnetwork, uniform_subnetworks
 
 LENGTH = 128
@@ -120,7 +120,7 @@ class Seed:
         for budget in self.options.budgets:
             generator, losses = random.Random(self.seed), []
             for _ in range(15):
-                start = Candidate.of(self.config, random_subnetwork(self.config, generator))
+                start = candidate_of(self.config, random_subnetwork(self.config, generator))
                 filled = fill(self.config, start, self.cost, budget * self.config.parent_size(), generator)
                 losses.append(self.outside(filled.subnetwork(self.config)))
             result[str(budget)] = {"loss": statistics.median(losses), "of": len(losses)}
@@ -158,7 +158,7 @@ class Seed:
 
         @torch.no_grad()
         def predicted(subnetwork: SubNetwork) -> float:
-            return learner.surrogate(learner.places.encode(Candidate.of(self.config, subnetwork))[None]).item()
+            return learner.surrogate(learner.places.encode(candidate_of(self.config, subnetwork))[None]).item()
 
         def choose(limit: float) -> SubNetwork:
             found = [

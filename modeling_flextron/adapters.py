@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 
 from .errors import invalid
-from .families import ELASTIC, MODULES, axes, layer_of
+from .families import ELASTIC, MODULES, at_layer, axes, layer_of
 from .permutation import Permutation
 
 REMEDY = (
@@ -41,7 +41,6 @@ PART = re.compile(
     rf"(?P<module>(?:[^.]+\.)*(?:{'|'.join(MODULES)}))(?:\.token_adapter)?"
     rf"(?:\.(?P<part>{WORD}))?(?:\.(?P<adapter>{WORD}))?(?:\.(?P<kind>\w+))?"
 )
-NUMBER = re.compile(r"(?<=\blayers\.)\d+")
 
 
 # --------------------------------------------------------------------------------------------------- running
@@ -108,7 +107,6 @@ def add_adapters(
     """Add what the active adapters of a LoRA layer make of `input` to the output of its base layer.
 
     Args:
-        layer: A LoRA layer of PEFT, on a linear layer or an embedding.
         input: What the base layer got: `[..., columns]`, or ids.
         output: What it made of that, `[..., rows]`.
         rows: Output features, rows of B.
@@ -232,11 +230,8 @@ def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dic
 
 
 def part_dims(match: re.Match[str], shape: Iterable[int]) -> tuple[str, ...] | None:
-    """Name what the dimensions of an adapter's tensor count, "" for what never shrinks; None for unknown parts.
-
-    Args:
-        match: Of `PART`, with the tensor's name.
-        shape: Of the tensor.
+    """Name what the dimensions of an adapter's tensor, a match of `PART`, count, "" for what never shrinks; None for
+    unknown parts.
     """
     outputs, *inputs = axes(f"{match['module']}.weight")
     letters = PARTS.get(match["part"] or "base_layer")
@@ -252,10 +247,7 @@ def part_dims(match: re.Match[str], shape: Iterable[int]) -> tuple[str, ...] | N
 def fit_adapter(model: Any, tensors: dict[str, Any], prefix: str = "") -> None:
     """Put an adapter, in place, into the order of a model and cut it to its size; leave any other tensor alone.
 
-    Args:
-        model: A `FlextronPreTrainedModel` with the layers of the adapter.
-        tensors: Adapter tensors, under the names of the model or those of a file.
-        prefix: What the names begin with.
+    Its tensors have, behind `prefix`, the names of the model, in which PEFT has put its layers, or those of a file.
 
     Raises:
         ValueError: the adapter is of another size that cannot be cut, or of a kind that cannot be put into another
@@ -296,7 +288,7 @@ def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.
     modules = {module for module, _, _ in shapes}
     dims = {name: part_dims(match, tensors[name].shape) for name, match in parts.items()}
     theirs = _needs_order(model, config, parts, dims)
-    numbers = _layer_numbers(model, config, {int(at[0]) for name in parts if (at := NUMBER.search(name))}, theirs)
+    numbers = _layer_numbers(model, config, {n for n in map(layer_of, parts) if n is not None}, theirs)
     lora = (layer for layer in model.modules() if isinstance(layer, peft_layers().sliceable))
     variant = any(adapter in layer.lora_variant for layer in lora)
     for name, tensor in {name: tensors.pop(name) for name in parts}.items():
@@ -305,10 +297,10 @@ def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.
         what = f"{module}.{part or kind}"
         if named and not match["adapter"] and part not in (None, "base_layer"):
             name = name.replace(f".{part}", f".{part}.{adapter}", 1)  # PEFT adds it for layers that it finds here
-        if at := NUMBER.search(module):
-            if (number := numbers.get(int(at[0]))) is None:
-                continue  # a layer that this model does not have
-            module, name = NUMBER.sub(str(number), module), NUMBER.sub(str(number), name)
+        if (layer := layer_of(module)) is not None:
+            if layer not in numbers:
+                continue  # this model does not have it
+            module, name = at_layer(module, numbers[layer]), at_layer(name, numbers[layer])
         if part in TUNED and module not in modules:
             raise _no_module(what)
         if theirs:
@@ -329,7 +321,8 @@ def _fit(model: Any, adapter: str, tensors: dict[str, Any], parts: dict[str, re.
 def _needs_order(model: Any, config: Any, parts: dict[str, re.Match[str]], dims: dict[str, Any]) -> bool:
     """Whether an adapter must be put into our order: it has that of the parent, and this is another one."""
     permutation = model.permutation
-    if any(m.group("part", "kind") == ("base_layer", "weight") and NUMBER.search(m["module"]) for m in parts.values()):
+    weights = (m["module"] for m in parts.values() if m.group("part", "kind") == ("base_layer", "weight"))
+    if any(layer_of(module) is not None for module in weights):
         return False  # the state of a whole model of ours
     rotated = permutation is not None and permutation.rotated
     if permutation is not None and not rotated:
@@ -368,7 +361,7 @@ def _layer_numbers(model: Any, config: Any, found: set[int], theirs: bool) -> di
         ways = [root] if theirs else [root, *ways]
     ways = [(depth, numbers) for depth, numbers in ways if max(found, default=-1) < depth]
     chosen = getattr(config, "layers_to_transform", None) is not None or any(
-        NUMBER.search(pattern) for pattern in (getattr(config, "alpha_pattern", None) or {})
+        layer_of(pattern) is not None for pattern in (getattr(config, "alpha_pattern", None) or {})
     )
     if not chosen:
         ways = [way for way in ways if found == set(range(way[0]))][:1] or ways
@@ -394,7 +387,7 @@ def in_our_order(
         if axis in permutation.sizes and size != permutation.parent_size(axis):
             rule = f"It has {size} in `{axis}`, and the parent of this model has {permutation.parent_size(axis)}."
             raise invalid("adapter", what, rule, "Load it on the model that it was trained on.")
-    return permutation.to_ours(tensor, dims, layer_of(f"{module}.weight")).clone()
+    return permutation.to_ours(tensor, dims, layer_of(module)).clone()
 
 
 def _leading(tensor: torch.Tensor, shape: torch.Size | None, dims: tuple[str, ...] | None, what: str) -> torch.Tensor:

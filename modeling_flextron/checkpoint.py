@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import CONFIG_NAME
 
 from .errors import invalid
@@ -203,16 +202,3 @@ def _check_untouched(
         rule = "Something was being saved into it, so that what was read may be of two checkpoints."
         remedy = "Try again when that has ended; if it was stopped in the middle, save or download it again."
         raise invalid("pretrained_model_name_or_path", str(folder), rule, remedy) from cause
-
-
-def write_config(model: Any, folder: str | os.PathLike, config: Any = None) -> None:
-    """Write a config into the folder of a saved model, with the code that reads it; the weights stay.
-
-    Args:
-        model: Whose code it is.
-        folder: Of the model.
-        config: By default that of the model.
-    """
-    custom_object_save(model, folder)
-    with write_file_beside(Path(folder) / CONFIG_NAME) as path:
-        (config or model.config).to_json_file(path)

@@ -4,7 +4,6 @@ What belongs to one part is checked there: rows in `frontier.py`, routers in `st
 latency tables in `latency.py`, levels in `level_blocks.py`, corrections in `corrections.py`.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -14,7 +13,7 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .errors import invalid, require_int
+from .errors import invalid, is_number, require_int
 from .families import family_of
 from .subnetwork import AXES, SubNetwork
 
@@ -123,14 +122,7 @@ def full_elastic(given: Any, full: Mapping[str, int]) -> dict[str, list[int]]:
 def check_elastic(
     elastic: Mapping[str, Any], built: SubNetwork, anchors: set[int], kv_heads: Callable[[int], int]
 ) -> None:
-    """Refuse allowed sizes that are not those of what is built.
-
-    Args:
-        elastic: With a list for every axis.
-        built: Everything that the weights hold.
-        anchors: Layers that always stay.
-        kv_heads: Query heads -> KV heads.
-    """
+    """Refuse allowed sizes that are not those of what is built, or that drop `anchors`, the layers that always stay."""
     layers = len(built.layers)
     full = {"mlp": max(built.mlp), "heads": max(built.heads), "hidden": built.hidden, "depth": layers}
     for axis in AXES:
@@ -186,8 +178,3 @@ def check_origin(parent: dict[str, Any], permutation: Any, terms: Any, made: Any
             require_int(f"training_runs[{count!r}]", run[count], minimum=0)
     if version is not None and not (isinstance(version, str) and re.fullmatch(r"\d+(\.\d+)*", version)):
         raise invalid("flextron_version", version, "It is numbers with dots between.", "Leave it out.")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -167,14 +167,10 @@ class FlextronConfig(StoredConfig):
                 known = "`elastic`, `frontier`, `flextron_budget` and `flextron_context`"
                 raise invalid(key, kwargs[key], f"The elastic fields are {known}.", "Remove or rename it.")
         self._read_from = None
-        stored = belong_together(self.frontier, self.elastic)
-        if stored:
-            self._set(fitted_layers(vars(self)))
-            if differing := kwargs.get("per_layer_config"):
-                layers = self.num_hidden_layers
-                kwargs["per_layer_config"] = {i: sizes for i, sizes in differing.items() if int(i) < layers}
-        self._set(completed(vars(self)))
-        check_dimensions(vars(self))
+        stored = self._follow_shape()
+        if stored and (differing := kwargs.get("per_layer_config")):
+            layers = self.num_hidden_layers
+            kwargs["per_layer_config"] = {i: sizes for i, sizes in differing.items() if int(i) < layers}
         full = {"mlp": self.intermediate_size, "heads": self.num_attention_heads}
         full |= {"hidden": self.hidden_size, "depth": self.num_hidden_layers}
         self.elastic = full_elastic(self.elastic, full)
@@ -320,14 +316,19 @@ class FlextronConfig(StoredConfig):
 
     def validate(self) -> None:
         """Run every check again, and let what depends on the shape follow it; `save_pretrained` calls this."""
+        stored = self._follow_shape()
+        # It reads head counts, which a heterogeneous config has only per layer.
+        PreTrainedConfig.validate(self.per_layer_config[0] if self.is_heterogeneous else self)
+        self._check(stored)
+
+    def _follow_shape(self) -> bool:
+        """Let fields that follow others do so, and check them; whether choices and rows were stored for one shape."""
         stored = belong_together(self.frontier, self.elastic)
         if stored:
             self._set(fitted_layers(vars(self)))
         self._set(completed(vars(self)))
         check_dimensions(vars(self))
-        # It reads head counts, which a heterogeneous config has only per layer.
-        PreTrainedConfig.validate(self.per_layer_config[0] if self.is_heterogeneous else self)
-        self._check(stored)
+        return stored
 
     def _set(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():

@@ -128,12 +128,7 @@ def folded(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.
 
 
 def check_corrections(entries: Any, layers: Callable[[Any], int]) -> None:
-    """Refuse what is no list of owners in a config.
-
-    Args:
-        entries: The `corrections` of a config.
-        layers: Sizes of an owner -> how many layers it keeps; refuses sizes that the model does not have.
-    """
+    """Refuse what is no list of owners in a config; `layers` counts those that an owner's sizes keep."""
     names = ("name", "subnetwork", *PROJECTIONS)
     remedy = "Leave them as `convert` wrote them, or pass None for none."
     if not isinstance(entries, list) or not all(

@@ -142,12 +142,7 @@ def share_draft(model: Any, subnetwork: SubNetwork, **settings: Any) -> Any:
 
     It is a head and a decoder of its own around the very layers of `model`, whose config it shares too: so there is
     nothing that could be out of date, and it costs a small part of `model.share`, which copies every module.
-
-    Args:
-        model: A `FlextronForCausalLM`.
-        subnetwork: Its size.
-        settings: Keywords of `generate`; what they say about drafts is put where `generate` reads it, into the
-            generation config of the draft.
+    What the `settings`, keywords of `generate`, say about drafts is put into its generation config.
     """
     decoder = model.base_model
     parts = (*model.children(), *decoder.children(), model.config, model._resolver, decoder._resolver)

@@ -1,5 +1,6 @@
 """One form for every complaint about an argument: what was given, the rule it breaks, the way out."""
 
+import math
 import reprlib
 from collections.abc import Mapping
 
@@ -18,6 +19,11 @@ def invalid(argument: str, value: object, rule: str, remedy: str) -> ValueError:
         remedy: One sentence: what to do instead.
     """
     return ValueError(f"`{argument}`={_short.repr(value)} cannot be used. {rule} {remedy}")
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def require_int(argument: str, value: object, minimum: int = 1) -> None:

@@ -59,11 +59,8 @@ def fitting(config) -> list[SubNetwork]:
 def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False, snap: bool = False) -> SubNetwork:
     """The sizes of the stock model that takes the place of a sub-network: its own, where the class can hold them.
 
-    Args:
-        config: The `FlextronConfig` of the model that contains it.
-        subnetwork: What is asked for.
-        pad: Else larger ones, for the same function beside zeros.
-        snap: Else the largest ones of a sub-network that has no more parameters.
+    Else with `pad` larger ones, for the same function beside zeros; with `snap` the largest ones of a sub-network that
+    has no more parameters.
 
     Raises:
         ValueError: the stock class cannot hold it, or what is to take its place.

@@ -5,13 +5,13 @@ order in which query heads are stored. Which axis of the sub-network a dimension
 of our decoder, in `axes`. A new LLaMA-like family is one more entry of `FAMILIES`; docs/families.md shows one.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from .errors import invalid
 
@@ -148,7 +148,6 @@ FAMILIES = {
         partial_rotary=True,
     ),
 }
-_SUPPORTED = {"is_causal": True, "alibi": False, "num_local_experts": None, "num_experts": None}  # of any family
 
 _AXES = {
     "embed_tokens": ("vocab", "hidden"),
@@ -174,6 +173,7 @@ _AXES = {
 MODULES = tuple(_AXES)  # the last part of the name of every module of ours that has weights
 ELASTIC = ("hidden", "mlp", "heads", "kv_heads", "targets")
 _FUSED = ("q_proj", "k_proj", "v_proj")
+_LAYER_NUMBER = re.compile(r"(?<=\blayers\.)\d+")
 
 
 def axes(name: str) -> tuple[str, ...]:
@@ -191,9 +191,14 @@ def is_shared(name: str) -> bool:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number in a tensor name of ours."""
-    parts = name.split(".")
-    return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+    """The layer number in the name of a module or tensor of ours."""
+    found = _LAYER_NUMBER.search(name)
+    return None if found is None else int(found[0])
+
+
+def at_layer(name: str, number: int | str) -> str:
+    """A name with another layer number."""
+    return _LAYER_NUMBER.sub(str(number), name)
 
 
 def family_of(model_type: str, argument: str = "parent") -> Family:
@@ -204,31 +209,13 @@ def family_of(model_type: str, argument: str = "parent") -> Family:
     return FAMILIES[model_type]
 
 
-def check_supported(parent: PreTrainedConfig) -> None:
-    """Refuse a parent that computes what our decoder does not.
-
-    Raises:
-        ValueError: an unsupported architecture, or an unsupported option of a supported one.
-    """
-    if parent.model_type == "flextron":
-        raise invalid(
-            "parent", "flextron", "It is elastic already.", "Convert its parent, or a model that it extracts."
-        )
-    for name, value in (_SUPPORTED | family_of(parent.model_type).supported).items():
-        found = getattr(parent, name, value)
-        if found != value and (found or value):
-            rule = f"A {parent.model_type} model is supported with `{name}={value}` alone."
-            raise invalid(f"parent.config.{name}", found, rule, "Use a parent without this option.")
-
-
 # ------------------------------------------------------------------------------------------------------ names
 
 
 def _template(name: str) -> tuple[str, str]:
     """Module, with `{i}` for the layer, and kind (`weight` or `bias`) of one of our tensors."""
     module, _, kind = name.rpartition(".")
-    layer = layer_of(name)
-    return (module if layer is None else module.replace(f"layers.{layer}.", "layers.{i}.", 1)), kind
+    return at_layer(module, "{i}"), kind
 
 
 def stock_name(family: Family, name: str, layer: int | None = None) -> str:

@@ -19,11 +19,8 @@ SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps of 
 def fit(config: Family, budget: str, device_map: Any = None, max_memory: Mapping[Any, Any] | None = None) -> SubNetwork:
     """The best row whose weights, in the dtype of `config`, and KV cache fit the free memory; it is logged.
 
-    Args:
-        config: The `FlextronConfig` of what is to be loaded.
-        budget: `"fit"`, or `"fit:0.9"` for another share of the free memory than 0.8.
-        device_map, max_memory: As of `from_pretrained`. Memory of several devices is added up; a limit counts as what
-            is free at most.
+    `"fit:0.9"` is another share of it than 0.8. Memory of the devices of a map is added up; a limit in `max_memory`
+    counts as what is free at most.
 
     Raises:
         ValueError: not even the smallest row fits, or how much is free is not known.

@@ -55,12 +55,7 @@ class FrontierRow(Figures):
 
     @classmethod
     def from_dict(cls, config: Shape, values: Any, at: str = "row") -> "FrontierRow":
-        """Read the JSON form.
-
-        Args:
-            config: The `FlextronConfig` whose sizes the row names.
-            values: What was read.
-            at: What it is called in errors.
+        """Read the JSON form, called `at` in errors.
 
         Raises:
             ValueError: it is no row, or one of sizes that the model does not have.
@@ -78,11 +73,6 @@ class FrontierRow(Figures):
             raise invalid(f"{at}['subnetwork']", sizes, "It holds sizes.", "Pass a dict.")
         subnetwork = None if sizes is None else subnetwork_of(config, sizes)
         return cls(name=values["name"], subnetwork=subnetwork, **{cost: values[cost] for cost in COSTS}, **figures)
-
-
-def is_of_router(name: str) -> bool:
-    """Whether the name of a row says that a router chose it, which may be off the line of the others."""
-    return name.startswith(("routed-", "uniform-"))
 
 
 def held(rows: Iterable[FrontierRow]) -> dict[str, SubNetwork]:

@@ -164,10 +164,7 @@ class LatencyTable:
 def check_table(file: str, content: Any, layers: int | None = None) -> None:
     """Refuse what is no latency table; the error names file and field.
 
-    Args:
-        file: Where it was read.
-        content: What was read there.
-        layers: Of the model, for tables of older versions, which do not say.
+    Older versions wrote no number of `layers`.
     """
 
     def require(holds: bool, place: Iterable[str], value: Any, rule: str) -> None:
@@ -250,9 +247,7 @@ def nearest(tables: dict[str, dict[str, Any]], kind: str, device: str, dtype: st
 def table_of(config: HasTables, kind: str | None = None) -> LatencyTable | None:
     """The table whose device is nearest to that of this machine, among those that a config lists.
 
-    Args:
-        config: Of the model.
-        kind: Of the device; None for a GPU where there is one.
+    It is of a device of this `kind`; None means a GPU where there is one.
 
     Raises:
         ValueError: the table is broken, or one of another model.

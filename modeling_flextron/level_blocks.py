@@ -10,7 +10,6 @@ cuts keeps its own name.
 """
 
 import re
-from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -79,50 +78,3 @@ def parse_block(key: str) -> tuple[str, Box | None]:
         return match["name"], None
     low_high = (side.split(":") for side in match["box"].split(","))
     return match["name"], tuple((int(low), int(high)) for low, high in low_high)
-
-
-def block_name(name: str, box: Box, shape: tuple[int, ...]) -> str:
-    """The name of a block; see `parse_block`."""
-    if box == tuple((0, size) for size in shape):
-        return name
-    return f"{name}[{','.join(f'{low}:{high}' for low, high in box)}]"
-
-
-def blocks_of(shape: tuple[int, ...], needs: list[tuple[int, ...] | None]) -> list[tuple[int, Box]]:
-    """Cut a tensor into the blocks that its levels add.
-
-    Args:
-        shape: Of the tensor.
-        needs: For each level the leading part that its row needs, None for nothing. What none of them needs is one
-            level more.
-
-    Returns:
-        Level and box of every block, neighbours that the same rows need as one block.
-    """
-    needs = [*needs, shape]
-    cuts = [sorted({0, *(need[dim] for need in needs if need is not None)}) for dim in range(len(shape))]
-    sides = [list(pairwise(at)) for at in cuts]
-
-    def users(cell: Box) -> tuple[int, ...]:
-        return tuple(i for i, need in enumerate(needs) if need is not None and inside(cell, need))
-
-    cells = [(users(cell), cell) for cell in product(*sides)]
-    for dim in reversed(range(len(shape))):  # merge neighbours along the last dimension first: they are contiguous
-        cells.sort(key=lambda entry: (entry[0], entry[1][:dim], entry[1][dim + 1 :], entry[1][dim]))
-        merged: list[tuple[tuple[int, ...], Box]] = []
-        for who, cell in cells:
-            if merged:
-                same, before = merged[-1]
-                joined = (*before[:dim], (before[dim][0], cell[dim][1]), *before[dim + 1 :])
-                behind = (*before[:dim], (before[dim][1], cell[dim][1]), *before[dim + 1 :])
-                if same == who and behind == cell:
-                    merged[-1] = who, joined
-                    continue
-            merged.append((who, cell))
-        cells = merged
-    return sorted((who[0], cell) for who, cell in cells)
-
-
-def inside(box: Box, shape: tuple[int, ...]) -> bool:
-    """Whether a box lies within the leading part of this shape."""
-    return all(high <= size for (_, high), size in zip(box, shape, strict=True))

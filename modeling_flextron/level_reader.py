@@ -18,10 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .corrections import folded, owned_names, owner_number
 from .errors import invalid
-from .families import ELASTIC, axes
-from .level_blocks import AGAIN, DTYPES, Box, index_name, overlap, parse_block, volume
+from .families import ELASTIC, at_layer, axes, layer_of
+from .level_blocks import AGAIN, DTYPES, Box, overlap, parse_block, volume
 
-LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 SHARD = re.compile(r"model(\.level\d+)?(-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -42,23 +41,29 @@ class Block:
             return tensors.get_slice(self.key)[inside]
 
 
-class StoredTensor:
-    """The leading part of a tensor in safetensors files, put together from its blocks when it is indexed.
+class Slice:
+    """What transformers uses of a slice of safetensors, beside the indexing."""
 
-    It has the three methods that transformers uses of a safetensors slice. A file is opened for every read: pages of a
-    mapped tensor stay in memory until its mapping closes.
-    """
-
-    def __init__(self, blocks: list[Block], shape: tuple[int, ...], dtype: str):
+    def __init__(self, shape: tuple[int, ...], dtype: str):
         self.shape, self.dtype = shape, dtype
-        self.box = tuple((0, size) for size in shape)
-        self.parts = [(block, part) for block in blocks if (part := overlap(block.box, self.box))]
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
 
     def get_dtype(self) -> str:
         return self.dtype
+
+
+class StoredTensor(Slice):
+    """The leading part of a tensor in safetensors files, put together from its blocks.
+
+    A file is opened for every read: pages of a mapped tensor stay in memory until its mapping closes.
+    """
+
+    def __init__(self, blocks: list[Block], shape: tuple[int, ...], dtype: str):
+        super().__init__(shape, dtype)
+        self.box = tuple((0, size) for size in shape)
+        self.parts = [(block, part) for block in blocks if (part := overlap(block.box, self.box))]
 
     def __getitem__(self, index: EllipsisType | slice | int | tuple) -> torch.Tensor:
         if len(self.parts) == 1:
@@ -75,17 +80,12 @@ class StoredTensor:
         return whole if index is ... else whole[index].clone(memory_format=torch.contiguous_format)
 
 
-class LazyTensor:
-    """A tensor that is computed when it is indexed, with the methods of a safetensors slice."""
+class LazyTensor(Slice):
+    """A tensor that is computed when it is indexed."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str, read: Callable[[], torch.Tensor]):
-        self.shape, self.dtype, self.read = shape, dtype, read
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def get_dtype(self) -> str:
-        return self.dtype
+        super().__init__(shape, dtype)
+        self.read = read
 
     def __getitem__(self, index: EllipsisType | slice | int | tuple) -> torch.Tensor:
         return self.read()[index]
@@ -97,8 +97,7 @@ def stored_tensors(
     """The stored tensors that a model needs, each cut to the model's size, under the model's layer numbers.
 
     Args:
-        model: A `FlextronPreTrainedModel`, usually still on the meta device; `model.stored` says which stored
-            layers it keeps.
+        model: Usually still on the meta device; `model.stored` says which stored layers it keeps.
         files: The safetensors files of the checkpoint, or of the levels that the model needs.
         metadata: Of the index that named the files, with its `weight_map`; None when there was none.
 
@@ -124,10 +123,10 @@ def stored_tensors(
             elif tuple(high - low for low, high in box) != shape:
                 raise invalid("tensor", key, f"Its block has the shape {shape}.", AGAIN)
             total += prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 0)
-            if (match := LAYER.search(name)) and int(match[2]) < model.stored_depth:  # else unexpected, as it is
-                if int(match[2]) not in position:
+            if (layer := layer_of(name)) is not None and layer < model.stored_depth:  # else unexpected, as it is
+                if layer not in position:
                     continue
-                name = LAYER.sub(f"{match[1]}layers.{position[int(match[2])]}.", name)
+                name = at_layer(name, position[layer])
             blocks.setdefault(name, []).append(Block(file, key, box))
             dtypes.setdefault(name, dtype)
     if index is not None and total != index["total_size"]:
@@ -300,21 +299,3 @@ def read_index(path: Path) -> dict[str, Any]:
     for key in weight_map:
         parse_block(key)
     return {**metadata, "weight_map": weight_map}
-
-
-def row_bytes(folder: Path, config: Any) -> dict[str, int]:
-    """Row of the frontier -> bytes of the weight files that loading it fetches from a copy of a folder.
-
-    Args:
-        folder: Of a saved model.
-        config: The config that lies there.
-    """
-
-    def size(level: int | None) -> int:
-        return sum(shard["size"] for shard in read_index(folder / index_name(level))["shards"].values())
-
-    if config.levels is None:
-        everything = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        return {row.name: everything for row in config.frontier}
-    levels = {name: level for level, name in enumerate(config.levels["rows"])}
-    return {row.name: size(levels.get(row.name)) for row in config.frontier}

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from transformers.utils import logging
 
-from .errors import invalid, require_int
+from .errors import invalid, is_number, require_int
 
 logger = logging.get_logger(__name__)
 FIGURE_FIELDS = ("loss", "metrics", "measured")
@@ -87,7 +87,7 @@ def read_figures(at: str, values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: what is not of the right kind, with the field `at` which it is.
     """
     loss, metrics, entries = values["loss"], values["metrics"], values.get("measured", [])
-    if loss is not None and (type(loss) not in (int, float) or not math.isfinite(loss)):
+    if loss is not None and not is_number(loss):
         raise invalid(f"{at}['loss']", loss, "It is in nats per token.", "Pass a finite number or None.")
     if not isinstance(metrics, Mapping) or not all(isinstance(name, str) for name in metrics):
         raise invalid(f"{at}['metrics']", metrics, "It maps names to values.", "Pass a dict.")
@@ -126,11 +126,6 @@ def record(row: Scored, name: str, figures: Mapping[str, Mapping[str, float]], o
     measured = {**row.measured, **dict.fromkeys(finite, on)}
     loss = finite.pop("loss", row.loss)
     return replace(row, loss=loss, metrics={**row.metrics, **finite}, measured=measured)
-
-
-def is_figure(value: object) -> bool:
-    """Whether a value can stand in a table of figures."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def forget(row: Scored) -> Scored:

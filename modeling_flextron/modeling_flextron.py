@@ -382,6 +382,17 @@ class FlextronModel(FlextronPreTrainedModel):
         ends = {str(number): nn.ModuleDict({"norm": last}) for number, last in enumerate(lasts)}
         self.corrections = nn.ModuleDict(ends).to(like)  # place of an owner -> its last norm
 
+    def embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, hidden: int | None
+    ) -> torch.Tensor:
+        """Embed token ids `[B, S]` in `hidden` channels, or take these of what is embedded already."""
+        if inputs_embeds is None and input_ids is not None:
+            return project(self.embed_tokens, input_ids, hidden)
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds[..., :hidden]
+        both = (input_ids is not None, inputs_embeds is not None)
+        raise invalid("input_ids, inputs_embeds", both, "Exactly one of the two is needed.", "Pass one of them.")
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -417,14 +428,7 @@ class FlextronModel(FlextronPreTrainedModel):
         hidden = None if subnetwork.hidden == built.hidden else subnetwork.hidden
         if hidden is not None:
             check_layers([layer for layer in self.layers if type(layer) is not FlextronDecoderLayer])
-        if input_ids is not None and inputs_embeds is None:
-            hidden_states = project(self.embed_tokens, input_ids, hidden)
-        elif inputs_embeds is not None and input_ids is None:
-            hidden_states = inputs_embeds[..., :hidden]
-        else:
-            both = (input_ids is not None, inputs_embeds is not None)
-            raise invalid("input_ids, inputs_embeds", both, "Exactly one of the two is needed.", "Pass one of them.")
-
+        hidden_states = self.embed(input_ids, inputs_embeds, hidden)
         length = hidden_states.shape[1]
         cache = cache if past_key_values is None else past_key_values
         past_key_values = own_cache(cache, self.config)

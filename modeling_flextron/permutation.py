@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 # In a folder of its own: some engines read every safetensors file beside a config as weights.
 FILE = "parent/permutation.safetensors"
 PARTS = ("mlp", "heads", "kv_heads")
-ROTATED = "rotated-"
+ROTATED = "rotated-"  # begins the `conversion` of a model whose residual stream was rotated as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +104,7 @@ class Permutation:
     def to_ours(self, tensor: torch.Tensor, dims: Sequence[str], layer: int | None = None) -> torch.Tensor:
         """Put a tensor of the parent, as `families.from_stock` shows it, into our order and cut it to our size.
 
-        Args:
-            tensor: Shape: one dimension for each name in `dims`.
-            dims, layer: as in `indices`.
+        `dims` names its dimensions, as in `indices`.
         """
         return reordered(tensor, self.indices(dims, layer))
 
@@ -125,10 +123,6 @@ class Permutation:
         return self.sizes[axis] * (self.head_dim if axis in ("heads", "kv_heads") else 1)
 
     # ------------------------------------------------------------------------------------------- deriving
-
-    def rotated_by(self, rotation: str) -> "Permutation":
-        """That of a model whose residual stream was rotated as well, which a text tells from other rotations."""
-        return replace(self, conversion=f"{ROTATED}{rotation}")
 
     @property
     def rotated(self) -> bool:
@@ -149,14 +143,6 @@ class Permutation:
             kv_heads=leading(self.kv_heads, subnetwork.heads),  # those of groups are no more than that, and all stay
             layers=tuple(self.layers[layer] for layer in subnetwork.layers),
         )
-
-    def since(self, earlier: "Permutation") -> "Permutation":
-        """From another order of the same units to this one: what to do with tensors that are in `earlier`."""
-        parts: dict[str, Any] = {
-            part: tuple(before.argsort()[order] for before, order in zip(getattr(earlier, part), orders, strict=True))
-            for part, orders in ((part, getattr(self, part)) for part in PARTS)
-        }
-        return replace(self, hidden=earlier.hidden.argsort()[self.hidden], **parts)
 
     # ---------------------------------------------------------------------------------------------- files
 

@@ -26,15 +26,7 @@ def real_tokens(attention_mask: Any, seen: int | torch.Tensor, length: int) -> t
 
 
 def check_positions(position_ids: torch.Tensor, limit: int, most: float, given: bool) -> None:
-    """Refuse positions that are not in a table of `limit`.
-
-    Args:
-        most: Tokens that a text can have.
-        given: Whether a caller said where its tokens are.
-
-    Raises:
-        ValueError: some position is not in the table.
-    """
+    """Refuse positions, `given` by a caller or counted, beyond a table of `limit`; a text has at most `most` tokens."""
     # To read positions makes a GPU wait, so that is left out where there cannot be too many.
     if is_tracing(position_ids) or (most <= limit and position_ids.device.type != "cpu"):
         return
@@ -104,10 +96,7 @@ def attention_masks(
     """Make the mask of every kind of layer, and keywords of the attention function that documents need.
 
     Args:
-        config: The `FlextronConfig` of the decoder.
-        hidden_states: `[B, S, D]`, for its shape, dtype and device.
         attention_mask: That of a caller, or a dict of masks as `generate` prepares them, which stays.
-        cache: Keys and values of the tokens before.
         places: `[B, S]` of `documents`, whose masks take the place of the caller's; None for one text in a row.
     """
     masks = attention_mask

@@ -1,28 +1,20 @@
-"""Save a model, write it in levels, upload it, and change its vocabulary.
+"""Save a model, and change its vocabulary; writing it in levels and uploading it is the package's.
 
 Whatever is saved is written beside its target, and moved into place when it is complete (`checkpoint.py`).
 """
 
-import copy
+import importlib
 import os
-from concurrent.futures import Future
 from typing import Any
 
-from huggingface_hub import CommitInfo, create_repo
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME
 
 from .adapters import refuse_adapters
 from .checkpoint import write_beside
 from .elastic import ElasticLinear
 from .errors import invalid
-from .hub import commit_written, retried
-from .level_writer import write_levels
-from .model_card import write_model_card
 from .permutation import FILE as PERMUTATION
-from .switching import divided_parameters, quantization_method
 
 
 class SavingMixin(PreTrainedModel):
@@ -41,7 +33,7 @@ class SavingMixin(PreTrainedModel):
         Raises:
             ValueError: the model shares its parameters with another (`share`), which holds more than it runs.
         """
-        self._refuse_shared(save_directory)
+        refuse_shared(self, save_directory)
         if not self._hf_peft_config_loaded:  # else the base class saves the adapter, as it does for any model
             remedy = "Save the adapter with the PeftModel, or `merge_and_unload()` and save what that returns."
             refuse_adapters(self, "save_directory", str(save_directory), remedy)
@@ -66,7 +58,7 @@ class SavingMixin(PreTrainedModel):
     def export(self, save_directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
         """Write the model in levels: whoever loads it at a budget downloads and reads only what that needs.
 
-        As `save_pretrained` otherwise, which writes whole tensors; a Trainer resumes from those alone.
+        It needs the `flextron` package; `save_pretrained`, which writes whole tensors, does not.
 
         Args:
             save_directory: Folder to write.
@@ -74,72 +66,35 @@ class SavingMixin(PreTrainedModel):
 
         Raises:
             ValueError: the model is quantized or sharded, or shares its parameters with another.
+            ImportError: the package is not installed.
         """
-        if divided_parameters(self):
-            rule = "The weights are divided among processes."
-            remedy = "`save_pretrained` on all of them, load that folder in one process, and export that."
-            raise invalid("save_directory", str(save_directory), rule, remedy)
-        if quantization_method(self.config) is not None:
-            rule = "Quantized weights are not cut into levels."
-            raise invalid("save_directory", str(save_directory), rule, "Save the model with `save_pretrained`.")
-        refuse_adapters(self, "save_directory", str(save_directory), "Merge them first, with `merge_and_unload()`.")
-        self._refuse_shared(save_directory)
-        with write_beside(save_directory) as folder:
-            self.config.dtype = str(self.dtype).removeprefix("torch.")
-            self.config.architectures = [type(self).__name__]
-            self.config.permutation = None if self.permutation is None else self.permutation.conversion
-            if self.is_remote_code():
-                custom_object_save(self, folder, config=self.config)
-            self.config.save_pretrained(folder)
-            if self.can_generate():
-                self.generation_config.save_pretrained(folder)
-            if self.permutation is not None:
-                self.permutation.save(folder / PERMUTATION)
-            config = copy.deepcopy(self.config)
-            config.levels = write_levels(self, folder, max_shard_size)
-            config.to_json_file(folder / CONFIG_NAME)
+        publisher = find_publisher()
+        if publisher is None:
+            raise ImportError("`export` needs the package: `pip install flextron`. `save_pretrained` does not.")
+        publisher.export(self, save_directory, max_shard_size)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        tokenizer: Any = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        tags: list[str] | None = None,
-        max_shard_size: int | str = "5GB",
-        blocking: bool = True,
-        **kwargs,
-    ) -> CommitInfo | Future[CommitInfo]:
-        """Upload code, config, latency tables, weights, card and plot in one commit.
+    def push_to_hub(self, repo_id: str, *, tokenizer: Any = None, **kwargs) -> Any:
+        """Upload the model in one commit; one that fails changes nothing on the Hub and may be repeated.
 
-        A push that fails changes nothing on the Hub and may be repeated.
+        With the `flextron` package it is pushed in levels, with `tokenizer`, and a card of what was measured; without
+        it as any model of transformers: in whole tensors, and a card that the repo has stays as it is.
 
         Args:
-            repo_id: Repo to write, created when it is not there; its card is written anew.
+            repo_id: Repo to write, created when it is not there.
             tokenizer: Uploaded as well.
-            private: Create the repo as private; one that exists stays as it is.
-            token: Of a user who may write; by default the one of `hf auth login`.
-            tags: More tags for the card.
-            max_shard_size: Of a file of weights.
-            blocking: False returns a `Future` as soon as all that is uploaded is written beside the model.
-            kwargs: `commit_message`, `commit_description`, `revision` and `create_pr`; see `hub.commit_files`.
+            kwargs: Of `flextron_trainer.publishing.push.push`, else of `PreTrainedModel.push_to_hub`.
 
         Raises:
-            ValueError: the model shares its parameters with another (`share`).
-            OSError, HTTPError: as `hub.commit_files`.
+            ValueError: the model shares its parameters with another (`share`), or a tokenizer without the package.
+            OSError, HTTPError: the Hub refused, or could not be reached.
         """
-
-        def write(folder: str) -> str:
-            whole = quantization_method(self.config) is not None or self._hf_peft_config_loaded
-            (self.save_pretrained if whole else self.export)(folder, max_shard_size=max_shard_size)
-            repo = retried(lambda: create_repo(repo_id, private=private, token=token, exist_ok=True)).repo_id
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            write_model_card(self, folder, repo, tags)
-            return repo
-
-        return commit_written(write, blocking, token=token, **kwargs)
+        publisher = find_publisher()
+        if publisher is not None:
+            return publisher.push(self, repo_id, tokenizer=tokenizer, **kwargs)
+        if tokenizer is not None:
+            rule = "Without the `flextron` package the model is pushed alone."
+            raise invalid("tokenizer", "given", rule, f"Call `tokenizer.push_to_hub({repo_id!r})` as well.")
+        return super().push_to_hub(repo_id, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """Resize the vocabulary like `PreTrainedModel.resize_token_embeddings`, and the costs in the frontier with it.
@@ -161,7 +116,17 @@ class SavingMixin(PreTrainedModel):
         self.config.validate()
         return embeddings
 
-    def _refuse_shared(self, save_directory: str | os.PathLike) -> None:
-        if self.base_model._shared:
-            rule = "A model made by `share` runs a part of the weights of another and has none of its own."
-            raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
+
+def refuse_shared(model: Any, save_directory: str | os.PathLike) -> None:
+    """Refuse to save a model made by `share`."""
+    if model.base_model._shared:
+        rule = "A model made by `share` runs a part of the weights of another and has none of its own."
+        raise invalid("save_directory", str(save_directory), rule, "Save the original, or `extract()` this size.")
+
+
+def find_publisher() -> Any:
+    """The part of the `flextron` package that writes levels and pushes them; None where it is not installed."""
+    try:
+        return importlib.import_module("flextron_trainer.publishing.push")
+    except ModuleNotFoundError:
+        return None

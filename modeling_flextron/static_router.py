@@ -5,14 +5,13 @@ that may stand in a place, at a few budgets, and interpolates between them. What
 budget on integers. How scores are learned: `flextron_trainer/routers/`.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
-from .errors import invalid
+from .errors import invalid, is_number
 from .subnetwork import AXES, Cost, Shape, SubNetwork
 
 CLOSE = 0.98  # a sub-network that uses so much of a budget uses it
@@ -32,19 +31,6 @@ class Candidate:
         """The sub-network that these sizes make."""
         layers = config.kept_layers(self.depth)
         return SubNetwork(self.hidden, layers, tuple(self.mlp[i] for i in layers), tuple(self.heads[i] for i in layers))
-
-    @classmethod
-    def of(cls, config: Shape, subnetwork: SubNetwork) -> "Candidate":
-        """The candidate that makes a sub-network, within what each layer holds; dropped layers get a median."""
-        at = {layer: i for i, layer in enumerate(subnetwork.layers)}
-        built = config.built
-
-        def spread(sizes: tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, ...]:
-            middle = sorted(sizes)[len(sizes) // 2]
-            return tuple(min(sizes[at[i]] if i in at else middle, limit) for i, limit in enumerate(limits))
-
-        mlp, heads = spread(subnetwork.mlp, built.mlp), spread(subnetwork.heads, built.heads)
-        return cls(subnetwork.hidden, len(subnetwork.layers), mlp, heads)
 
     def steps(self, config: Shape, up: bool, uniform: bool = False) -> Iterator["Step"]:
         """Every step up, or down, to the next choice in one place that counts, that the weights hold.
@@ -98,10 +84,6 @@ def repaired(
     """A candidate nearby that costs at most `limit`, with nothing more that fits in: steps down while needed, then up.
 
     Args:
-        config: The `FlextronConfig` of the model.
-        candidate: Where to begin.
-        cost: What is limited.
-        limit: In its unit.
         pick: Called with the candidate and the possible steps, each with the change of the cost; returns one.
         uniform: Keep all layers equal.
         axes: Where steps may be made.
@@ -270,11 +252,7 @@ def check_static_router(config: Shape, stored: Any) -> None:
 
 
 def _are_finite(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(type(number) in (int, float) and math.isfinite(number) for number in value)
-    )
+    return isinstance(value, list) and len(value) == count and all(map(is_number, value))
 
 
 def narrowed_router(stored: dict[str, Any], layers: Sequence[int], counts: dict[str, int]) -> dict[str, Any]:

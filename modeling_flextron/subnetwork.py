@@ -247,7 +247,6 @@ def cache_of(shape: Shape, context: int, static: bool = False) -> Cost:
     """Numbers that the KV cache of one sequence keeps, of which sliding layers keep their windows.
 
     Args:
-        shape: Of the model.
         context: Tokens that were read; of a static cache those that it has room for.
         static: Of a `StaticCache` instead of a `DynamicCache`, which keeps one token less of a window.
     """

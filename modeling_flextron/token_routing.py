@@ -353,12 +353,8 @@ def with_figures(stored: dict[str, Any] | None, figures: dict[str, Figures]) -> 
 
 
 def narrowed_routing(config: HasRouting, narrow: Shape, layers: tuple[int, ...]) -> dict[str, Any] | None:
-    """The token routing of a model that holds only a part: the targets whose bounds it still holds.
-
-    Args:
-        config: Of the whole model, which has token routing.
-        narrow: Of the part.
-        layers: Of the whole model, that the part keeps.
+    """The token routing of a model that holds only a part, of which `narrow` is the shape and `layers` the layers of
+    the whole one: the targets whose bounds it still holds.
     """
     entries = []
     for entry in config.token_routing["targets"]:

@@ -20,7 +20,7 @@ from flextron_trainer.conversations import documents_of
 from flextron_trainer.data import calibration_batches, collator, load_text, mixed, pack, text_column, whole_in_blocks
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation.quality import evaluate_model
-from modeling_flextron.model_card import write_model_card
+from flextron_trainer.publishing.card import write_model_card
 
 HEAD = "{{ '<|start|>' + message['role'] + '\n' }}"
 ASKED = "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"

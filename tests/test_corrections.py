@@ -10,11 +10,11 @@ from training import trainer, with_adapter
 from flextron_trainer import convert
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.export.verify import verify
+from flextron_trainer.publishing.card import write_model_card
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, fit
 from modeling_flextron.budgets import row_cost
 from modeling_flextron.corrections import Owner, number_of_owner, owner_number, parameters_beside
 from modeling_flextron.families import is_shared
-from modeling_flextron.model_card import write_model_card
 from modeling_flextron.subnetwork import count_parameters, kv_cache_bytes, memory_of
 
 IDS = torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))

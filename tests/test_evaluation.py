@@ -14,14 +14,14 @@ from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.data import collator
 from flextron_trainer.evaluation.quality import NextToken, evaluate_frontier, evaluate_model
 from flextron_trainer.measuring.latency import measure_latency
+from flextron_trainer.publishing.card import TASKS, frontier_table, plot_frontier, write_model_card
+from flextron_trainer.publishing.levels import row_bytes
 from modeling_flextron import (
     FlextronConfig,
     FlextronForCausalLM,
     FlextronForSequenceClassification,
     FlextronModel,
 )
-from modeling_flextron.level_reader import row_bytes
-from modeling_flextron.model_card import TASKS, frontier_table, plot_frontier, write_model_card
 
 
 def test_metric_by_hand():

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation.harness import evaluate_tasks, flat_scores, task_manager
+from flextron_trainer.publishing.card import write_model_card
 from modeling_flextron.configuration_flextron import VERSION
-from modeling_flextron.model_card import write_model_card
 
 FOUND = {
     "results": {

@@ -15,8 +15,8 @@ from hub_server import HubServer, Repo
 from huggingface_hub import CommitOperationDelete, ModelCard
 from planted import plant
 
+from flextron_trainer.hub import commit_files, files_of
 from flextron_trainer.measuring.loading import fetched_bytes
-from modeling_flextron.hub import commit_files, files_of
 from modeling_flextron.permutation import FILE as PERMUTATION
 
 # A Hub that fails is asked again after seconds, which count nowhere here.
@@ -104,7 +104,7 @@ LOAD = """
 import json, sys
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 first, done, ids = sys.argv[1], {}, torch.arange(1, 9)[None]
 
@@ -129,7 +129,15 @@ done["broken"] = refused(repo="me/broken")
 done["cached"] = isinstance(try_to_load_from_cache("me/broken", "model.level0.safetensors"), str)
 done["anonymous"] = refused(repo="me/private", token=False)
 done["private"] = logits(load("me/private"))
-model.push_to_hub("me/again", tokenizer=AutoTokenizer.from_pretrained("me/elastic", trust_remote_code=True))
+model.push_to_hub("me/again", tags=["again"])
+for name, call in {
+    "tokenizer": lambda: model.push_to_hub("me/again", tokenizer="any"),
+    "export": lambda: model.export("levels"),
+}.items():
+    try:
+        call()
+    except (ValueError, ImportError) as error:
+        done[name] = str(error)
 done["again"] = logits(load("me/again", budget=None))
 space = {}
 for code in open(hf_hub_download("me/elastic", "README.md")).read().split("```python\\n")[1:]:
@@ -212,6 +220,7 @@ def loaded(hub, pushed, tmp_path_factory):
     """What a process without our package saw, and its home."""
     hub.copy("me/elastic", "me/cut")
     hub.copy("me/elastic", "me/broken")
+    hub.copy("me/elastic", "me/again")
     hub.cut("me/cut", "model.level0.safetensors", 1)
     hub.cut("me/broken", "model.level0.safetensors", 1000)
     home = tmp_path_factory.mktemp("load")
@@ -237,7 +246,7 @@ class TestPush:
 
     def test_everything_is_in_it(self, hub, pushed):
         files = hub.files("me/elastic")
-        expected = {"config.json", "modeling_flextron.py", "hub.py", "README.md", "frontier.png", "tokenizer.json"}
+        expected = {"config.json", "modeling_flextron.py", "loading.py", "README.md", "frontier.png", "tokenizer.json"}
         assert expected <= set(files) and not [path for path in files if path.endswith((".bin", ".pt"))]
 
     def test_stale_shards_are_deleted(self, hub, pushed):
@@ -340,13 +349,14 @@ class TestLoad:
         assert "me/private" in loaded[0]["anonymous"] and "token" in loaded[0]["anonymous"]
         assert loaded[0]["private"] == pytest.approx(pushed["fourth"]["logits"], abs=1e-5)
 
-    def test_remote_code_pushes_with_its_card(self, hub, loaded):
-        files = hub.files("me/again")
-        assert set(files) - weights(files) == set(hub.files("me/elastic")) - weights(hub.files("me/elastic"))
-        shards = {path for path in weights(files) if path.endswith(".safetensors")}
-        assert shards == {"model.level0.safetensors", "model.level1.safetensors"}  # it holds no more
+    def test_remote_code_pushes_whole_tensors_and_keeps_the_card(self, hub, loaded):
+        """Levels and cards are written by the package."""
+        assert "model.safetensors" in hub.files("me/again") and len(hub.titles("me/again")) == 2
         assert loaded[0]["again"] == pytest.approx(loaded[0]["main"], abs=1e-5)
-        assert 'repo = "me/again"' in card_of(hub, "me/again").text
+        before, after = card_of(hub, "me/elastic"), card_of(hub, "me/again")
+        assert after.text == before.text and after.data.tags == [*before.data.tags, "again"]
+        assert "Call `tokenizer.push_to_hub('me/again')` as well" in loaded[0]["tokenizer"]
+        assert "`export` needs the package" in loaded[0]["export"]
 
     def test_snippets_of_the_card_run(self, loaded):
         _, home = loaded
@@ -369,8 +379,8 @@ def test_a_push_deletes_scores_that_no_longer_hold(tmp_path, monkeypatch):
     path.touch()
     ours = [".eval_results/flextron-0-1.yaml", ".eval_results/flextron-1-0.5.yaml"]
     there = [*ours, ".eval_results/other.yaml", "README.md"]
-    monkeypatch.setattr("modeling_flextron.hub.list_repo_files", lambda *args, **kwargs: there)
-    monkeypatch.setattr("modeling_flextron.hub.create_commit", lambda repo, operations, **kwargs: operations)
+    monkeypatch.setattr("flextron_trainer.hub.list_repo_files", lambda *args, **kwargs: there)
+    monkeypatch.setattr("flextron_trainer.hub.create_commit", lambda repo, operations, **kwargs: operations)
     *_, deleted = commit_files({"README.md": path, ours[0]: path}, "me/elastic")
     assert isinstance(deleted, CommitOperationDelete) and deleted.path_in_repo == ours[1]
     kept = commit_files({"last-checkpoint/config.json": path}, "me/elastic")

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from flextron_trainer.export.verify import verify
+from flextron_trainer.publishing.levels import blocks_of, plan_levels, row_bytes
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronForSequenceClassification
-from modeling_flextron.level_blocks import blocks_of, index_name, overlap, parse_block, volume
-from modeling_flextron.level_reader import Block, row_bytes
-from modeling_flextron.level_writer import plan_levels
+from modeling_flextron.level_blocks import index_name, overlap, parse_block, volume
+from modeling_flextron.level_reader import Block
 
 BUDGET = "0.35"
 

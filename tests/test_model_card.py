@@ -16,10 +16,10 @@ from markdown_it import MarkdownIt
 from flextron_trainer.evaluation.plots import plot_routing
 from flextron_trainer.export.dense import dense_card, export_dense
 from flextron_trainer.measuring.latency import measure_latency
+from flextron_trainer.publishing.card import plot_frontier, write_model_card
+from flextron_trainer.publishing.markdown import literal
 from flextron_trainer.training.router_stage import add_token_routers
 from modeling_flextron.configuration_flextron import VERSION, FlextronConfig
-from modeling_flextron.markdown import literal
-from modeling_flextron.model_card import plot_frontier, write_model_card
 
 HOSTILE = [
     "x\n\n# Heading\n\n[link](https://evil.example)",
@@ -200,7 +200,7 @@ def test_rows_of_a_router_are_off_the_line_of_the_others(tmp_path, monkeypatch):
     model.config.record({row.name: {"loss": 2.0} for row in model.config.frontier}, text="wiki")
     model.save_pretrained(tmp_path)
     drawn = Mock(return_value=False)
-    monkeypatch.setattr("modeling_flextron.model_card.plot_frontier", drawn)
+    monkeypatch.setattr("flextron_trainer.publishing.card.plot_frontier", drawn)
     write_model_card(model, tmp_path)
     assert "frontier.png" not in (tmp_path / "README.md").read_text()  # as where matplotlib is not installed
     curves = drawn.call_args.args[0]

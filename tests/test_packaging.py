@@ -53,7 +53,7 @@ import flextron_trainer, modeling_flextron
 for package in (flextron_trainer, modeling_flextron):
     assert package.__file__.startswith({str(tmp_path)!r})
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
-from modeling_flextron.model_card import write_model_card
+from flextron_trainer.publishing.card import write_model_card
 parent = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                       num_attention_heads=4))
 elastic = convert(parent, torch.randint(0, 50, (8, 16)))

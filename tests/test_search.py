@@ -7,16 +7,15 @@ from helpers import elastic_of, random_subnetworks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flextron_trainer.conversion.search import fill, random_candidate, search
+from flextron_trainer.conversion.search import candidate_of, fill, random_candidate, search
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
-from modeling_flextron.static_router import Candidate
 from modeling_flextron.subnetwork import Cost, parameters_of
 
 
 def test_choices_are_subnetworks(elastic):
     config = elastic.config
     for sub in random_subnetworks(elastic, 20):
-        choices = Candidate.of(config, sub)
+        choices = candidate_of(config, sub)
         assert choices.subnetwork(config) == sub
         for up in (True, False):
             for step in choices.steps(config, up):

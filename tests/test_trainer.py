@@ -354,7 +354,8 @@ def test_what_is_saved_does_not_say_that_training_had_no_cache(tmp_path, ids):
 @pytest.mark.parametrize("adapter", [False, True], ids=["model", "adapter"])
 def test_a_push_in_the_background_is_of_the_weights_at_the_call(adapter, tmp_path, monkeypatch):
     """What happens to the model, and to the folder of the run, after the call is not pushed."""
-    from modeling_flextron import hub, saving
+    from flextron_trainer import hub
+    from flextron_trainer.publishing import push
 
     go, pushed = threading.Event(), {}
 
@@ -371,7 +372,7 @@ def test_a_push_in_the_background_is_of_the_weights_at_the_call(adapter, tmp_pat
 
     monkeypatch.setattr(hub, "create_commit", commit)
     monkeypatch.setattr(hub, "list_repo_files", lambda *args, **kwargs: [])
-    monkeypatch.setattr(saving, "create_repo", lambda *args, **kwargs: Repo)
+    monkeypatch.setattr(push, "create_repo", lambda *args, **kwargs: Repo)
     model = elastic_of(VARIANT)
     run = trainer(tmp_path, model=with_adapter(model, init_lora_weights=False) if adapter else model, max_steps=1)
     run.hub_model_id = "me/model"

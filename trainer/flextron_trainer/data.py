@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modeling_flextron.errors import invalid, require_int
-from modeling_flextron.hub import retried
 
 from .conversations import FORMATS, chat_columns, documents_of
+from .hub import retried
 from .losses import IGNORED
 from .reading import content_columns, load_text
 

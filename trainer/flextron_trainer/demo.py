@@ -26,7 +26,6 @@ from transformers import (
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.checkpoint import write_json
-from modeling_flextron.model_card import plot_frontier, write_model_card
 
 from . import standalone
 from .conversion.convert import convert
@@ -34,6 +33,7 @@ from .data import collator, load_text, load_tokenizer, pack
 from .evaluation.quality import evaluate_frontier, evaluate_model, name_of
 from .measuring.latency import measure_into
 from .models import load_stock
+from .publishing.card import plot_frontier, write_model_card
 from .training.arguments import FlextronTrainingArguments
 from .training.trainer import FlextronTrainer
 

@@ -9,11 +9,15 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import CONFIG_NAME
 
 import modeling_flextron
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronPreTrainedModel
+from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
-from modeling_flextron.hub import retried
+
+from .hub import retried
 
 
 def load_elastic(source: str | os.PathLike, kind: type = FlextronForCausalLM, **kwargs: Any) -> Any:
@@ -149,3 +153,16 @@ def refuse_tensors(argument: str, source: str | os.PathLike, problem: str, names
     if found:
         rule = f"Its checkpoint has {problem} tensors: {', '.join(found[:3])}."
         raise invalid(argument, str(source), rule, remedy)
+
+
+def write_config(model: Any, folder: str | os.PathLike, config: Any = None) -> None:
+    """Write a config into the folder of a saved model, with the code that reads it; the weights stay.
+
+    Args:
+        model: Whose code it is.
+        folder: Of the model.
+        config: By default that of the model.
+    """
+    custom_object_save(model, folder)
+    with write_file_beside(Path(folder) / CONFIG_NAME) as path:
+        (config or model.config).to_json_file(path)

@@ -96,17 +96,16 @@ def convert(
     into the same folder, or into another one with `--importance FIRST/importance.safetensors`.
     What was planned and measured stays in its `config.json`, under `conversion`.
     """
-    from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
-    from modeling_flextron.model_card import write_model_card
 
     from ..conversion.convert import convert as run
     from ..conversion.parents import place_of
     from ..conversion.plan import measured, plan_conversion
     from ..conversion.sizes import elastic_config
     from ..data import load_text, load_tokenizer
-    from ..models import read_config
+    from ..models import read_config, write_config
     from ..presets import load_preset
+    from ..publishing.card import write_model_card
 
     different_folders(parent, output)
     if importance is not None and not importance.parent.is_dir():

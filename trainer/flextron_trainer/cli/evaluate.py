@@ -63,16 +63,15 @@ def evaluate(
     Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
     """
     from modeling_flextron import count_parameters
-    from modeling_flextron.checkpoint import write_config
     from modeling_flextron.errors import invalid
-    from modeling_flextron.frontier import held, is_of_router
-    from modeling_flextron.model_card import plot_frontier, write_model_card
+    from modeling_flextron.frontier import held
 
     from ..data import load_tokenizer
     from ..evaluation.harness import evaluate_tasks, task_manager
     from ..evaluation.plots import plot_routing
     from ..evaluation.quality import evaluate_frontier, evaluate_model, routed_widths, under
-    from ..models import load_elastic
+    from ..models import load_elastic, write_config
+    from ..publishing.card import is_of_router, plot_frontier, write_model_card
 
     if dataset is None and lm_eval is None:
         raise invalid("dataset", dataset, "There is nothing to measure.", "Pass held-out text, --lm-eval, or both.")

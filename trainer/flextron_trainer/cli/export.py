@@ -51,12 +51,12 @@ def export(
     Example: `flextron export elastic program --format onnx --budget 0.5`
     """
     from modeling_flextron.errors import invalid
-    from modeling_flextron.model_card import write_model_card
 
     from ..export.dense import export_dense
     from ..export.gguf import export_gguf
     from ..export.runtimes import PACKAGES, export_program
     from ..models import load_elastic
+    from ..publishing.card import write_model_card
 
     different_folders(model, output)
     if format not in (None, *FORMATS):

@@ -231,8 +231,7 @@ def local_folder(model: str) -> Path:
     """The folder of a model, downloaded with all its weights when it is not one already."""
     from huggingface_hub import snapshot_download
 
-    from modeling_flextron.hub import retried
-
+    from ..hub import retried
     from ..models import reading
 
     if Path(model).is_dir():

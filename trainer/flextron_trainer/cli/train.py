@@ -92,10 +92,10 @@ def train(
     """
     from modeling_flextron import FlextronConfig
     from modeling_flextron.errors import invalid
-    from modeling_flextron.model_card import write_model_card
 
     from ..data import collator, load_tokenizer, mixed
     from ..models import read_config
+    from ..publishing.card import write_model_card
     from ..training.arguments import ArgumentParser, FlextronTrainingArguments
     from ..training.block_stage import train_folder
     from ..training.trainer import FlextronTrainer

@@ -32,10 +32,10 @@ def transplant(
     stay. Nothing is trained. Tokenizer, chat template and generation config are the variant's. `flextron evaluate` says
     what the rows are worth: figures of the base do not carry over.
     """
-    from modeling_flextron.model_card import write_model_card
 
     from ..conversion.parents import place_of
     from ..conversion.transplant import transplant as run
+    from ..publishing.card import write_model_card
 
     for source in (elastic, variant, *([] if base is None else [base])):
         different_folders(source, output)

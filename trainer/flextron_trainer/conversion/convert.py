@@ -8,6 +8,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from modeling_flextron.config_checks import LICENSE_FIELDS
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.frontier import held
 from modeling_flextron.loading import HUB_DEFAULTS
+from modeling_flextron.permutation import ROTATED
 from modeling_flextron.subnetwork import SubNetwork
 
 from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
@@ -242,7 +244,7 @@ def convert(
         if block_steps:
             train_corrections(elastic, seen, held_out, block_steps, seed)
     if rotation is not None:  # no channel of the parent is left that an adapter could be for
-        elastic.permutation = elastic.permutation.rotated_by(rotation)
+        elastic.permutation = replace(elastic.permutation, conversion=f"{ROTATED}{rotation}")
     elastic.config.parent_name, elastic.config.parent_license = origin
     elastic.config.parent_revision = commit
     elastic.config.validate()

@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
 
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import check_supported
+from modeling_flextron.families import family_of
 from modeling_flextron.loading import HUB_DEFAULTS
 
 from ..models import load_stock, read_config, reading
 
 QUIET = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
+# Config field -> the one value of it that our decoder computes, of any family; see `Family.supported`.
+SUPPORTED = {"is_causal": True, "alibi": False, "num_local_experts": None, "num_experts": None}
 
 
 def plain_parent(parent: Any, *, trust_remote_code: bool = False, **load_kwargs: Any) -> PreTrainedModel:
@@ -137,6 +139,22 @@ def _merged(adapted: Any, name: str) -> PreTrainedModel:
         raise invalid("parent", type(adapted).__name__, rule, "Convert the base, or merge it on your own.") from error
     merged.name_or_path = name
     return merged
+
+
+def check_supported(parent: PreTrainedConfig) -> None:
+    """Refuse a parent that computes what our decoder does not.
+
+    Raises:
+        ValueError: an unsupported architecture, or an unsupported option of a supported one.
+    """
+    if parent.model_type == "flextron":
+        rule = "It is elastic already."
+        raise invalid("parent", "flextron", rule, "Convert its parent, or a model that it extracts.")
+    for name, value in (SUPPORTED | family_of(parent.model_type).supported).items():
+        found = getattr(parent, name, value)
+        if found != value and (found or value):
+            rule = f"A {parent.model_type} model is supported with `{name}={value}` alone."
+            raise invalid(f"parent.config.{name}", found, rule, "Use a parent without this option.")
 
 
 def _check_whole(model: PreTrainedModel) -> None:

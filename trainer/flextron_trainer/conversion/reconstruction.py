@@ -26,6 +26,7 @@ from modeling_flextron.subnetwork import SubNetwork, count_parameters
 from ..layerwise import ModelBlocks, Text, observed, run_half, run_layer, surroundings
 from .moment_files import MomentFiles
 from .moments import PLACES, RIDGE, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
+from .weights import order_since
 
 LIKELY = 10  # times the mean rank
 
@@ -115,9 +116,10 @@ def sorted_moments(model: Any, batches: Sequence[torch.Tensor], files: MomentFil
     if files is None or not files.complete(len(model.model.layers)):
         yield from input_moments(model, batches)
         return
-    moved = model.permutation.since(Permutation.unsorted(model.config))
+    moved = order_since(Permutation.unsorted(model.config), model.permutation)
     for layer, axis, weight, moments in input_moments(model, batches, files):
         (order,) = moved.indices((axis,), layer)
+        assert order is not None  # units of a layer have one
         order = order.to(weight.device)
         inputs = moments.inputs[order][:, order]
         yield layer, axis, weight, replace(moments, inputs=inputs, input_sum=moments.input_sum[order])

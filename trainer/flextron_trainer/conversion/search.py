@@ -75,7 +75,7 @@ def search(
     uniform.sort(key=cost, reverse=True)
     first = []
     for subnetwork in [*filter(None, [start]), *uniform[: max(1, evaluations // 16)]]:
-        first.append(Candidate.of(config, subnetwork))
+        first.append(candidate_of(config, subnetwork))
         first.append(fill(config, first[-1], cost, limit, generator))
     with tqdm(total=evaluations, desc=description, unit="sub-network") as bar:
         for attempt in range(20 * evaluations):
@@ -96,6 +96,19 @@ def search(
                 bar.update()
     best_one = min(known, key=lambda s: known[s][0])
     return best_one, known[best_one][0]
+
+
+def candidate_of(config: FlextronConfig, subnetwork: SubNetwork) -> Candidate:
+    """The candidate that makes a sub-network, within what each layer holds; dropped layers get a median."""
+    at = {layer: i for i, layer in enumerate(subnetwork.layers)}
+    built = config.built
+
+    def spread(sizes: tuple[int, ...], limits: tuple[int, ...]) -> tuple[int, ...]:
+        middle = sorted(sizes)[len(sizes) // 2]
+        return tuple(min(sizes[at[i]] if i in at else middle, limit) for i, limit in enumerate(limits))
+
+    mlp, heads = spread(subnetwork.mlp, built.mlp), spread(subnetwork.heads, built.heads)
+    return Candidate(subnetwork.hidden, len(subnetwork.layers), mlp, heads)
 
 
 def random_candidate(config: FlextronConfig, generator: random.Random, uniform: bool = False) -> Candidate:

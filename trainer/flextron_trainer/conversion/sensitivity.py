@@ -26,6 +26,7 @@ from ..layerwise import ModelBlocks, Text, run_half
 from .moments import PLACES, Moments, Read, least_squares, low_rank, matrix_name, regularised
 from .reconstruction import token_weights
 from .rows import USED, limit_of, name_of_smallest, warn_of_same, warn_of_unused
+from .search import candidate_of
 
 SENSITIVITY_TOKENS = 8192
 PREDICTION_RIDGE = 1e-3
@@ -195,7 +196,7 @@ def rows_by_prediction(
         if cost(smallest) > limit:
             found, name = smallest, name_of_smallest(config, name, budgets[name], smallest)
         elif cost(outer) > limit:
-            found = repaired(config, Candidate.of(config, outer), cost, limit, best).subnetwork(config)
+            found = repaired(config, candidate_of(config, outer), cost, limit, best).subnetwork(config)
             found = found.intersection(outer)
             if cost(found) < USED * limit:
                 warn_of_unused(config, name, cost(found) / limit)

@@ -9,9 +9,10 @@ from transformers import PreTrainedConfig
 
 from modeling_flextron import FlextronConfig
 from modeling_flextron.errors import invalid
-from modeling_flextron.families import check_supported, family_of
+from modeling_flextron.families import family_of
 from modeling_flextron.subnetwork import AXES
 
+from .parents import check_supported
 from .rows import choose_rows, named_budgets
 
 LEAST = {"mlp": 1 / 16, "heads": 1 / 4, "hidden": 1, "depth": 1}  # of the full size, where sizes are not given

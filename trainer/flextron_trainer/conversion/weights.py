@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import axes, by_stock_name, family_of, from_stock, layer_of
-from modeling_flextron.permutation import Permutation
+from modeling_flextron.permutation import PARTS, Permutation
 
 from .importance import Importance
 from .parents import tensor_of
@@ -79,6 +79,17 @@ def fill(elastic: FlextronForCausalLM, name: str, tensor: torch.Tensor) -> None:
     setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))
 
 
+def order_since(earlier: Permutation, later: Permutation) -> Permutation:
+    """From one order of units to another: what to do with tensors that are in the `earlier` one."""
+    parts: dict[str, Any] = {
+        part: tuple(
+            before.argsort()[order] for before, order in zip(getattr(earlier, part), getattr(later, part), strict=True)
+        )
+        for part in PARTS
+    }
+    return replace(later, hidden=earlier.hidden.argsort()[later.hidden], **parts)
+
+
 @torch.no_grad()
 def permute(
     elastic: FlextronForCausalLM, scores: Importance, place: Place | None = None, *, progress: bool = True
@@ -91,7 +102,7 @@ def permute(
     """
     assert elastic.permutation is not None
     permutation = _sorted(elastic.config, elastic.permutation, scores)
-    change = permutation.since(elastic.permutation)
+    change = order_since(elastic.permutation, permutation)
     named = list(elastic.named_parameters())
     for name, parameter in tqdm(named, desc="Permuting", unit="tensor", disable=not progress):
         tensor = change.to_ours(parameter.data, axes(name), layer_of(name))

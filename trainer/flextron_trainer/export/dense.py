@@ -9,12 +9,12 @@ from typing import Any
 from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.extraction import changes, stock_sizes
-from modeling_flextron.markdown import code, plain
-from modeling_flextron.model_card import parent_of, versions
 from modeling_flextron.subnetwork import SubNetwork
 
 from ..data import load_tokenizer
 from ..models import load_elastic, read_config
+from ..publishing.card import parent_of, versions
+from ..publishing.markdown import code, plain
 
 
 def export_dense(

@@ -20,11 +20,13 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, LatencyTable, SubNetwork
-from modeling_flextron.checkpoint import write_config, write_json
+from modeling_flextron.checkpoint import write_json
 from modeling_flextron.drafting import Watch, constant, share_draft
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.latency import FOLDER, LENGTHS, MODES, device_name, is_seconds, shape_of
 from modeling_flextron.subnetwork import random_subnetwork, smallest_subnetwork
+
+from ..models import write_config
 
 logger = logging.get_logger(__name__)
 _PIECES = 5  # of what `generate` writes with drafts, for one measurement

@@ -13,17 +13,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from modeling_flextron import FlextronConfig
 from modeling_flextron.budgets import SHARE, bytes_beside
 from modeling_flextron.errors import invalid
-from modeling_flextron.hub import retried
 from modeling_flextron.latency import LatencyTable, device_name, table_of
 from modeling_flextron.level_blocks import index_name
-from modeling_flextron.level_reader import row_bytes
 from modeling_flextron.loading import HUB_DEFAULTS, first_file
-from modeling_flextron.measured import is_figure
 from modeling_flextron.memory import in_units
-from modeling_flextron.model_card import figure_cell
 from modeling_flextron.subnetwork import kv_cache_bytes, weight_bytes
 
+from ..hub import retried
 from ..models import reading
+from ..publishing.card import figure_cell
+from ..publishing.levels import row_bytes
+from ..publishing.scores import is_figure
 from ..tables import FittingTable, Values
 
 CONTEXTS = (1024, 4096, 16384)

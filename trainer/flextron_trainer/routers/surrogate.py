@@ -22,7 +22,7 @@ from modeling_flextron import FlextronConfig
 from modeling_flextron.static_router import Candidate, StaticRouter
 from modeling_flextron.subnetwork import Cost, smallest_subnetwork
 
-from ..conversion.search import fill, random_candidate
+from ..conversion.search import candidate_of, fill, random_candidate
 
 ERROR_THRESHOLD = 0.7  # error of the surrogate, as a fraction of that of a constant, above which nothing learns
 SCORED = 9  # budgets that have scores, from the smallest to 1
@@ -253,7 +253,7 @@ class SurrogateLearner:
             if not self.trusted or generator.random() < 0.25:
                 candidate = random_candidate(self.config, generator, self.uniform)
             else:
-                candidate = Candidate.of(self.config, router.choose(self.cost, budget * self.whole))
+                candidate = candidate_of(self.config, router.choose(self.cost, budget * self.whole))
                 for _ in range(generator.choice((0, 1, 2, 4))):
                     lower = list(candidate.steps(self.config, False, self.uniform))
                     candidate = candidate.after(generator.choice(lower)) if lower else candidate

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.checkpoint import UNFINISHED, write_beside, write_config, write_file_beside, write_json
+from modeling_flextron.checkpoint import UNFINISHED, write_beside, write_file_beside, write_json
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 from modeling_flextron.level_reader import empty_model, stored_state, stored_tensors
@@ -33,7 +33,7 @@ from modeling_flextron.permutation import FILE as PERMUTATION
 
 from ..blockwise import BlockRecipe, Errors, check_blocks, distill_blocks
 from ..layerwise import Blocks, Text, digest, positions_of
-from ..models import kind_of, read_config, refuse_tensors
+from ..models import kind_of, read_config, refuse_tensors, write_config
 from .arguments import FlextronTrainingArguments
 from .batches import real_tokens_of
 

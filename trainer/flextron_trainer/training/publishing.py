@@ -8,10 +8,9 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from modeling_flextron.hub import commit_written
-from modeling_flextron.model_card import write_model_card
-
+from ..hub import commit_written
 from ..models import load_elastic
+from ..publishing.card import write_model_card
 from .arguments import FlextronTrainingArguments
 from .checks import check_saved_whole
 from .run_folder import push_checkpoint

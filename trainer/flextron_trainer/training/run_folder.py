@@ -16,8 +16,8 @@ from transformers.utils import logging
 from modeling_flextron import FlextronConfig
 from modeling_flextron.checkpoint import staging, sweep
 from modeling_flextron.errors import invalid
-from modeling_flextron.hub import commit_files, files_of
 
+from ..hub import commit_files, files_of
 from .arguments import FlextronTrainingArguments
 from .router_stage import FILE as ROUTERS
 

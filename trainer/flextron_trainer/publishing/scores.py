@@ -10,12 +10,18 @@ from pathlib import Path
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from .checkpoint import write_file_beside
-from .frontier import FrontierRow
-from .hub import SCORES
-from .measured import Measured, is_figure
+from modeling_flextron.checkpoint import write_file_beside
+from modeling_flextron.frontier import FrontierRow
+from modeling_flextron.measured import Measured
+
+from ..hub import SCORES
 
 DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
+
+
+def is_figure(value: object) -> bool:
+    """Whether a value can stand in a table of figures."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_eval_results(rows: Iterable[FrontierRow], folder: Path) -> None:

@@ -1,8 +1,7 @@
 """The README of a repo, written from what was measured, with a plot of the frontier beside it.
 
-It is a part of the model package, so that a model whose code came from the Hub pushes with its card too. All that it
-says is in the config, in the saved folder, or follows from the sizes. What others wrote there, such as names, gets in
-only through the functions of `markdown.py`.
+All that it says is in the config, in the saved folder, or follows from the sizes. What others wrote there, such as
+names, gets in only through the functions of `markdown.py`.
 """
 
 import importlib.metadata
@@ -18,19 +17,20 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
-from .budgets import bytes_beside
-from .checkpoint import write_file_beside
-from .configuration_flextron import VERSION, FlextronConfig
-from .eval_results import write_eval_results
-from .extraction import stock_sizes
-from .frontier import FrontierRow, is_of_router
-from .latency import LatencyTable
-from .level_reader import row_bytes
+from modeling_flextron.budgets import bytes_beside
+from modeling_flextron.checkpoint import write_file_beside
+from modeling_flextron.configuration_flextron import VERSION, FlextronConfig
+from modeling_flextron.extraction import stock_sizes
+from modeling_flextron.frontier import FrontierRow
+from modeling_flextron.latency import LatencyTable
+from modeling_flextron.measured import Figures, Measured
+from modeling_flextron.memory import in_units
+from modeling_flextron.subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
+from modeling_flextron.token_routing import figures_of_targets
+
+from .levels import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
-from .measured import Figures, Measured, is_figure
-from .memory import in_units
-from .subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
-from .token_routing import figures_of_targets
+from .scores import is_figure, write_eval_results
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -137,6 +137,11 @@ def write_model_card(
     write_eval_results((row for row, _ in _rows(model)), folder)
     with write_file_beside(folder / "README.md") as path:
         path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def is_of_router(name: str) -> bool:
+    """Whether the name of a row says that a router chose it, which may be off the line of the others."""
+    return name.startswith(("routed-", "uniform-"))
 
 
 def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[LatencyTable] = ()) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.utils.hub import convert_file_size_to_int
 from transformers.utils.logging import tqdm
 
-from .corrections import number_of_owner, owner_number
-from .families import axes, layer_of
-from .frontier import held
-from .level_blocks import DTYPES, Box, block_name, blocks_of, index_name, inside, volume
-from .level_reader import empty_model, stored_state
-from .subnetwork import SubNetwork, axis_sizes
+from modeling_flextron.corrections import number_of_owner, owner_number
+from modeling_flextron.families import at_layer, axes, layer_of
+from modeling_flextron.frontier import held
+from modeling_flextron.level_blocks import DTYPES, Box, index_name, volume
+from modeling_flextron.level_reader import empty_model, read_index, stored_state
+from modeling_flextron.subnetwork import SubNetwork, axis_sizes
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # of torch -> of safetensors
 
@@ -61,9 +61,8 @@ def _shapes_at(model: Any, subnetwork: SubNetwork) -> dict[str, tuple[int, ...]]
     for name, tensor in stored_state(empty_model(type(model), config)).items():
         if owner_number(name) is not None:
             continue
-        layer = layer_of(name)
-        if layer is not None:
-            name = name.replace(f"layers.{layer}.", f"layers.{subnetwork.layers[layer]}.", 1)
+        if (layer := layer_of(name)) is not None:
+            name = at_layer(name, subnetwork.layers[layer])
         shapes[name] = tuple(tensor.shape)
     owner = number_of_owner(model.base_model.owners, subnetwork)
     for name, tensor in model.state_dict().items():
@@ -179,3 +178,68 @@ def _fingerprint(model: Any, state: dict[str, torch.Tensor]) -> str:
 def _bytes(tensor: torch.Tensor) -> Any:
     """The bytes of a contiguous tensor, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def block_name(name: str, box: Box, shape: tuple[int, ...]) -> str:
+    """The name of a block; see `parse_block`."""
+    if box == tuple((0, size) for size in shape):
+        return name
+    return f"{name}[{','.join(f'{low}:{high}' for low, high in box)}]"
+
+
+def blocks_of(shape: tuple[int, ...], needs: list[tuple[int, ...] | None]) -> list[tuple[int, Box]]:
+    """Cut a tensor into the blocks that its levels add.
+
+    Args:
+        shape: Of the tensor.
+        needs: For each level the leading part that its row needs, None for nothing. What none of them needs is one
+            level more.
+
+    Returns:
+        Level and box of every block, neighbours that the same rows need as one block.
+    """
+    needs = [*needs, shape]
+    cuts = [sorted({0, *(need[dim] for need in needs if need is not None)}) for dim in range(len(shape))]
+    sides = [list(pairwise(at)) for at in cuts]
+
+    def users(cell: Box) -> tuple[int, ...]:
+        return tuple(i for i, need in enumerate(needs) if need is not None and inside(cell, need))
+
+    cells = [(users(cell), cell) for cell in product(*sides)]
+    for dim in reversed(range(len(shape))):  # merge neighbours along the last dimension first: they are contiguous
+        cells.sort(key=lambda entry: (entry[0], entry[1][:dim], entry[1][dim + 1 :], entry[1][dim]))
+        merged: list[tuple[tuple[int, ...], Box]] = []
+        for who, cell in cells:
+            if merged:
+                same, before = merged[-1]
+                joined = (*before[:dim], (before[dim][0], cell[dim][1]), *before[dim + 1 :])
+                behind = (*before[:dim], (before[dim][1], cell[dim][1]), *before[dim + 1 :])
+                if same == who and behind == cell:
+                    merged[-1] = who, joined
+                    continue
+            merged.append((who, cell))
+        cells = merged
+    return sorted((who[0], cell) for who, cell in cells)
+
+
+def inside(box: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a box lies within the leading part of this shape."""
+    return all(high <= size for (_, high), size in zip(box, shape, strict=True))
+
+
+def row_bytes(folder: Path, config: Any) -> dict[str, int]:
+    """Row of the frontier -> bytes of the weight files that loading it fetches from a copy of a folder.
+
+    Args:
+        folder: Of a saved model.
+        config: The config that lies there.
+    """
+
+    def size(level: int | None) -> int:
+        return sum(shard["size"] for shard in read_index(folder / index_name(level))["shards"].values())
+
+    if config.levels is None:
+        everything = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return {row.name: everything for row in config.frontier}
+    levels = {name: level for level, name in enumerate(config.levels["rows"])}
+    return {row.name: size(levels.get(row.name)) for row in config.frontier}

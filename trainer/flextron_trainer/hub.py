@@ -21,8 +21,8 @@ from huggingface_hub import (
     run_as_future,
 )
 
-from .checkpoint import staging
-from .errors import invalid
+from modeling_flextron.checkpoint import staging
+from modeling_flextron.errors import invalid
 
 T = TypeVar("T")
 WAITS = (1, 4)  # seconds before a call is made again
