@@ -17,7 +17,7 @@ from training import arguments as settings_of
 from flextron_trainer import FlextronTrainer, convert
 from flextron_trainer.answers import write_answers
 from flextron_trainer.conversations import documents_of
-from flextron_trainer.data import calibration_batches, collator, load_text, mixed, pack, text_column, whole_in_blocks
+from flextron_trainer.data import calibration_batches, collator, load_text, mixed, pack, whole_in_blocks
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation.quality import evaluate_model
 from flextron_trainer.publishing.card import write_model_card
@@ -277,8 +277,6 @@ def test_text_is_no_conversation(tokenizer):
     rows = datasets.Dataset.from_dict({"text": WORDS})
     with pytest.raises(ValueError, match=r"`assistant_only`=True .*Text has no answers"):
         pack(rows, tokenizer, 8, assistant_only=True)
-    with pytest.raises(ValueError, match="Its rows are conversations"):
-        text_column(datasets.Dataset.from_list(CHATS))
 
 
 def test_files(tmp_path, caplog):

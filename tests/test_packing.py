@@ -12,6 +12,7 @@ from training import VARIANT, arguments
 from flextron_trainer import FlextronTrainer
 from flextron_trainer.data import collator, pack
 from flextron_trainer.evaluation.quality import evaluate_model
+from flextron_trainer.training.batches import read_batch
 
 LENGTHS = ((9, 1, 14), (24,), (3, 12, 9))  # documents of each block
 
@@ -134,6 +135,25 @@ def test_pack_marks_documents(tokenizer):  # noqa: F811
     assert blocks["labels"][:] == [[-100, 3, 4, 1], [-100, 1, -100, -100], [-100, 8, 9, 10]]
     stream = pack(rows.to_iterable_dataset(), tokenizer, 4, document_boundaries=True)
     assert list(stream) == list(blocks)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@torch.no_grad()
+def test_no_token_sees_padding_that_rows_bring(first):
+    """Which positions may count, beside a row of several documents, and whichever row has positions."""
+    model = elastic_of("gqa-wide-heads")
+    padded = {"input_ids": [9, 5, 6, 7], "attention_mask": [0, 1, 1, 1], "position_ids": [0, 1, 2, 3]}
+    several = {"input_ids": [8, 4, 3, 2], "position_ids": [0, 1, 0, 1]}
+    alone = {"input_ids": [3, 2, 1, 8]}
+    batch = collator()([alone, padded, several] if first else [padded, several, alone])
+    batch = read_batch(batch, None, None, torch.device("cpu"))
+    batch.pop("labels")
+    logits = model(**batch).logits
+    for row, part in enumerate(
+        (slice(0, 4), slice(1, 4), slice(2, 4)) if first else (slice(1, 4), slice(2, 4), slice(0, 4))
+    ):
+        expected = model(batch["input_ids"][row : row + 1, part]).logits
+        torch.testing.assert_close(logits[row : row + 1, part], expected)
 
 
 def test_padding_is_apart_too():

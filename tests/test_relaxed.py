@@ -34,7 +34,7 @@ def test_every_place_gets_a_gradient(variant, ids):
     model = elastic_of(variant)
     places = Places(model.config)
     table = ScoreTable(places, [0.2, 0.6, 1.0])
-    noise = table.noise(1, torch.Generator().manual_seed(0))
+    noise = table.noise(torch.Generator().manual_seed(0))
     choice = places.straight_through(table(torch.tensor([0.5]), noise))
     model.requires_grad_(False)
     model(ids, labels=ids, routing=RelaxedSizes(places, choice[0])).loss.backward()

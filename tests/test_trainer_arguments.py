@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from flextron_trainer import FlextronTrainer
 from flextron_trainer.data import collator
-from flextron_trainer.training.router_stage import RouterStage
+from flextron_trainer.training.router_stage import TokenRouters
 from modeling_flextron import FlextronForCausalLM, FlextronForSequenceClassification
 
 # How an argument is honoured: OWN, with a default or a type of ours; SAME, by the base class alone, on which nothing
@@ -398,7 +398,7 @@ def gradient(folder, hand_made=None, **changes) -> float:
 @pytest.fixture
 def uncalibrated(monkeypatch):
     """Leave out what routers of tokens take longest for."""
-    monkeypatch.setattr(RouterStage, "finish", lambda *_: None)
+    monkeypatch.setattr(TokenRouters, "finish", lambda *_: None)
 
 
 @pytest.mark.usefixtures("uncalibrated")

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modeling_flextron.errors import invalid, require_int
+from modeling_flextron.positions import places_in_documents
 
 from .conversations import FORMATS, chat_columns, documents_of
 from .hub import retried
@@ -27,7 +28,7 @@ from .reading import content_columns, load_text
 
 __all__ = [
     "blocks_of", "calibration_batches", "collator", "holds_conversations", "load_text", "load_tokenizer", "mixed",
-    "pack", "text_column", "tokens_of", "whole_in_blocks",
+    "pack", "tokens_of", "told_by_positions", "whole_in_blocks",
 ]  # fmt: skip
 logger = logging.get_logger(__name__)
 OPEN_BLOCKS = 64  # that a conversation may still go to
@@ -94,18 +95,6 @@ def _ordinary(tokenizer: Any) -> dict[int, str]:
 def holds_conversations(dataset: Any) -> bool:
     """Whether the rows of a dataset are conversations, prompts with completions, or instructions."""
     return chat_columns(dataset.column_names or next(iter(dataset), {})) is not None
-
-
-def text_column(dataset: Any) -> str:
-    """The column of a dataset that holds its text.
-
-    Raises:
-        ValueError: no column does, or it is not clear which; or conversations or nothing are there.
-    """
-    columns = content_columns(dataset)
-    if columns in FORMATS:
-        raise invalid("dataset", list(columns), "Its rows are conversations.", "Pass it to `pack` as it is.")
-    return columns[0]
 
 
 def tokens_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -340,7 +329,8 @@ def _from_zero(places: list[int]) -> list[int]:
 def collator(tokenizer: Any = None) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Batches of rows with `input_ids` and, unless they are the same, `labels`, padded on the right.
 
-    Where rows bring `position_ids`, those keep documents apart, and padding is a document of its own for each token.
+    Where a row brings `position_ids`, they keep documents apart; padding then is a document of its own for each token,
+    and a row without any is one document.
 
     Args:
         tokenizer: Its padding token fills short rows; without one 0 does, which the mask and the labels hide.
@@ -360,12 +350,31 @@ def _collate(padding: dict[str, int], rows: list[dict[str, Any]]) -> dict[str, t
     batch = {
         name: pad_sequence(tensors, batch_first=True, padding_value=padding[name]) for name, tensors in columns.items()
     }
-    if "position_ids" in rows[0]:
-        positions = [torch.as_tensor(row["position_ids"]) for row in rows]
+    if any("position_ids" in row for row in rows):
+        positions = [torch.as_tensor(row.get("position_ids", range(len(row["input_ids"])))) for row in rows]
         batch["position_ids"] = pad_sequence(positions, batch_first=True)
-    if "position_ids" in batch or batch["attention_mask"].all():
-        del batch["attention_mask"]  # attention is faster without one, and with one does not look at positions
-    return batch
+        if all(mask.all() for mask in columns["attention_mask"]):
+            del batch["attention_mask"]  # attention is faster without one, and with one does not look at positions
+    elif batch["attention_mask"].all():
+        del batch["attention_mask"]
+    return told_by_positions(batch)
+
+
+def told_by_positions(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose positions alone keep documents apart, without its mask; as it is where no row has several.
+
+    Stock code, which a teacher may be, looks for documents where there is no mask.
+    """
+    if batch.get("attention_mask") is None or batch.get("position_ids") is None:
+        return batch
+    real, positions = batch["attention_mask"].bool(), batch["position_ids"]
+    places = places_in_documents(positions, real)
+    if places is None:
+        return batch
+    told = torch.where(real, positions, places)
+    before = ~real[:, :-1] & real[:, 1:]  # padding, of which a token at 1 would seem to be the next one
+    told[:, :-1] = torch.where(before, told[:, 1:], told[:, :-1])
+    return {name: value for name, value in batch.items() if name != "attention_mask"} | {"position_ids": told}
 
 
 def calibration_batches(
@@ -442,7 +451,7 @@ def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:
                 yield from (ids for ids, _ in documents)
                 continue
             else:
-                column = column or (text_column(data) if hasattr(data, "column_names") else "text")
+                column = column or (content_columns(data)[0] if hasattr(data, "column_names") else "text")
                 row = row.get(column)
         if isinstance(row, str):
             _need_tokenizer(tokenizer, row)

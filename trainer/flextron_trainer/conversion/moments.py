@@ -149,9 +149,7 @@ def norm_scale(parent: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
     return torch.where(reduced > 0, parent / reduced.clamp_min(1e-30), 1.0)
 
 
-def removal_order(
-    inputs: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, ridge: float = RIDGE, chunk: int = 0
-) -> torch.Tensor:
+def removal_order(inputs: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, chunk: int = 0) -> torch.Tensor:
     """Units in the order in which they are best kept: greedy, with the others making up for each that goes.
 
     Removing the columns `b` of `W` costs `tr(W_b (C^-1_bb)^-1 W_b^T)` when all others are fitted anew (Optimal Brain
@@ -162,7 +160,6 @@ def removal_order(
         inputs: `[K, K]`, second moments of the columns.
         weight: `[D, K]`.
         units: `[U, e]`, the columns of each unit.
-        ridge: See `regularised`.
         chunk: Remove so many at once, cheapest first, which is nearly the same and takes fewer passes; by default one
             in 96, and one by one where units have several columns.
 
@@ -170,7 +167,7 @@ def removal_order(
         `[U]`, numbers of units, the best one first.
     """
     w = weight.to(torch.float64, copy=True)
-    inverse = _inverted(regularised(inputs, ridge))
+    inverse = _inverted(regularised(inputs))
     size = units.shape[1]
     chunk = chunk or (max(1, len(units) // 96) if size == 1 else 1)
     alive = torch.arange(len(units), device=units.device)

@@ -12,7 +12,7 @@ the parent.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
 from ..layerwise import ModelBlocks, Text, observed, run_half, run_layer, surroundings
 from .moment_files import MomentFiles
-from .moments import PLACES, RIDGE, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
+from .moments import PLACES, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
 from .weights import order_since
 
 LIKELY = 10  # times the mean rank
@@ -130,84 +130,77 @@ def token_weights(stream: torch.Tensor) -> torch.Tensor:
     return 1 / stream.float().square().mean(-1).clamp_min(1e-12)
 
 
-def _fits(
+def _walk_beside(
     model: Any,
     subnetwork: SubNetwork,
     batches: Sequence[torch.Tensor],
+    fit: Callable[[str, Moments, torch.Tensor], torch.Tensor],
     *,
     sequential: bool,
-    norms: bool = False,
-    vectors: dict[str, torch.Tensor] | None = None,
-    answers: dict[str, torch.Tensor] | None = None,
-) -> Iterator[tuple[str, Moments, torch.Tensor]]:
-    """Walk through the layers of the parent and of a row side by side, and show each matrix of the row its moments.
+    norms: bool,
+) -> dict[str, torch.Tensor]:
+    """Walk through the layers of the parent and of a row side by side, and fit each matrix of the row.
 
     The layer before a dropped one is to write what that one wrote, too (ReplaceMe does this linearly).
 
-    Whoever iterates puts the matrix that the row is to run into `answers` under its name before the next step.
+    Args:
+        fit: Gets the name of a matrix, its moments, and the matrix `[d, k]`; returns what the row runs in its place.
+        model, subnetwork, batches, sequential, norms: As in `reconstruct`.
 
-    Yields:
-        Name of the matrix, its moments, and the matrix `[d, k]` itself.
+    Returns:
+        Name of a parameter of a norm -> what was fitted for it.
     """
     blocks, decoder, d = ModelBlocks(model), model.model, subnetwork.hidden
-    answers, vectors = {} if answers is None else answers, {} if vectors is None else vectors
-    device = model.device
-    parent = [blocks.embed(Text(ids.to(device))) for ids in batches]
+    vectors = dict[str, torch.Tensor]()
+    parent = [blocks.embed(Text(ids.to(model.device))) for ids in batches]
     reduced = [states[..., :d] for states in parent]
-    at = {layer: i for i, layer in enumerate(subnetwork.layers)}
 
     def normed(name: str, module: Any, ours: list[torch.Tensor], whole: list[torch.Tensor]) -> list[torch.Tensor]:
         outputs = [module(states) for states in ours]
-        if norms:
-            aims = [module(states)[..., :d] for states in whole]
-            both = sum((a.double() * o.double()).flatten(0, -2).sum(0) for a, o in zip(aims, outputs, strict=True))
-            own = sum(o.double().square().flatten(0, -2).sum(0) for o in outputs)
-            scale = norm_scale(both, own)
-            for kind, parameter in module.named_parameters():
-                vectors[f"{name}.{kind}"] = (parameter[:d].double() * scale).to(parameter.dtype)
-            outputs = [o * scale.to(o.dtype) for o in outputs]
-        return outputs
+        if not norms:
+            return outputs
+        aims = [module(states)[..., :d] for states in whole]
+        both = sum((a.double() * o.double()).flatten(0, -2).sum(0) for a, o in zip(aims, outputs, strict=True))
+        own = sum(o.double().square().flatten(0, -2).sum(0) for o in outputs)
+        scale = norm_scale(both, own)
+        for kind, parameter in module.named_parameters():
+            vectors[f"{name}.{kind}"] = (parameter[:d].double() * scale).to(parameter.dtype)
+        return [o * scale.to(o.dtype) for o in outputs]
 
-    for i, layer in enumerate(tqdm(decoder.layers, desc="Reconstructing", unit="layer", leave=False)):
-        if i not in at:
-            continue  # the layer before has run it
-        prefix = f"model.layers.{i}"
-        o, down = layer.self_attn.o_proj, layer.mlp.down_proj
+    for at, i in enumerate(tqdm(subnetwork.layers, desc="Reconstructing", unit="layer", leave=False)):
+        layer, prefix = decoder.layers[i], f"model.layers.{i}"
         # the parent, which is what the row is to become
         middle = [run_half(blocks, layer, "heads", states, states)[1] for states in parent]
         after = [run_half(blocks, layer, "mlp", *both)[1] for both in zip(parent, middle, strict=True)]
-        following = next((kept for kept in subnetwork.layers if kept > i), len(decoder.layers))
+        following = (*subnetwork.layers, len(decoder.layers))[at + 1]
         for dropped in decoder.layers[i + 1 : following]:  # what they do is for this one to make up for
             after = [run_layer(blocks, dropped, states) for states in after]
-        heads, mlp = subnetwork.heads[at[i]], subnetwork.mlp[at[i]]
         start = reduced
-        for axis, module, aims in (("heads", o, middle), ("mlp", down, after)):
-            name = matrix_name(i, axis)
-            if module is o:
+        for axis, aims in (("heads", middle), ("mlp", after)):
+            if axis == "heads":
                 inputs = normed(f"{prefix}.input_layernorm", layer.input_layernorm, start, parent)
-                sizes = {"heads": heads, "hidden": d}
+                sizes = {"heads": subnetwork.heads[at], "hidden": d}
                 reads = [observed(layer.self_attn, x, **sizes, **surroundings(blocks, layer, x))[0] for x in inputs]
             else:
                 sides = (start, parent) if layer.parallel_residual else (reduced, middle)
                 key = f"{prefix}.post_attention_layernorm"
                 inputs = normed(key, layer.post_attention_layernorm, *sides)
-                reads = [observed(layer.mlp, x, mlp=mlp, hidden=d)[0] for x in inputs]
+                reads = [observed(layer.mlp, x, mlp=subnetwork.mlp[at], hidden=d)[0] for x in inputs]
+            module = layer.get_submodule(PLACES[axis])
             weight = module.weight[:d, : reads[0].shape[-1]]
-            moments = Moments.zeros(weight.shape[1], weight.shape[0], device)
             bias = 0 if module.bias is None else module.bias[:d]
+            moments = Moments.zeros(weight.shape[1], weight.shape[0], model.device)
             for aim, states, h in zip(aims, reduced, reads, strict=True):
                 moments.add(h, aim[..., :d] - states - bias, token_weights(aim))
-            yield name, moments, weight
-            weight = answers.pop(name, weight).to(weight.dtype)
+            fitted = fit(matrix_name(i, axis), moments, weight).to(weight.dtype)
             if sequential:
-                bias = module.bias if module.bias is None else module.bias[:d]
-                outputs = [torch.nn.functional.linear(h, weight, bias) for h in reads]
-                reduced = [states + out for states, out in zip(reduced, outputs, strict=True)]
+                reduced = [states + h @ fitted.T + bias for states, h in zip(reduced, reads, strict=True)]
             else:
                 reduced = [states[..., :d] for states in aims]
         parent = after
     if norms:
         normed("model.norm", decoder.norm, reduced, parent)
+    return vectors
 
 
 @torch.no_grad()
@@ -220,7 +213,6 @@ def reconstruct(
     sequential: bool = True,
     norms: bool = False,
     metrics: Mapping[str, torch.Tensor] | None = None,
-    ridge: float = RIDGE,
     share: float | None = None,
 ) -> tuple[Corrections, dict[str, torch.Tensor]]:
     """The corrections with which a row writes what the parent writes, as nearly as linear algebra gets.
@@ -234,28 +226,25 @@ def reconstruct(
         norms: Fit the weights of the norms, too, channel by channel to the parent's outputs. It helps some parents much
             and harms others.
         metrics: Name of a matrix -> how much errors of its output count, `[D, D]`; see `sensitivity.py`.
-        ridge: See `least_squares`.
         share: Of the row's parameters that it will own in the end; much higher ranks are then not kept.
 
     Returns:
         The corrections; and of each matrix that was fitted the error that each rank takes away.
     """
-    low, vectors, gains = {}, dict[str, torch.Tensor](), {}
-    answers: dict[str, torch.Tensor] = {}
-    walk = _fits(
-        model, subnetwork, batches, sequential=sequential, norms=norms, vectors=vectors, answers=answers,
-    )  # fmt: skip
-    for name, moments, weight in walk:
-        rank, fitted = (ranks or {}).get(name, 0), weight.double()
-        if ranks is None or rank:
-            change = least_squares(moments, weight, ridge)
-            metric = None if metrics is None else metrics[name][: len(weight), : len(weight)]
-            up, down, worth = low_rank(change, moments.inputs, ridge, metric)
-            up, down = (up, down) if ranks is None else (up[:, :rank], down[:rank])
-            fitted = fitted + up @ down
-            kept = len(worth) if share is None else _likely_rank(model, subnetwork, share, weight)
-            gains[name], low[name] = worth[:kept].float().cpu(), (up[:, :kept].float(), down[:kept].float())
-        answers[name] = fitted
+    low, gains = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, torch.Tensor]()
+
+    def fit(name: str, moments: Moments, weight: torch.Tensor) -> torch.Tensor:
+        rank = None if ranks is None else ranks.get(name, 0)
+        if rank == 0:
+            return weight
+        metric = None if metrics is None else metrics[name][: len(weight), : len(weight)]
+        up, down, worth = low_rank(least_squares(moments, weight), moments.inputs, metric=metric)
+        up, down = up[:, :rank], down[:rank]
+        kept = len(worth) if share is None else _likely_rank(model, subnetwork, share, weight)
+        gains[name], low[name] = worth[:kept].float().cpu(), (up[:, :kept].float(), down[:kept].float())
+        return weight.double() + up @ down
+
+    vectors = _walk_beside(model, subnetwork, batches, fit, sequential=sequential, norms=norms)
     return Corrections(low, vectors), gains
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from types import MappingProxyType
@@ -92,24 +92,44 @@ def choose_rows(
         corrections: As in `limit_of`.
     """
     uniform = uniform_subnetworks(config)
-    limits = {name: limit_of(config, budget, corrections) for name, budget in budgets.items()}
-    names = sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built))  # the largest first
+    limits = limits_of(config, budgets, corrections)
     uses = []
-    for name in names:
-        cost, limit = limits[name]
+    for cost, limit in limits.values():
         fitting = [s for s in uniform if cost(s) <= limit] or [min(uniform, key=cost)]
         uses.append({s: cost(s) / limit for s in fitting})
-    chosen = _together(uses, cache(lambda s: misfit(config, s) is not None), loss, nested)
+    return named_rows(
+        config, budgets, limits, _together(uses, cache(lambda s: misfit(config, s) is not None), loss, nested)
+    )
+
+
+def named_rows(
+    config: FlextronConfig,
+    budgets: Mapping[str, Any],
+    limits: Mapping[str, tuple[Cost, float]],
+    chosen: Iterable[SubNetwork],
+) -> list[FrontierRow]:
+    """The rows that were chosen, and the full network, called "1", before them where no budget means it.
+
+    A warning tells of a budget that is not reached, that is hardly used, or that brings nothing new and is left out.
+
+    Args:
+        config: Of the elastic model.
+        budgets: Name of a row -> its budget; see `named_budgets`.
+        limits: Of `limits_of`.
+        chosen: One sub-network for each of these.
+    """
     rows: list[FrontierRow] = []
-    for name, best, use in zip(names, chosen, uses, strict=True):
-        cost, limit = limits[name]
-        if use[best] > TOLERANCE:
-            name = name_of_smallest(config, name, budgets[name], best)
-        elif use[best] < USED and best != config.built:
-            warn_of_unused(config, name, use[best])
+    for (name, (cost, limit)), best in zip(limits.items(), chosen, strict=True):
+        use = cost(best) / limit
+        if use > TOLERANCE:
+            name = _name_of_smallest(config, name, budgets[name], best)
         if any(best == row.subnetwork for row in rows):
-            warn_of_same(name)
+            warnings.warn(
+                f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=4
+            )
             continue
+        if use < USED and best != config.built:
+            _warn_of_unused(config, name, use)
         rows.append(config.row(name, best))
     return rows if rows[0].subnetwork == config.built else [config.row("1", config.built), *rows]
 
@@ -221,18 +241,18 @@ def _chain(
     return min(best.values(), key=lambda entry: entry[0])[1] if best else None
 
 
-def name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
+def _name_of_smallest(config: FlextronConfig, name: str, budget: Any, smallest: SubNetwork) -> str:
     """Name a row whose budget cannot be reached: its own name, or the fraction that it costs, rounded up."""
     fraction = count_parameters(config, smallest, embeddings=False) / config.parent_size()
     warnings.warn(
         f"The choices do not reach budget {budget!r}: the smallest sub-network costs {fraction:.4g} of the parent's"
         " non-embedding parameters and takes its place. Allow smaller sizes on some axis to reach it.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return name if name != str(budget) else f"{math.ceil(fraction * 1000) / 1000:g}"
 
 
-def warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
+def _warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
     """Say that a row is much smaller than its budget, and which sizes would help."""
     gaps = {
         (larger / smaller, axis, larger, smaller)
@@ -247,13 +267,16 @@ def warn_of_unused(config: FlextronConfig, name: str, use: float) -> None:
     warnings.warn(
         f"Row {name!r} uses {use:.0%} of its budget: no allowed sizes nearer to it nest in the larger rows. Allow more"
         f" sizes, for instance {hint}, or choose each row by itself (`nested=False`).",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 
-def warn_of_same(name: str) -> None:
-    """Say that a budget is left out."""
-    warnings.warn(f"Budget {name!r} would be the same sub-network as a larger one and is left out.", stacklevel=4)
+def limits_of(
+    config: FlextronConfig, budgets: Mapping[str, Any], corrections: float = 0.0
+) -> dict[str, tuple[Cost, float]]:
+    """`limit_of` every budget, the largest first."""
+    limits = {name: limit_of(config, budget, corrections) for name, budget in budgets.items()}
+    return dict(sorted(limits.items(), key=lambda item: -item[1][1] / item[1][0](config.built)))
 
 
 def limit_of(config: FlextronConfig, budget: Any, corrections: float = 0.0) -> tuple[Cost, float]:

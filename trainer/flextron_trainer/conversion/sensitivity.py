@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from modeling_flextron import FlextronConfig
 from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.static_router import Candidate, Step, repaired
-from modeling_flextron.subnetwork import smallest_subnetwork
+from modeling_flextron.subnetwork import SubNetwork, smallest_subnetwork
 
 from ..layerwise import ModelBlocks, Text, run_half
 from .moments import PLACES, Moments, Read, least_squares, low_rank, matrix_name, regularised
 from .reconstruction import token_weights
-from .rows import USED, limit_of, name_of_smallest, warn_of_same, warn_of_unused
+from .rows import limits_of, named_rows
 from .search import candidate_of
 
 SENSITIVITY_TOKENS = 8192
@@ -187,22 +187,13 @@ def rows_by_prediction(
         # Nothing is known of `hidden`: it goes last.
         return min(steps, key=lambda s: (s[0].axis == "hidden", more_lost(candidate, s[0]) / (abs(s[1]) or 1)))[0]
 
-    limits = {name: limit_of(config, budget, corrections) for name, budget in budgets.items()}
-    smallest, outer = smallest_subnetwork(config), config.built
-    rows: list[FrontierRow] = []
-    for name in sorted(limits, key=lambda name: -limits[name][1] / limits[name][0](config.built)):
-        cost, limit = limits[name]
-        found = outer
+    limits = limits_of(config, budgets, corrections)
+    smallest, outer, chosen = smallest_subnetwork(config), config.built, list[SubNetwork]()
+    for cost, limit in limits.values():
         if cost(smallest) > limit:
-            found, name = smallest, name_of_smallest(config, name, budgets[name], smallest)
+            outer = smallest
         elif cost(outer) > limit:
-            found = repaired(config, candidate_of(config, outer), cost, limit, best).subnetwork(config)
-            found = found.intersection(outer)
-            if cost(found) < USED * limit:
-                warn_of_unused(config, name, cost(found) / limit)
-        if rows and found == outer:
-            warn_of_same(name)
-            continue
-        rows.append(config.row(name, found))
-        outer = found
-    return rows if rows[0].subnetwork == config.built else [config.row("1", config.built), *rows]
+            found = repaired(config, candidate_of(config, outer), cost, limit, best)
+            outer = found.subnetwork(config).intersection(outer)
+        chosen.append(outer)
+    return named_rows(config, budgets, limits, chosen)

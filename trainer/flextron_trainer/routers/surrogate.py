@@ -126,13 +126,13 @@ class ScoreTable(nn.Module):
         return (1 - weight)[:, None] * low + weight[:, None] * high
 
     def forward(self, budgets: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores `[N, C]` of the sizes at budgets `[N]`, with noise `[N, c]`."""
+        """Scores `[N, C]` of the sizes at budgets `[N]`, with noise `[1, c]`."""
         scores = self.near(budgets) @ self.table
         return (scores if noise is None else scores + noise)[:, self.index]
 
-    def noise(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Independent Gumbel noise `[count, c]`."""
-        uniform = torch.rand(count, self.table.shape[1], generator=generator).clamp(1e-9, 1 - 1e-7)
+    def noise(self, generator: torch.Generator) -> torch.Tensor:
+        """Independent Gumbel noise `[1, c]`."""
+        uniform = torch.rand(1, self.table.shape[1], generator=generator).clamp(1e-9, 1 - 1e-7)
         return -(-uniform.log()).log()
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from modeling_flextron.errors import invalid
-from modeling_flextron.positions import places_in_documents
 
+from ..data import told_by_positions
 from .teachers import check_documents
 
 CALIBRATION_SAMPLES = 64
@@ -29,13 +29,7 @@ def read_batch(inputs: dict[str, Any], collator: Any, teacher: Any, device: torc
         ValueError: nothing says what is to be foretold, or the teacher would not keep the documents apart.
     """
     check_batch(inputs, collator)
-    inputs = send_to_device(inputs, device)
-    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    if mask is not None and positions is not None:
-        places = places_in_documents(positions, mask)
-        if places is not None:  # stock code, which a teacher may be, looks for documents where there is no mask
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-            inputs["position_ids"] = torch.where(mask.bool(), positions, places)
+    inputs = told_by_positions(send_to_device(inputs, device))
     if teacher is not None and len(inputs.get("position_ids", ())) > 1:
         check_documents(teacher)
     return inputs

@@ -40,43 +40,30 @@ GAP_IN_NATS = 0.5  # nats for |cost - budget| = 1, where routers learn through t
 
 
 class RouterStage:
-    """The routers of a training run.
+    """The routers of a training run: `ScoreRouters` or `TokenRouters`.
 
     Args:
         model: The elastic model.
         args: Arguments with the stage `router` or `joint`.
         steps: Steps that will be made.
 
+    Attributes:
+        alone: Whether only scores learn, which are no part of the model.
+
     Raises:
         ValueError: a budget below the smallest sub-network, or a latency budget without a table.
     """
 
+    alone = False
+
     def __init__(self, model: FlextronForCausalLM, args: FlextronTrainingArguments, steps: int):
         self.model, self.args, self.steps = model, args, max(1, steps)
-        config = model.config
         kind = "fraction" if args.router_cost == "parameters" else "latency"
-        self.cost = cost_of(config, kind, args.router_cost, "router_cost")
-        self.whole = float(self.cost(config.built))
-        smallest = smallest_budget(config, self.cost)
-        self.budgets = self._budgets(smallest)
-        self.learner: SurrogateLearner | None = None
+        self.cost = cost_of(model.config, kind, args.router_cost, "router_cost")
+        self.smallest = smallest_budget(model.config, self.cost)
+        self.budgets = self._budgets(self.smallest)
         self._begun: int | None = None
         self._batch = 0  # of the accumulated ones of the step
-        self._asked: list[torch.Tensor] = []  # of every batch: losses of the networks that were proposed, and tokens
-        if args.router_method == "token":
-            add_token_routers(model, self.budgets)
-            return
-        self.learner = SurrogateLearner(
-            config,
-            self.cost,
-            smallest,
-            steps=self.steps,
-            latency_weight=args.latency_weight,
-            uniform=args.router_uniform,
-            seed=args.seed,
-        )
-        if config.static_router is not None:
-            self.learner.scores.load(config.static_router)
 
     def _budgets(self, smallest: float) -> list[float]:
         """The wanted budgets, largest first."""
@@ -94,43 +81,18 @@ class RouterStage:
             raise invalid("router_budgets", budgets, rule, "Ask for at least that much, or allow smaller sizes.")
         return sorted(budgets, reverse=True)
 
-    # --------------------------------------------------------------------------------------------- parameters
-
     def parameters(self) -> list[torch.nn.Parameter]:
         """List the parameters that learn with `router_learning_rate`."""
-        if self.learner is not None:
-            return list(self.learner.scores.parameters())
-        return [p for name, p in self.model.named_parameters() if ".router." in name]
+        raise NotImplementedError
 
     def begin(self, step: int) -> None:
-        """Begin a batch of a step; the first one forgets the gradients of the step before.
-
-        Scores are no part of the model, whose gradients the Trainer forgets.
-        """
+        """Begin a batch of a step."""
         self._batch = self._batch + 1 if step == self._begun else 0
-        if self.learner is not None and self._batch == 0:
-            self.learner.scores.zero_grad()
         self._begun = step
 
-    @property
-    def measures(self) -> bool:
-        """Tell whether routers learn from losses of networks that run as they are, without gradients."""
-        return self.args.router_method == "surrogate"
-
-    @property
-    def alone(self) -> bool:
-        """Tell whether only scores learn, which are no part of the model."""
-        return self.args.stage == "router" and self.learner is not None
-
     def freeze(self) -> list[torch.nn.Parameter]:
-        """Stop the gradients of the weights while token routers, which are among them, learn; return what stopped."""
-        if self.args.stage == "joint" or self.learner is not None:
-            return []
-        ours = {id(parameter) for parameter in self.parameters()}
-        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        return frozen
+        """Stop the gradients of what does not learn, where nothing else does; return what stopped."""
+        return []
 
     def join(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the routers a group of their own in an optimizer."""
@@ -141,13 +103,79 @@ class RouterStage:
         optimizer.add_param_group({"params": ours, "lr": self.args.router_learning_rate, "weight_decay": 0.0})
 
     def average_gradients(self, accelerator: Any) -> None:
-        """Average the gradients of scores over processes at the end of a step: nobody else does, outside the model."""
-        if self.learner is not None and accelerator.sync_gradients:
+        """Average the gradients of what is outside of the model over processes, at the end of a step."""
+
+    def draws(self, step: int, inputs: dict[str, Any]) -> list[Draw]:
+        """Draw what a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""
+        full = [Draw("full", self.model.config.built)] if self.args.stage == "joint" else []
+        left = max(0.0, 1 - step / (0.9 * self.steps))  # of the exploration; the last tenth of the steps is without
+        names = [f"{self.args.seed}/{step}/{i}" for i in range(max(1, self.args.subnetworks_per_step - len(full)))]
+        return full + [self._draw(name, left, inputs) for name in names]
+
+    def _draw(self, seed: str, left: float, inputs: dict[str, Any]) -> Draw:
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """Put what was learned into the config of the model."""
+
+    def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
+        """Make what was learned final.
+
+        Args:
+            batches: Gives the inputs on which token routers are calibrated.
+
+        Raises:
+            ValueError: a surrogate does not predict well enough, and nothing is written; or there are no inputs.
+        """
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write what is not in the model beside it."""
+
+    def load(self, folder: Path) -> None:
+        """Go on where `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint is of another stage or method.
+        """
+
+
+class ScoreRouters(RouterStage):
+    """One size for a budget in each layer, by scores that are no part of the model.
+
+    Attributes:
+        measures: Whether scores learn from losses of networks that run as they are, without gradients.
+    """
+
+    def __init__(self, model: FlextronForCausalLM, args: FlextronTrainingArguments, steps: int):
+        super().__init__(model, args, steps)
+        self.measures, self.alone = args.router_method == "surrogate", args.stage == "router"
+        self._asked: list[torch.Tensor] = []  # of every batch: losses of the networks that were proposed, and tokens
+        self.learner = SurrogateLearner(
+            model.config,
+            self.cost,
+            self.smallest,
+            steps=self.steps,
+            latency_weight=args.latency_weight,
+            uniform=args.router_uniform,
+            seed=args.seed,
+        )
+        if model.config.static_router is not None:
+            self.learner.scores.load(model.config.static_router)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.learner.scores.parameters())
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        if self._batch == 0:
+            self.learner.scores.zero_grad()  # the Trainer does so for the model alone
+
+    def average_gradients(self, accelerator: Any) -> None:
+        if accelerator.sync_gradients:
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad = accelerator.reduce(parameter.grad, "mean")
-
-    # ---------------------------------------------------------------------------------------------- learning
 
     def measure(self, step: int, inputs: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run a batch through the networks whose losses the surrogate asks for; at the end of a step let it learn.
@@ -164,7 +192,6 @@ class RouterStage:
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        assert self.learner is not None
         config = self.model.config
         networks = self.learner.propose(step, self.args.subnetworks_per_step)
         asked = dict(enumerate([config.built, *(choices.subnetwork(config) for choices in networks)]))
@@ -185,33 +212,84 @@ class RouterStage:
             objective = objective.detach()
         return nats[1:].mean() / tokens, objective
 
-    def draws(self, step: int, inputs: dict[str, Any]) -> list[Draw]:
-        """Draw what a step of `gumbel` or `token` trains: relaxed networks, beside the full one in stage `joint`."""
-        config, count = self.model.config, self.args.subnetworks_per_step
-        full = [Draw("full", config.built)] if self.args.stage == "joint" else []
-        result = []
-        for i in range(max(1, count - len(full))):
-            name = f"{self.args.seed}/{step}/{i}"
-            generator = random.Random(name)
-            if self.learner is not None:
-                scores, places = self.learner.scores, self.learner.places
-                budget = generator.uniform(self.learner.smallest, 1)
-                noise = scores.noise(1, torch.Generator().manual_seed(generator.getrandbits(48)))
-                choice = places.straight_through(scores(torch.tensor([budget]), noise * self._left(step)))
-                gap = (self.learner.expected(choice) - budget).abs()[0]
-                choice = choice.to(self.model.device)
-                result.append(Draw("gumbel", config.built, RelaxedSizes(places, choice[0]), partial(torch.clone, gap)))
-            else:
-                target = generator.choice(self.budgets)
-                result.append(self._token_draw(target, self._left(step), name, inputs))
-        return full + result
+    def _draw(self, seed: str, left: float, inputs: dict[str, Any]) -> Draw:
+        generator = random.Random(seed)
+        scores, places = self.learner.scores, self.learner.places
+        budget = generator.uniform(self.smallest, 1)
+        noise = scores.noise(torch.Generator().manual_seed(generator.getrandbits(48)))
+        choice = places.straight_through(scores(torch.tensor([budget]), noise * left))
+        gap = (self.learner.expected(choice) - budget).abs()[0]
+        relaxed = RelaxedSizes(places, choice.to(self.model.device)[0])
+        return Draw("gumbel", self.model.config.built, relaxed, partial(torch.clone, gap))
 
-    def _left(self, step: int) -> float:
-        """How much of the exploration is left, from 1 to 0; the last tenth of the steps is without."""
-        return max(0.0, 1 - step / (0.9 * self.steps))
+    def write(self) -> None:
+        """Put the static router and its rows into the config of the model."""
+        if self.measures and not self.learner.trusted:
+            return
+        config, whole = self.model.config, float(self.cost(self.model.config.built))
+        config.static_router = self.learner.scores.stored()
+        router, rows = StaticRouter(config, config.static_router), {row.name: row for row in config.frontier}
+        prefix = "uniform" if self.args.router_uniform else "routed"
+        prefix += "-latency" if self.args.router_cost == "latency" else ""
+        for budget in self.budgets:
+            row = config.row(f"{prefix}-{budget:g}", router.choose(self.cost, budget * whole))
+            known = rows.get(row.name)
+            if known is None or known.subnetwork != row.subnetwork:
+                rows[row.name] = row
+        config.frontier = sorted(rows.values(), key=lambda row: row.non_embedding_parameters, reverse=True)
 
-    def _token_draw(self, target: float, left: float, seed: str, inputs: dict[str, Any]) -> Draw:
-        config = self.model.config
+    def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
+        if self.measures:
+            if not self.learner.trusted:
+                count, error = len(self.learner.losses), self.learner.error
+                rule = (
+                    f"It was told the losses of {count} networks, and its error on a fifth of them, which it did not"
+                    f" see, is {error:.2f} of that of a constant. It must be below {ERROR_THRESHOLD}, so no router is"
+                    " written."
+                )
+                remedy = (
+                    "Give it more `max_steps` or `subnetworks_per_step`, train the weights with sampler='random' first,"
+                    " so that more is better, or pass 'gumbel'."
+                )
+                raise invalid("router_method", self.args.router_method, rule, remedy)
+            self.learner.finish()
+        self.write()
+
+    def save(self, folder: Path) -> None:
+        state = {"scores": self.learner.scores.table.detach(), **self.learner.state()}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        if not (folder / FILE).is_file():
+            rule = f"It has no {FILE}, so it is of another stage or method."
+            raise invalid("resume_from_checkpoint", str(folder), rule, "Resume with the arguments of that run.")
+        state = load_file(folder / FILE)
+        with torch.no_grad():
+            self.learner.scores.table.copy_(state.pop("scores"))
+        self.learner.load(state)
+
+
+class TokenRouters(RouterStage):
+    """Routers in every layer of the model, by which each token chooses its sizes."""
+
+    def __init__(self, model: FlextronForCausalLM, args: FlextronTrainingArguments, steps: int):
+        super().__init__(model, args, steps)
+        add_token_routers(model, self.budgets)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.model.named_parameters() if ".router." in name]
+
+    def freeze(self) -> list[torch.nn.Parameter]:
+        if self.args.stage == "joint":
+            return []
+        ours = {id(parameter) for parameter in self.parameters()}
+        frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in ours]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        return frozen
+
+    def _draw(self, seed: str, left: float, inputs: dict[str, Any]) -> Draw:
+        config, target = self.model.config, random.Random(seed).choice(self.budgets)
         bounds = resolve_auto(config, f"auto:{target}", target)
         first, last = TEMPERATURE
         ids, tokens = inputs["input_ids"], real_tokens_of(inputs)
@@ -220,54 +298,8 @@ class RouterStage:
         count = torch.tensor(ids.numel(), device=ids.device) if tokens is None else tokens.sum()
         return Draw(f"auto-{target:g}", bounds.bounds, routing, lambda: average_gap(routing.cost(), count, target))
 
-    # ------------------------------------------------------------------------------------------------ keeping
-
-    def write(self) -> None:
-        """Put what was learned into the config of the model: the static router and its rows."""
-        if self.learner is None or not self._learned:
-            return
-        config = self.model.config
-        config.static_router = self.learner.scores.stored()
-        router, rows = StaticRouter(config, config.static_router), {row.name: row for row in config.frontier}
-        prefix = "uniform" if self.args.router_uniform else "routed"
-        prefix += "-latency" if self.args.router_cost == "latency" else ""
-        for budget in self.budgets:
-            row = config.row(f"{prefix}-{budget:g}", router.choose(self.cost, budget * self.whole))
-            known = rows.get(row.name)
-            if known is None or known.subnetwork != row.subnetwork:
-                rows[row.name] = row
-        config.frontier = sorted(rows.values(), key=lambda row: row.non_embedding_parameters, reverse=True)
-
-    @property
-    def _learned(self) -> bool:
-        """Whether scores are worth something: a surrogate must predict well what they learn from."""
-        return self.learner is None or not self.measures or self.learner.trusted
-
     def finish(self, batches: Callable[[], list[dict[str, torch.Tensor]]]) -> None:
-        """Make what was learned final.
-
-        Args:
-            batches: Gives the inputs on which token routers are calibrated.
-
-        Raises:
-            ValueError: the surrogate does not predict well enough; nothing is written then.
-        """
-        if self.learner is not None and not self._learned:
-            count, error = len(self.learner.losses), self.learner.error
-            rule = (
-                f"It was told the losses of {count} networks, and its error on a fifth of them, which it did not see,"
-                f" is {error:.2f} of that of a constant. It must be below {ERROR_THRESHOLD}, so no router is written."
-            )
-            remedy = (
-                "Give it more `max_steps` or `subnetworks_per_step`, train the weights with sampler='random' first, so"
-                " that more is better, or pass 'gumbel'."
-            )
-            raise invalid("router_method", self.args.router_method, rule, remedy)
-        if self.learner is None:
-            self.calibrate(batches())
-        elif self.measures:
-            self.learner.finish()
-        self.write()
+        self.calibrate(batches())
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[dict[str, torch.Tensor]]) -> None:
@@ -303,30 +335,6 @@ class RouterStage:
             costs.append(routing.cost().item())
             weights.append(batch["input_ids"].numel() if routing.tokens is None else int(routing.tokens.sum()))
         return sum(cost * weight for cost, weight in zip(costs, weights, strict=True)) / sum(weights)
-
-    # -------------------------------------------------------------------------------------------- checkpoints
-
-    def save(self, folder: Path) -> None:
-        """Write what is not in the model beside it."""
-        if self.learner is not None:
-            state = {"scores": self.learner.scores.table.detach(), **self.learner.state()}
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / FILE)
-
-    def load(self, folder: Path) -> None:
-        """Go on where `save` wrote.
-
-        Raises:
-            ValueError: the checkpoint is of another stage or method.
-        """
-        if self.learner is None:
-            return
-        if not (folder / FILE).is_file():
-            rule = f"It has no {FILE}, so it is of another stage or method."
-            raise invalid("resume_from_checkpoint", str(folder), rule, "Resume with the arguments of that run.")
-        state = load_file(folder / FILE)
-        with torch.no_grad():
-            self.learner.scores.table.copy_(state.pop("scores"))
-        self.learner.load(state)
 
 
 def average_gap(cost: torch.Tensor, count: torch.Tensor, target: float) -> torch.Tensor:

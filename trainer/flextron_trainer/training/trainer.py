@@ -6,7 +6,6 @@ so that memory is that of one, and the optimizer steps once. The teacher's hidde
 batch. Everything else is the ordinary Trainer.
 """
 
-import math
 import os
 from collections import defaultdict
 from contextlib import nullcontext
@@ -42,7 +41,7 @@ from .evaluating import FrontierEvaluation
 from .plan import MemoryPlan, plan_run
 from .precision import in_float32
 from .publishing import FamilyPublishing
-from .router_stage import GAP_IN_NATS, RouterStage
+from .router_stage import GAP_IN_NATS, RouterStage, ScoreRouters, TokenRouters
 from .run_folder import begin_again, finished_state, last_complete_checkpoint, take_config, write_arguments
 from .sampling import Draw, draw, last_that_learns
 from .teacher_cache import TeacherCache, is_cache
@@ -122,18 +121,15 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         if args.stage == "elastic":
             warn_about_untrained_sizes(self.model.config, args)
         elif args.stage != "blocks":
-            steps = args.max_steps if args.max_steps > 0 else self._steps_of_epochs()
-            self.routers = RouterStage(self.model, args, steps)
-            if self.is_fsdp_enabled and self.routers.learner is not None:
+            steps = args.max_steps
+            if steps <= 0:  # the length is given in epochs
+                *_, steps = self.set_initial_training_values(args, self.get_train_dataloader())
+            kind = TokenRouters if args.router_method == "token" else ScoreRouters
+            self.routers = kind(self.model, args, steps)
+            if self.is_fsdp_enabled and kind is ScoreRouters:
                 rule = "Its scores are no part of the model, and FSDP of accelerate optimizes nothing else."
                 remedy = "Launch with DDP, or load the model with a DistributedConfig, or pass 'token'."
                 raise invalid("router_method", args.router_method, rule, remedy)
-
-    def _steps_of_epochs(self) -> int:
-        """Optimizer steps of a run whose length is given in epochs."""
-        loader = self.get_train_dataloader()
-        each = -(-len(loader) // self.args.gradient_accumulation_steps)
-        return math.ceil(each * self.args.num_train_epochs)
 
     def plan(self, sequence_length: int | None = None) -> MemoryPlan:
         """The memory that training is expected to need.
@@ -160,7 +156,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         step = self.state.global_step
         if self.routers is not None:
             self.routers.begin(step)
-            if self.routers.measures:
+            if isinstance(self.routers, ScoreRouters) and self.routers.measures:
                 return self._measure(self.routers, inputs)
         draws = self.draws(step) if self.routers is None else self.routers.draws(step, inputs)
         self._forget()
@@ -209,7 +205,7 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         self.accelerator.backward(loss, inputs=routers.parameters())
         return loss.detach()
 
-    def _measure(self, routers: RouterStage, inputs: dict[str, Any]) -> torch.Tensor:
+    def _measure(self, routers: ScoreRouters, inputs: dict[str, Any]) -> torch.Tensor:
         """Measure the networks that the surrogate asks for, of which it learns at the end of the step."""
         self.model.eval()
         with self.compute_loss_context_manager():
