@@ -1,10 +1,12 @@
 import gc
 import os
 
-# Before anything imports huggingface_hub or torch: no network, quiet, and one thread for each test process.
+# Before anything imports huggingface_hub or torch: no network, quiet, and one thread for each test process. This file
+# imports neither, as the process that deals out the tests to others would wait for them before it begins.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -12,13 +14,8 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
-import datasets
 import pytest
-import torch
-from helpers import VARIANTS, elastic_of, parent_of
-
-torch.set_num_threads(1)
-datasets.disable_progress_bars()
+from shapes import VARIANTS
 
 
 def pytest_configure(config):
@@ -39,8 +36,8 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Put the longest files first, so that at the end no process of `make test` is left alone with one."""
-    longest = ("test_processes.py", "test_transformers_suite.py", "test_hub.py", "test_cli.py", "test_bench.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = ("processes", "transformers_suite", "hub", "cli", "trainer", "modeling")
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in longest)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,16 +56,22 @@ def variant(request):
 @pytest.fixture(scope="session")
 def parent(variant):
     """A stock model with random weights. Shared: do not change it."""
+    from helpers import parent_of
+
     return parent_of(variant)
 
 
 @pytest.fixture(scope="session")
 def elastic(variant):
     """The parent made elastic on all four axes. Shared: do not change it."""
+    from helpers import elastic_of
+
     return elastic_of(variant)
 
 
 @pytest.fixture
 def ids():
     """Token ids `[2, 12]`."""
+    import torch
+
     return torch.randint(1, 96, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -4,10 +4,12 @@ Of a repo on the Hub: `test_hub.py`.
 """
 
 import json
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import elastic_of, flextron
+from helpers import elastic_of, flextron, run_python
 from planted import plant
 
 from flextron_trainer.measuring.bench import (
@@ -60,11 +62,18 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
     assert {"threads", "versions", "device"} <= set(result["machine"]) and result["dtype"] == "float32"
 
 
-def test_a_load_that_fails_says_why(exported):
+def test_a_load_that_fails_says_why(exported, tmp_path, monkeypatch):
+    """The process that loads writes its error, and whoever waits raises it; a script stands in for that process."""
     _, root = exported
     assert fetched_bytes(root / "plain", "0.6") == (root / "plain" / "model.safetensors").stat().st_size
+    load, code = Load(str(root / "levels"), "0.01"), "from flextron_trainer.measuring.loading import main\nmain()"
+    done = run_python(f"import io\nsys.stdin = io.StringIO(sys.argv[1])\n{code}", json.dumps([asdict(load)]))
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat > /dev/null\ncat << 'END'\n{done.stdout}END\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
     with pytest.raises(OSError, match=r"was not loaded at budget '0.01': ValueError: `flextron_budget`='0.01'"):
-        measure_loads([Load(str(root / "levels"), "0.01")])
+        measure_loads([load])
 
 
 def test_variants_are_one_network(exported):

@@ -1,17 +1,20 @@
 """Layers that learn one by one: what they learn, what stays, and runs that go on."""
 
 import copy
+import itertools
 import re
 import signal
 
 import pytest
 import torch
-from helpers import VARIANTS, elastic_of, flextron, let_tokens_choose, parent_of, run_python
+from helpers import elastic_of, flextron, let_tokens_choose, parent_of, run_python
+from shapes import VARIANTS
 from training import arguments, rows, with_adapter
 from transformers import Trainer
 
 from flextron_trainer import FlextronTrainer, convert
 from flextron_trainer.blockwise import BlockRecipe, States, Streams, _learning, decay_groups, distill_blocks
+from flextron_trainer.conversion.corrections import train_corrections
 from flextron_trainer.data import collator
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.layerwise import ModelBlocks, Text
@@ -35,8 +38,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("inputs", ["own", "parent"])
-@pytest.mark.parametrize("variant", ["gqa-wide-heads", "gpt2", "neox", "qwen2"])
+@pytest.mark.parametrize(
+    ("variant", "inputs"),
+    [("gqa-wide-heads", "own"), ("gpt2", "parent"), ("neox", "own"), ("qwen2", "parent"), ("gpt2", "own")],
+)
 def test_the_errors_of_all_rows_fall(variant, inputs):
     model = elastic_of(variant)
     errors = distill_blocks(ModelBlocks(model), Text(DATA), recipe(inputs=inputs))
@@ -254,15 +259,28 @@ def test_an_error_that_is_no_number_stops(tmp_path):
         distill_blocks(ModelBlocks(model), Text(DATA), recipe(steps=1))
 
 
-def test_conversion_trains_what_rows_own():
+def test_conversion_trains_what_rows_own(monkeypatch):
+    """Where held-out text says that it helps: at first always, then never."""
+
+    def say(step):
+        losses = itertools.count(0, step)
+        monkeypatch.setattr("flextron_trainer.conversion.corrections.mean_loss", lambda *_: next(losses))
+
+    def converted(**more):
+        say(-1)
+        return convert(copy.deepcopy(parent), DATA, corrections=0.1, **changes, **more)
+
     parent = parent_of("gqa-wide-heads")
     changes = {"order": "importance", "mlp": [1, 0.5], "budgets": [1, 0.6]}
     with pytest.raises(ValueError, match="block_steps"):
         convert(copy.deepcopy(parent), DATA, block_steps=2, **changes)
-    plain = convert(copy.deepcopy(parent), DATA, corrections=0.1, **changes)
-    model = convert(copy.deepcopy(parent), DATA, corrections=0.1, block_steps=8, **changes)
-    for name, tensor in plain.state_dict().items():
-        assert "corrections" in name or torch.equal(tensor, model.state_dict()[name]), name
+    plain, model = weights(converted()), converted(block_steps=8)
+    learned = weights(model)
+    changed = {name for name in plain if not torch.equal(plain[name], learned[name])}
+    assert changed and all("corrections" in name for name in changed)
+    say(1)
+    train_corrections(model, [DATA], [DATA], 2, 0)
+    assert equal(weights(model), learned)
 
 
 def test_a_run_goes_on_from_its_own_layers_alone(tmp_path):

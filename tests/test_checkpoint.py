@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import difference, elastic_of, parent_of, run_python
+from kinds import of_each_kind
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
@@ -63,6 +64,7 @@ def test_loading_options(model, saved, ids):
     assert difference(base(ids).last_hidden_state, states) < 1e-5
 
 
+@of_each_kind
 @torch.no_grad()
 @pytest.mark.parametrize("share", [0, 0.4], ids=["all", "most"])
 def test_offload_to_disk(elastic, ids, tmp_path, share):
@@ -90,6 +92,7 @@ def test_offload_to_disk(elastic, ids, tmp_path, share):
         assert difference(stock(ids).logits, elastic(ids, flextron_budget=expected).logits) < 1e-5
 
 
+@of_each_kind
 def test_pipeline_passes_the_budget(elastic, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -2,6 +2,7 @@
 
 import torch
 from helpers import difference, run_python
+from kinds import of_each_kind
 
 from modeling_flextron import FlextronForSequenceClassification
 
@@ -12,6 +13,7 @@ def classifier(elastic, folder, **kwargs):
     return FlextronForSequenceClassification.from_pretrained(folder, num_labels=3, **kwargs)
 
 
+@of_each_kind
 def test_a_language_model_becomes_a_classifier_at_any_budget(elastic, ids, tmp_path):
     family = classifier(elastic, tmp_path / "language")
     family.save_pretrained(tmp_path / "classifier")
@@ -23,6 +25,7 @@ def test_a_language_model_becomes_a_classifier_at_any_budget(elastic, ids, tmp_p
             assert difference(small(ids).logits, family(ids).logits) < 1e-5
 
 
+@of_each_kind
 def test_it_learns_and_finds_the_last_token(elastic, ids, tmp_path):
     model = classifier(elastic, tmp_path, flextron_budget=elastic.frontier[1]["name"])
     padded = ids.clone()

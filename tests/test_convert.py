@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from helpers import CHOICES, all_sizes, difference, elastic_of, parent_of, run_python
+from kinds import of_each_kind
 
 from flextron_trainer import convert as convert_in_any_order
 from flextron_trainer.conversion.convert import origin_of
@@ -27,6 +28,7 @@ convert = partial(convert_in_any_order, order="importance")  # to choose an orde
 DATA = torch.randint(0, 96, (16, 24), generator=torch.Generator().manual_seed(2))
 
 
+@of_each_kind
 @torch.no_grad()
 def test_from_a_folder_as_from_a_model(parent, ids, tmp_path):
     parent.save_pretrained(tmp_path / "parent")
@@ -39,6 +41,7 @@ def test_from_a_folder_as_from_a_model(parent, ids, tmp_path):
     assert from_model.config.to_dict() == from_folder.config.to_dict()
 
 
+@of_each_kind
 @torch.no_grad()
 def test_a_model_given_by_the_user_stays_as_it_is(parent, ids):
     before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
@@ -48,6 +51,7 @@ def test_a_model_given_by_the_user_stays_as_it_is(parent, ids):
     assert all(torch.equal(tensor, before[name]) for name, tensor in parent.state_dict().items())
 
 
+@of_each_kind
 @pytest.mark.parametrize("order", ["importance", "norms", "variance", "obs", "random", "reverse"])
 @torch.no_grad()
 def test_every_order_keeps_the_function(parent, ids, order):
@@ -56,6 +60,7 @@ def test_every_order_keeps_the_function(parent, ids, order):
     assert difference(convert(parent, DATA, order=order, **CHOICES)(ids).logits, expected) < close
 
 
+@of_each_kind
 @torch.no_grad()
 def test_by_weights_only_when_asked_for(parent, ids):
     with pytest.raises(ValueError, match=r"`calibration`=None cannot be used.*'weights' to do that all the same"):
@@ -116,6 +121,7 @@ def test_heads_are_ranked_inside_their_groups():
     assert ranked_heads(scores, 1) == [3, 4, 5, 1, 2, 0]
 
 
+@of_each_kind
 def test_scores_are_saved_and_used_again(parent, tmp_path, monkeypatch):
     path = tmp_path / "scores" / "importance.safetensors"
     first = convert(parent, DATA, importance=path, mlp=[1, 0.5], depth=[1, 0.75])
@@ -209,6 +215,7 @@ def test_sizes_of_one():
     assert elastic.config.choices("heads") == [4, 2, 1] and elastic.config.choices("depth") == [4, 2, 1]
 
 
+@of_each_kind
 def test_scores_of_another_parent_are_refused(parent, tmp_path):
     path = tmp_path / "importance.safetensors"
     convert(parent, DATA, importance=path)

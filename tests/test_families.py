@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, difference, elastic_of, parent_of, random_subnetworks
+from helpers import difference, elastic_of, parent_of, random_subnetworks
+from shapes import VARIANTS
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from modeling_flextron import FlextronForCausalLM, count_parameters

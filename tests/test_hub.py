@@ -38,6 +38,8 @@ from training import rows, trainer
 from flextron_trainer.data import load_text
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.evaluation.quality import evaluate_frontier
+from flextron_trainer.measuring import bench as benching
+from flextron_trainer.measuring.loading import _measure
 
 elastic = elastic_of("gqa-wide-heads", parent_of("gqa-wide-heads", vocab_size=300))
 tokenizer = train_tokenizer(["def main():\\n    return 0\\n"] * 20, vocab_size=300)
@@ -88,6 +90,8 @@ run.push_to_hub(tags=["trained"])
 done["generated"] = flextron("generate", "me/trained", "def main", "--max-new-tokens", 1, "--budget", "0.35")
 done["verified"] = flextron("verify", "me/trained")
 
+# Loads in fresh processes: test_bench.py.
+benching.measure_loads = lambda loads, *_: [_measure(load) for load in loads]
 how = ("--budgets", "0.35", "--rounds", 1, "--batch-sizes", 1, "--threads", 1, "--device", "cpu")
 done["bench"] = flextron("bench", "me/family", *how)
 done["ran"] = Path("marker").exists()

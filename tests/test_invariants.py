@@ -25,6 +25,13 @@ def saved(elastic, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def parts(elastic, saved):
+    """Sizes, and what is loaded at each of them. Shared: do not change them."""
+    load = FlextronForCausalLM.from_pretrained
+    return [(size, load(saved, flextron_budget=size.to_dict())) for size in all_sizes(elastic)]
+
+
 @torch.no_grad()
 def test_1_full_size_gives_the_parents_logits(parent, elastic, ids):
     assert difference(parent(ids).logits, elastic(ids).logits) < 1e-5
@@ -36,10 +43,9 @@ def test_1_full_size_gives_the_parents_logits(parent, elastic, ids):
 
 
 @torch.no_grad()
-def test_2_subnetwork_equals_loaded_equals_extracted(parent, elastic, saved, ids, tmp_path):
-    for i, sub in enumerate(all_sizes(elastic)):
+def test_2_subnetwork_equals_loaded_equals_extracted(parent, elastic, parts, ids, tmp_path):
+    for i, (sub, loaded) in enumerate(parts):
         expected = elastic(ids, flextron_budget=sub).logits
-        loaded = FlextronForCausalLM.from_pretrained(saved, flextron_budget=sub.to_dict())
         assert difference(expected, loaded(ids).logits) < 1e-5
         assert loaded.num_parameters() == count_parameters(elastic.config, sub)
         if misfit(elastic.config, sub) is not None:
@@ -58,7 +64,7 @@ def test_2_subnetwork_equals_loaded_equals_extracted(parent, elastic, saved, ids
         assert larger.contains(sub) and (larger == sub) == (misfit(elastic.config, sub) is None)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 @torch.no_grad()
 def test_2_heterogeneous_subnetworks_load_as_they_run(elastic, saved, ids, seed):
@@ -80,10 +86,9 @@ def test_3_parameter_formula_is_exact(elastic):
             assert rest == count_parameters(elastic.config, sub, embeddings=False)
 
 
-def test_4_subnetworks_nest(elastic, saved):
+def test_4_subnetworks_nest(elastic, parts):
     full = dict(elastic.named_parameters())
-    for sub in all_sizes(elastic):
-        loaded = FlextronForCausalLM.from_pretrained(saved, flextron_budget=sub.to_dict())
+    for sub, loaded in parts:
         for name, small in loaded.named_parameters():
             layer = layer_of(name)
             stored = name if layer is None else name.replace(f"layers.{layer}.", f"layers.{sub.layers[layer]}.")
@@ -103,7 +108,7 @@ def test_5_generation_with_cache_equals_without_and_drafting_changes_nothing(ela
 
 
 def test_7_a_saved_folder_works_without_our_package(parent, elastic, saved, ids, tmp_path):
-    budgets = [None, *(row["name"] for row in elastic.frontier)]
+    budgets = [None, elastic.frontier[1]["name"], elastic.frontier[-1]["name"]]
     code = """
 import json
 import torch

@@ -330,7 +330,7 @@ def mutated(draw, value):
 FUZZ = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=200, **FUZZ)
+@settings(max_examples=100, **FUZZ)
 @given(data=st.data())
 def test_a_fuzzed_config_is_refused_or_whole(exported, data):
     """Reading a config raises ValueError or OSError, and nothing else."""
@@ -343,7 +343,7 @@ def test_a_fuzzed_config_is_refused_or_whole(exported, data):
         assert config.built.contains(config.resolve(config.frontier[-1]["subnetwork"] or {}))
 
 
-@settings(max_examples=100, **FUZZ)
+@settings(max_examples=50, **FUZZ)
 @given(data=st.data())
 @torch.no_grad()
 def test_a_fuzzed_index_is_refused_or_right(exported, model, tmp_path_factory, data):

@@ -5,7 +5,9 @@ import itertools
 
 import pytest
 import torch
-from helpers import VARIANTS, all_sizes, difference, elastic_of, parent_of, random_subnetworks
+from helpers import all_sizes, difference, elastic_of, parent_of, random_subnetworks
+from kinds import KINDS, of_each_kind
+from shapes import VARIANTS
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
@@ -65,7 +67,7 @@ def test_eager_attention(elastic, ids):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("variant", ["gqa-wide-heads", "qwen2", "gpt2", "neox"])
+@pytest.mark.parametrize("variant", ["gqa-wide-heads", "qwen2"])
 def test_flex_attention(variant, ids):
     elastic = elastic_of(variant)
     flex = copy.deepcopy(elastic)
@@ -78,6 +80,7 @@ def test_flash_attention_is_declared():
     assert FlextronForCausalLM._supports_flash_attn and FlextronForCausalLM._supports_attention_backend
 
 
+@of_each_kind
 @torch.no_grad()
 def test_left_padding_changes_nothing(elastic, ids):
     padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], dim=1)
@@ -92,6 +95,7 @@ def test_left_padding_changes_nothing(elastic, ids):
         assert torch.equal(generated[:, 12:], again[:, 17:])
 
 
+@of_each_kind
 @torch.no_grad()
 def test_hidden_states_attentions_embeddings_and_logits_to_keep(elastic, ids):
     model = copy.deepcopy(elastic)
@@ -107,6 +111,7 @@ def test_hidden_states_attentions_embeddings_and_logits_to_keep(elastic, ids):
         assert difference(out.logits, model(inputs_embeds=embeds, flextron_budget=sub).logits) < 1e-5
 
 
+@of_each_kind
 @torch.no_grad()
 def test_generation_in_all_modes(elastic, ids):
     sub = elastic.resolve_budget(elastic.frontier[1]["name"])
@@ -126,6 +131,7 @@ def test_generation_in_all_modes(elastic, ids):
     assert torch.equal(looked_up, elastic.generate(ids[:1], **greedy))
 
 
+@of_each_kind
 @torch.no_grad()
 def test_the_steps_of_contrastive_search(elastic, ids):
     """That mode lives on the Hub since transformers 5; what it does with a cache: candidates side by side, one kept."""
@@ -172,6 +178,7 @@ def test_a_dropped_layer_leaves_its_cache_empty(elastic, ids):
     assert [i for i, layer in enumerate(cache.layers) if layer.get_seq_length()] == list(sub.layers)
 
 
+@of_each_kind
 def test_gradients_are_equal_with_and_without_checkpointing(elastic, ids):
     for sub in all_sizes(elastic, count=2):
         gradients = []
@@ -269,7 +276,7 @@ class TestBudgets:
         part.set_budget(cost + 1e-6)
         assert part.subnetwork == part.resolve_budget(row["name"])
 
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize("variant", KINDS)
     @pytest.mark.parametrize("budget", [None, 1])
     def test_resizing_the_vocabulary(self, variant, budget, ids, tmp_path):
         model = elastic_of(variant)
@@ -380,6 +387,7 @@ def test_compile_makes_one_graph_for_each_size(variant, ids):
     torch._dynamo.reset()
 
 
+@of_each_kind
 @torch.no_grad()
 def test_half_precision(elastic, ids):
     half = copy.deepcopy(elastic).bfloat16()

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from helpers import VARIANTS, elastic_of, parent_of, random_subnetworks
+from helpers import elastic_of, parent_of, random_subnetworks
+from shapes import VARIANTS
 from training import trainer as flextron_trainer
 from transformers import AutoModel
 

@@ -25,8 +25,12 @@ STEPS = 3
 ROUTERS = {"teacher": None, "router_budgets": [0.6, 0.35], "per_device_eval_batch_size": 64}
 RUNS = {
     "sandwich": {"ce_weight": 0.2},
-    "uniform": {"sampler": "uniform", "teacher": None},
-    "weighted": {"sampler": "weighted", "sampling_weights": [1, 2, 0, 1], "activation_checkpointing": True},
+    "weighted": {
+        "sampler": "weighted",
+        "sampling_weights": [1, 2, 0, 1],
+        "teacher": None,
+        "activation_checkpointing": True,
+    },
     "random": {"sampler": "random"},
     "self": {"sampler": "random", "teacher": "self"},
     "accumulated": {"sampler": "uniform", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import VARIANTS, difference, parent_of
+from helpers import difference, parent_of
+from shapes import VARIANTS
 from transformers import AutoModelForCausalLM
 
 from flextron_trainer import convert

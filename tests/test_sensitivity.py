@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from helpers import VARIANTS, parent_of
+from helpers import parent_of
+from shapes import VARIANTS
 
 from flextron_trainer import convert
 from flextron_trainer.conversion.moments import Moments, low_rank, matrix_name, regularised

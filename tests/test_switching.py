@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from helpers import VARIANTS, difference, elastic_of
+from helpers import difference, elastic_of
+from shapes import VARIANTS
 from transformers import DynamicCache, StaticCache
 
 GROUPED = ("gqa-wide-heads", "gqa-tied-llama3", "mistral", "qwen2", "qwen3")
