@@ -33,7 +33,7 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.data import collator
 from flextron_trainer.demo import settings
 from flextron_trainer.evaluation.quality import evaluate_frontier
-from flextron_trainer.measuring.latency import measure_latency
+from flextron_trainer.measuring.latency import entry_of, file_of, measure_latency, write_table
 from flextron_trainer.models import write_config
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.drafting import Watch, constant, expected_acceptance, share_draft, tokens_per_cycle
@@ -116,8 +116,8 @@ def reading(model: FlextronForCausalLM, ids: torch.Tensor) -> dict[int, Callable
 def measured_table(model: FlextronForCausalLM, folder: Path, context: int) -> None:
     """Measure the latency table that `"auto"` reads, into the folder of the model."""
     table = measure_latency(model, context=context, rounds=8, checks=3)
-    table.save(folder / table.file_name)
-    model.config.latency_tables = {table.file_name: table.summary}
+    write_table(table, folder / file_of(table))
+    model.config.latency_tables = {file_of(table): entry_of(table)}
     write_config(model, folder)
 
 

@@ -11,7 +11,7 @@ outside a layer reads its `weight`.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,7 @@ from torch import nn
 from .adapters import add_adapters, check_sliceable, is_narrowed, peft_layers
 from .corrections import NORMS, PROJECTIONS, Owner
 from .errors import invalid
-
-
-class HasNorms(Protocol):
-    """A config with the fields that norms and corrections are made of."""
-
-    hidden_size: int
-    head_dim: int
-    norm_type: str
-    norm_eps: float
+from .subnetwork import Shape
 
 
 def parameter(module: nn.Module, name: str) -> Any:
@@ -148,7 +140,7 @@ class ElasticLayerNorm(nn.LayerNorm):
         return F.layer_norm(input, (size,), leading_entries(weight, size), leading_entries(bias, size), self.eps)
 
 
-def norm_between_layers(config: HasNorms, size: int | None = None) -> nn.Module:
+def norm_between_layers(config: Shape, size: int | None = None) -> nn.Module:
     """Make the norm that a model has between its layers, over `size` channels; None for all of them."""
     kind = {"rms": ElasticRMSNorm, "layer": ElasticLayerNorm}[config.norm_type]
     return kind(config.hidden_size if size is None else size, config.norm_eps)
@@ -181,7 +173,7 @@ class LowRankCorrection(nn.Module):
 class LayerCorrections(nn.Module):
     """The norms of an owner in a layer that it keeps, and its correction of each projection, or None."""
 
-    def __init__(self, config: HasNorms, owner: Owner, layer: int):
+    def __init__(self, config: Shape, owner: Owner, layer: int):
         super().__init__()
         subnetwork = owner.subnetwork
         at, hidden = subnetwork.layers.index(layer), subnetwork.hidden
@@ -193,7 +185,7 @@ class LayerCorrections(nn.Module):
             setattr(self, correction, LowRankCorrection(inputs[name], hidden, rank) if rank else None)
 
 
-def corrections_of_layer(config: HasNorms, owners: Sequence[Owner], layer: int) -> nn.ModuleDict:
+def corrections_of_layer(config: Shape, owners: Sequence[Owner], layer: int) -> nn.ModuleDict:
     """Make the corrections of the owners that keep a layer: place of the owner -> `LayerCorrections`."""
     held = {str(number): owner for number, owner in enumerate(owners) if layer in owner.subnetwork.layers}
     return nn.ModuleDict({number: LayerCorrections(config, owner, layer) for number, owner in held.items()})

@@ -13,14 +13,13 @@ the sum on random sub-networks is part of the table.
 Times are seconds; a decoding step makes one token for each sequence of the batch.
 """
 
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,14 +27,12 @@ from typing import Any, Protocol
 import torch
 from transformers.utils import cached_file, logging
 
-from .checkpoint import write_json
 from .errors import invalid
 from .subnetwork import Cost, Shape, SubNetwork
 
 logger = logging.get_logger(__name__)
 MODES = ("decode", "prefill")
 LENGTHS = (1, 2, 4, 8)  # of drafts, in tokens
-FOLDER = "latency"
 REMEDY = "Measure again with `flextron measure`."
 
 
@@ -117,26 +114,6 @@ class LatencyTable:
     def predict(self, subnetwork: SubNetwork, mode: str = "decode") -> float:
         """Seconds that a sub-network takes; see `cost`."""
         return self.cost(mode)(subnetwork)
-
-    @property
-    def file_name(self) -> str:
-        """Where it is kept in a repository."""
-        parts = f"{self.device} {self.conditions['dtype']} batch {self.conditions['batch']}"
-        parts_of_name = "".join(c if c.isascii() and c.isalnum() else " " for c in parts.lower()).split()
-        if not self.device.isascii():  # and may differ from others in the letters that are left out
-            parts_of_name.append(hashlib.sha256(self.device.encode(errors="backslashreplace")).hexdigest()[:8])
-        return f"{FOLDER}/{'-'.join(parts_of_name)}.json"
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The entry of a config that lists it."""
-        return {"device": self.device, **{key: self.conditions[key] for key in CONDITIONS}}
-
-    # ------------------------------------------------------------------------------------------------ files
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write it as JSON."""
-        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike, config: HasTables | None = None) -> "LatencyTable":

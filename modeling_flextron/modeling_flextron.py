@@ -430,6 +430,8 @@ class FlextronModel(FlextronPreTrainedModel):
             check_layers([layer for layer in self.layers if type(layer) is not FlextronDecoderLayer])
         hidden_states = self.embed(input_ids, inputs_embeds, hidden)
         length = hidden_states.shape[1]
+
+        # What every token may see: tokens before it in a cache, and in a row of several documents those of its own.
         cache = cache if past_key_values is None else past_key_values
         past_key_values = own_cache(cache, self.config)
         places = None
@@ -446,6 +448,7 @@ class FlextronModel(FlextronPreTrainedModel):
         kinds = self.config.layer_types
         masks, options = attention_masks(self.config, hidden_states, attention_mask, past_key_values, places)
         kwargs |= options
+
         position_embeddings = None
         if self.rotary_emb is not None:
             cos, sin = self.rotary_emb(hidden_states, position_ids)
@@ -455,10 +458,10 @@ class FlextronModel(FlextronPreTrainedModel):
             check_positions(position_ids, limit, most, given)
             hidden_states = hidden_states + project(self.embed_positions, position_ids, hidden)
         hidden_states = self.dropout(hidden_states)
+
         if routing is None and is_routed(subnetwork):
             routing = TokenRouting(self.config, subnetwork, real_tokens(attention_mask, seen, length))
         owner = None if routing is not None else number_of_owner(self.owners, subnetwork)
-
         layers = list(self.layers)
         for layer, mlp, heads in zip(subnetwork.layers, subnetwork.mlp, subnetwork.heads, strict=True):
             hidden_states = layers[layer](

@@ -128,5 +128,7 @@ def find_publisher() -> Any:
     """The part of the `flextron` package that writes levels and pushes them; None where it is not installed."""
     try:
         return importlib.import_module("flextron_trainer.publishing.push")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not (error.name or "flextron_trainer").startswith("flextron_trainer"):
+            raise  # it is installed, and lacks something itself
         return None

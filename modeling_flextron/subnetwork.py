@@ -102,10 +102,12 @@ class Shape(Protocol):
     """The shape of an elastic model and its allowed sizes; a `FlextronConfig` is one, with fields of these meanings."""
 
     vocab_size: int
+    hidden_size: int
     head_dim: int
     num_hidden_layers: int
     max_position_embeddings: int
     norm_type: str
+    norm_eps: float
     qk_norm: bool
     gated_mlp: bool
     mlp_bias: bool

@@ -13,7 +13,7 @@ from training import arguments, rows, trainer, with_adapter
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.data import collator
 from flextron_trainer.evaluation.quality import NextToken, evaluate_frontier, evaluate_model
-from flextron_trainer.measuring.latency import measure_latency
+from flextron_trainer.measuring.latency import entry_of, file_of, measure_latency, write_table
 from flextron_trainer.publishing.card import TASKS, frontier_table, plot_frontier, write_model_card
 from flextron_trainer.publishing.levels import row_bytes
 from modeling_flextron import (
@@ -187,8 +187,8 @@ def test_speed_in_the_card(tmp_path):
     elastic = elastic_of("mha")
     elastic.save_pretrained(tmp_path)
     table = measure_latency(elastic, context=4, rounds=1, checks=1)
-    table.save(tmp_path / table.file_name)
-    elastic.config.latency_tables = {table.file_name: table.summary}
+    write_table(table, tmp_path / file_of(table))
+    elastic.config.latency_tables = {file_of(table): entry_of(table)}
     write_model_card(elastic, tmp_path)
     speed = 1 / table.predict(elastic.resolve_budget("1"))
     assert f"tokens/s, {table.device}, float32" in (text := (tmp_path / "README.md").read_text())

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flextron_trainer.cli import app
 from flextron_trainer.conversion.sizes import elastic_config
 from flextron_trainer.measuring import sizes
+from flextron_trainer.measuring.latency import entry_of, file_of
 from modeling_flextron import FlextronForCausalLM, LatencyTable, fit, latency
 from modeling_flextron.memory import free_memory, in_units
 from modeling_flextron.subnetwork import kv_cache_bytes, memory_of, weight_bytes
@@ -229,9 +230,9 @@ class TestSizes:
             table = LatencyTable(device, conditions, shape, costs)
             monkeypatch.setattr(latency.LatencyTable, "load", lambda *_, table=table: table)
             monkeypatch.setattr(latency, "_beside", lambda *_: "")
-            config.latency_tables = {table.file_name: table.summary}
+            config.latency_tables = {file_of(table): entry_of(table)}
             config.save_pretrained(tmp_path)
-            config.latency_tables = {table.file_name: table.summary}
+            config.latency_tables = {file_of(table): entry_of(table)}
             (tmp_path / "model.safetensors").write_bytes(b"1234")
             rows = sizes.sizes_here(str(tmp_path), config, "cpu", int(need("0.35") / 0.8) + 1, [8, 128])
             assert [row["fits_tokens"] for row in rows] == [None, 8, 128, 128]

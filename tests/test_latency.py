@@ -11,7 +11,7 @@ import torch
 from helpers import all_sizes, elastic_of, flextron, run_python
 
 from flextron_trainer.measuring import latency as module
-from flextron_trainer.measuring.latency import measure_latency
+from flextron_trainer.measuring.latency import entry_of, file_of, measure_latency, write_table
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.latency import LENGTHS, MODES, LatencyTable, device_name, nearest
 
@@ -47,9 +47,9 @@ def saved_with_table(model, folder, **changes):
     table = measure_latency(model, rounds=1, context=8)
     for key, value in changes.items():
         object.__setattr__(table, key, value)
-    table.save(folder / table.file_name)
+    write_table(table, folder / file_of(table))
     config = FlextronConfig.from_pretrained(folder)
-    config.latency_tables[table.file_name] = table.summary
+    config.latency_tables[file_of(table)] = entry_of(table)
     config.to_json_file(folder / "config.json")
     return table
 
@@ -81,7 +81,7 @@ def test_a_real_measurement(tmp_path):
         assert all(table.predict(network, mode) > 0 for network in [model.built])
     assert table.conditions["batch"] == 2 and table.conditions["versions"]["torch"] == torch.__version__
     assert table.device == device_name("cpu") and table.drafting == {}  # which needs batch 1
-    table.save(tmp_path / "table.json")
+    write_table(table, tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json", model.config) == table
 
 
@@ -129,7 +129,7 @@ def test_budgets_in_milliseconds(elastic, clock, ids, tmp_path, caplog):
         family.set_budget(f"{times[-1] * 0.99:.6f}ms")
     family.save_pretrained(tmp_path / "again")
     again = FlextronForCausalLM.from_pretrained(tmp_path / "again", flextron_budget="1s")
-    assert (tmp_path / "again" / table.file_name).is_file() and again.num_parameters() == rows[0]["parameters"]
+    assert (tmp_path / "again" / file_of(table)).is_file() and again.num_parameters() == rows[0]["parameters"]
     assert not [record for record in caplog.records if "Latency budgets" in record.message]
 
 
@@ -165,7 +165,7 @@ def test_the_nearest_table():
 def test_bad_tables_are_refused(clock, tmp_path):
     model = elastic_of("mha")
     table = saved_with_table(model, tmp_path)
-    path = tmp_path / table.file_name
+    path = tmp_path / file_of(table)
     good = path.read_text()
     with pytest.raises(ValueError, match="needs\\. Make one on this machine with `flextron measure`"):
         model.resolve_budget("25ms")
@@ -182,7 +182,12 @@ def test_bad_tables_are_refused(clock, tmp_path):
     kept = FlextronForCausalLM.from_pretrained(tmp_path)  # any other budget needs no table
     kept.save_pretrained(tmp_path / "without")
     assert FlextronConfig.from_pretrained(tmp_path / "without").latency_tables == {}
-    for entry in ({"../../etc.json": table.summary}, {"latency/x.json": {}}, {"/latency/x.json": table.summary}, "x"):
+    for entry in (
+        {"../../etc.json": entry_of(table)},
+        {"latency/x.json": {}},
+        {"/latency/x.json": entry_of(table)},
+        "x",
+    ):
         with pytest.raises(ValueError, match="`latency_tables`="):
             FlextronConfig(latency_tables=entry)
     for name, value in (("batch", 0), ("rounds", 0), ("context", 128)):
@@ -232,7 +237,7 @@ def test_a_damaged_table_is_refused_or_harmless(clock, tmp_path):
     """Whatever happens to its file: the error names file and field, or every use of it works."""
     model = elastic_of("mha")
     table = saved_with_table(model, tmp_path, drafting={"loop": 0.0, "more": dict.fromkeys("1248", 1e-4)})
-    path, good = tmp_path / table.file_name, (tmp_path / table.file_name).read_text()
+    path, good = tmp_path / file_of(table), (tmp_path / file_of(table)).read_text()
     sizes, taken = all_sizes(model, 4), 0
     tables = [damaged(good, seed) for seed in range(200)]
     for value in (1, 1e5, -1, 0):  # where a table says twice what it is
@@ -249,7 +254,7 @@ def test_a_damaged_table_is_refused_or_harmless(clock, tmp_path):
             assert not where or any(f"['{field}']" in str(error) for field in named) or len(where) == 1, (where, error)
             continue
         taken += 1
-        assert found.file_name and found.summary
+        assert file_of(found) and entry_of(found)
         if found.drafting:
             assert all(found.drafting["loop"] + found.drafting["more"][str(length)] >= 0 for length in LENGTHS)
         for mode in MODES:
@@ -263,10 +268,10 @@ def test_a_damaged_table_is_refused_or_harmless(clock, tmp_path):
 def test_a_device_may_have_any_name(clock, tmp_path, device):
     model = elastic_of("mha")
     table = saved_with_table(model, tmp_path, device=device)
-    assert re.fullmatch(r"latency/[a-z0-9-]+\.json", table.file_name)
+    assert re.fullmatch(r"latency/[a-z0-9-]+\.json", file_of(table))
     assert FlextronForCausalLM.from_pretrained(tmp_path, flextron_budget="1s").latency_table.device == device
-    others = [replace(table, device=other).file_name for other in ("Procesador Ñandú 4", "名", "²²")]
-    assert table.file_name not in others
+    others = [file_of(replace(table, device=other)) for other in ("Procesador Ñandú 4", "名", "²²")]
+    assert file_of(table) not in others
 
 
 def test_a_config_lists_tables_that_can_be_told_apart():

@@ -10,6 +10,7 @@ from helpers import difference, elastic_of
 from training import VARIANT, losses, train, trainer
 
 from flextron_trainer import FlextronTrainingArguments
+from flextron_trainer.measuring.latency import entry_of, file_of, write_table
 from flextron_trainer.training.router_stage import FILE
 from modeling_flextron import FlextronForCausalLM, LatencyTable, count_parameters
 from modeling_flextron.latency import device_name, shape_of
@@ -169,8 +170,8 @@ def test_a_stream_that_can_be_read_once_calibrates_no_token_routers(tmp_path):
 def test_a_router_for_latency(tmp_path):
     model = copy.deepcopy(trained())
     table = table_of(model.config)
-    model.config.latency_tables = {table.file_name: table.summary}
-    table.save(tmp_path / "m" / table.file_name)
+    model.config.latency_tables = {file_of(table): entry_of(table)}
+    write_table(table, tmp_path / "m" / file_of(table))
     model.config.name_or_path = str(tmp_path / "m")
     run = router_run(tmp_path / "run", router_cost="latency", model=model, router_budgets=[0.8])
     run.train()

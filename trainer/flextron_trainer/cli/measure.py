@@ -31,7 +31,7 @@ def measure(
 
     from modeling_flextron.frontier import held
 
-    from ..measuring.latency import measure_into
+    from ..measuring.latency import file_of, measure_into
     from ..models import load_elastic
 
     must_be_a_model(folder)
@@ -43,7 +43,7 @@ def measure(
     milliseconds = 1e3 * min(times.values())
     print_result(
         command("generate", folder, "Once upon a time", "--budget", f"{1.1 * milliseconds:.3g}ms"),
-        table=str(folder / table.file_name),
+        table=str(folder / file_of(table)),
         device=table.device,
         error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},
         decode_ms={name: round(1e3 * seconds, 3) for name, seconds in times.items()},

@@ -3,6 +3,7 @@
 What a table holds and predicts: `modeling_flextron/latency.py`.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ from modeling_flextron import FlextronConfig, FlextronForCausalLM, LatencyTable,
 from modeling_flextron.checkpoint import write_json
 from modeling_flextron.drafting import Watch, constant, share_draft
 from modeling_flextron.errors import invalid, require_int
-from modeling_flextron.latency import FOLDER, LENGTHS, MODES, device_name, is_seconds, shape_of
+from modeling_flextron.latency import CONDITIONS, LENGTHS, MODES, device_name, is_seconds, shape_of
 from modeling_flextron.subnetwork import random_subnetwork, smallest_subnetwork
 
 from ..models import write_config
 
 logger = logging.get_logger(__name__)
+FOLDER = "latency"
 _PIECES = 5  # of what `generate` writes with drafts, for one measurement
 
 
@@ -127,11 +130,30 @@ def measure_into(folder: Path, model: FlextronForCausalLM, **options: Any) -> La
         options: As of `measure_latency`.
     """
     table = measure_latency(model, progress=folder / FOLDER / ".rounds.json", **options)
-    table.save(folder / table.file_name)
+    write_table(table, folder / file_of(table))
     config = FlextronConfig.from_pretrained(folder)
-    config.latency_tables[table.file_name] = table.summary
+    config.latency_tables[file_of(table)] = entry_of(table)
     write_config(model, folder, config)
     return table
+
+
+def file_of(table: LatencyTable) -> str:
+    """Where a table is kept in a repository."""
+    parts = f"{table.device} {table.conditions['dtype']} batch {table.conditions['batch']}"
+    parts_of_name = "".join(c if c.isascii() and c.isalnum() else " " for c in parts.lower()).split()
+    if not table.device.isascii():  # and may differ from others in the letters that are left out
+        parts_of_name.append(hashlib.sha256(table.device.encode(errors="backslashreplace")).hexdigest()[:8])
+    return f"{FOLDER}/{'-'.join(parts_of_name)}.json"
+
+
+def entry_of(table: LatencyTable) -> dict[str, Any]:
+    """The entry of a config that lists a table."""
+    return {"device": table.device, **{key: table.conditions[key] for key in CONDITIONS}}
+
+
+def write_table(table: LatencyTable, path: str | os.PathLike) -> None:
+    """Write a table as JSON, as `LatencyTable.load` reads it."""
+    write_json(path, asdict(table))
 
 
 def _probes(config: FlextronConfig) -> dict[tuple, SubNetwork]:
