@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from flextron_trainer.cli import app
 from flextron_trainer.cli.options import as_datasets, json_output, print_result
+from flextron_trainer.data import load_text
 from flextron_trainer.demo import train_tokenizer
 from modeling_flextron import count_parameters
 from modeling_flextron.checkpoint import write_json
@@ -174,12 +175,13 @@ WRITING = {  # the options that are kept, and the call that they are of
     "transplant": ("carried/run.yaml", "elastic", "parent", "carried", "--base", "parent"),
     "teach": ("cache/run.yaml", "parent", "few", "cache", "--dataset", "one.txt", "--draws", 4, "--max-samples", 4,
               *SHORT),
-    "answers": ("said.jsonl.run.yaml", "parent", "asked.jsonl", "said.jsonl", "--max-new-tokens", 2, "--sample", *CPU),
+    "answers": ("said/.a.jsonl.run.yaml", "parent", "asked.jsonl", "said/a.jsonl", "--max-new-tokens", 2, "--sample",
+                *CPU),
     "export": ("small/run.yaml", "elastic", "small", "--budget", '{"mlp": 48}', "--dense"),
-    "evaluate": ("line.png.run.yaml", "elastic", "few", "--max-samples", 2, "--plot", "line.png", "--budget", "0.6",
+    "evaluate": (".line.png.run.yaml", "elastic", "few", "--max-samples", 2, "--plot", "line.png", "--budget", "0.6",
                  "--budget", "1", *SHORT),
-    "evaluate --write": ("elastic/evaluate.run.yaml", "elastic", "few", "--max-samples", 2, *SHORT),
-    "measure": ("elastic/latency/*.run.yaml", "elastic", "--rounds", 1, "--context", 8, *CPU),
+    "evaluate --write": ("elastic/.evaluate.run.yaml", "elastic", "few", "--max-samples", 2, *SHORT),
+    "measure": ("elastic/latency/.*.run.yaml", "elastic", "--rounds", 1, "--context", 8, *CPU),
 }  # fmt: skip
 
 
@@ -207,19 +209,20 @@ def test_a_call_is_repeated_from_what_it_keeps_beside_its_output(read, case):
     Path("kept.yaml").write_text(text := kept.read_text())
     assert text.startswith(f"# flextron {verb} --config {kept.name}\n")
     shutil.rmtree(kept.parent) if kept.name == "run.yaml" else kept.unlink()
-    Path("said.jsonl").unlink(missing_ok=True)
+    Path("said/a.jsonl").unlink(missing_ok=True)
     again = flextron(verb, "--config", "kept.yaml")
     assert kept.read_text() == text
     timed = ("measured", "planned", "decode_ms", "error")
     assert {key: first[key] for key in first if key not in timed} == {
         key: again[key] for key in again if key not in timed
     }
+    assert verb != "answers" or len(load_text("said")) == 1  # nothing beside them is taken for data
     options = yaml.safe_load(text)
     assert verb != "convert" or (options["max_samples"], options["mlp"], options["seed"]) == (4, [1, 0.5], 0)
 
 
-def test_no_file_of_others_is_replaced_by_the_options_of_a_call(read, capsys):
-    """Nor is any written where a call fails, and `push` leaves them where they are."""
+def test_no_file_of_others_is_replaced_by_the_options_of_a_call(read):
+    """Nor is any written where a call fails."""
     Path("theirs").mkdir()
     Path("theirs/run.yaml").write_text("a: 1\n")
     call = ("export", "elastic", "theirs", "--budget", "0.6")
@@ -232,7 +235,7 @@ def test_no_file_of_others_is_replaced_by_the_options_of_a_call(read, capsys):
 
 def test_wide_tables_fit_a_narrow_terminal(monkeypatch):
     """Every word of a head and every number is there in one piece, and each part begins with the names of the rows."""
-    texts = ("", "ultrachat_200k, answers only/", "a-file-with-quite-a-long-name-of-its-own.jsonl/")
+    texts = ("", "you/ultrachat_200k, answers only/", "a-file-with-quite-a-long-name-of-its-own.jsonl/")
     figures = {f"{text}{name}": 2.5 for text in texts for name in ("loss", "perplexity", "accuracy", "tokens")}
     figures |= {"arc_easy/acc_norm": 0.4321, "arc_easy/acc_norm_stderr": 0.0123}
     rows = {str(i): {name: value + i for name, value in figures.items()} for i in range(3)}
@@ -243,6 +246,7 @@ def test_wide_tables_fit_a_narrow_terminal(monkeypatch):
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in stream.getvalue()
     bodies = [line for line in lines if line.startswith("│ 0 ")]
+    assert "results: you/ultrachat_200k, answers only" in stream.getvalue()
     assert len(bodies) > 2 and sum(line.count(" 2.5 ") for line in bodies) == 12
     assert "0.4321 ± 0.0123" in stream.getvalue() and stream.getvalue().count("perplexity") == 3
     monkeypatch.setenv("COLUMNS", "400")

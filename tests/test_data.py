@@ -230,7 +230,7 @@ def test_every_source_can_be_streamed(tokenizer, tmp_path, name):
         ("broken.jsonl", "{", "cannot be read as json"),
         ("empty.csv", "", "cannot be read as csv"),
         ("empty.parquet", "", "cannot be read as parquet"),
-        ("empty.txt", "", "ends before the first block"),
+        ("empty.txt", "", "no text that could be read"),
         ("two.jsonl", '{"a": "x", "b": "y"}', "One column must hold the text"),
     ],
 )

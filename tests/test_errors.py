@@ -220,6 +220,11 @@ def test_arguments(work, refused):
     assert "`parent`='parnet' cannot be used. There is no such folder, and" in refused("convert", "parnet", *convert)
     assert "`teacher`='parnet' cannot be used. There is" in refused(*train, "--teacher", "parnet", "--use_cpu")
     assert "`parent`='/nowhere' cannot be used. There is no such folder" in refused("convert", "/nowhere", *convert)
+    assert "`model`='text.txt' cannot be used. It is a file, and a model is a folder" in refused("sizes", "text.txt")
+    for verb, *others in (("convert",), ("transplant", "parent"), ("export",)):
+        source = "parent" if verb == "convert" else "elastic"
+        message = "`output`='text.txt' cannot be used. There is a file of this name."
+        assert message in refused(verb, source, *others, "text.txt")
 
 
 def test_a_whole_error(work, monkeypatch, capfd):

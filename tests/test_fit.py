@@ -237,7 +237,7 @@ class TestSizes:
             rows = sizes.sizes_here(str(tmp_path), config, "cpu", int(need("0.35") / 0.8) + 1, [8, 128])
             assert [row["fits_tokens"] for row in rows] == [None, 8, 128, 128]
             assert [row["loss"] for row in rows] == [2.0, 3.0, 4.0, 5.0]
-            shown = {str(column.header): str(next(column.cells)) for column in sizes.table_of_sizes(rows).columns}
+            shown = {column.head: column.cells[0] for column in sizes.table_of_sizes(rows).columns}
             assert (shown["fits now"], shown["loss"], shown["download"]) == ("no", "2.0000", "4 B")
             assert ("tokens/s" in shown) == ("tokens_per_second" in rows[0]) == (device != "another")
         model.config.latency_tables = {}

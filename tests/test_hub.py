@@ -73,6 +73,7 @@ except OSError as error:
     done["refused"] = str(error)
 elastic.save_pretrained("saved")
 tokenizer.save_pretrained("saved")
+Path("saved/run.yaml").write_text("parent: /home/me/parent")  # which no push sends
 plant(Path("saved"), Path("marker").resolve())
 done["command"] = flextron("push", "saved", "me/private", "--private", "--commit-message", "by command", "--tag", "cli")
 push("fourth")

@@ -239,6 +239,7 @@ def test_what_cannot_be_taught_is_refused(cache, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     refused(r"`cache`=.* There is something in it that is no cache", folder="other")
+    refused(r"`cache`=.* There is something in it that is no cache", folder="other/file")
 
 
 def test_the_verbs(tmp_path):

@@ -87,10 +87,12 @@ def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
     """Let no error of a library about the files in `source` out that does not name it.
 
     Raises:
-        ValueError: it is a path where nothing is, or what is there says what no file of a model says.
+        ValueError: it is a path where nothing is, or a file, or what is there says what no file of a model says.
         OSError: a file is missing or damaged, or the Hub does not give it.
     """
     name = str(source)
+    if os.path.isfile(name):
+        raise invalid(argument, name, "It is a file, and a model is a folder.", "Pass the folder that holds it.")
     if not os.path.exists(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
         remedy = f"Check the path{_near(name)}, or pass the id of a repo on the Hub."
         raise invalid(argument, name, "There is no such folder.", remedy)

@@ -172,6 +172,8 @@ def _agreed(source: str, files: list[Path], what: str, key: Callable[[Path], Any
 
 def _rows_of_text(source: str, files: list[Path], streaming: bool) -> Any:
     """One row for each file that is text; by their sizes and times `datasets` knows whether it has read them before."""
+    if not any(path.stat().st_size for path in files):
+        raise invalid("dataset", source, "There is no text that could be read.", "Its files are empty.")
     texts = [path for path in files if _is_text(path)]
     if len(texts) < len(files):
         others = sorted(map(str, set(files) - set(texts)))

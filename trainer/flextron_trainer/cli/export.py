@@ -58,7 +58,6 @@ def export(
     from ..models import load_elastic
     from ..publishing.card import write_model_card
 
-    different_folders(model, output)
     if format not in (None, *FORMATS):
         raise invalid("format", format, f"It is one of {', '.join(FORMATS)}.", "Pick one of them.")
     flags = {"dense": dense, "gguf": gguf, "plain": plain}
@@ -67,6 +66,7 @@ def export(
         remedy = f"Pass --{' or --'.join(name for name in flags if name in kinds)}." if format is None else "Pass one."
         raise invalid("format", sorted(kinds), "An export has one format.", remedy)
     kind = next(iter(kinds), "levels")
+    different_folders(model, output, file=kind == "gguf")
     for name, value in (("pad", pad), ("snap", snap)):
         if value and kind != "dense":
             rule = "It changes sizes for a stock class alone."

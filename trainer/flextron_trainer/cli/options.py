@@ -101,7 +101,8 @@ def tables_of(result: dict[str, Any]) -> Iterator[Any]:
             values = ((row.get(key), row.get(f"{key}_stderr")) for row in rows)
             cells = [" ± ".join(filter(None, map(cell, pair))) for pair in values]
             numbers = all(isinstance(row.get(key), int | float | None) for row in rows)
-            shown.append(Values("" if key == name else as_words(key), cells, numbers))
+            group, _, head = key.rpartition("/")
+            shown.append(Values("" if key == name else as_words(head), cells, numbers, group))
         yield FittingTable(shown, as_words(name))
 
 
@@ -249,9 +250,11 @@ def must_be_a_model(folder: Path) -> None:
         raise invalid("folder", str(folder), rule, "Pass the output of `flextron convert` or `flextron train`.")
 
 
-def different_folders(source: str, output: Path) -> None:
-    """Refuse to write over what is read."""
+def different_folders(source: str, output: Path, file: bool = False) -> None:
+    """Refuse to write over what is read, and where a file is, unless `output` is one."""
     from modeling_flextron.errors import invalid
 
+    if output.is_file() and not file:
+        raise invalid("output", str(output), "There is a file of this name.", "Pass the path of a folder.")
     if Path(source).exists() and output.exists() and output.samefile(source):
         raise invalid("output", str(output), "It is the folder that is read.", "Write to another folder.")

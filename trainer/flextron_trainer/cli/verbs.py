@@ -73,7 +73,8 @@ def write_options(place: Path, verb: str, options: dict[str, Any]) -> None:
     """Write the options of a call beside what it wrote, so that `--config` repeats it; no file of others is replaced.
 
     Args:
-        place: A folder, which gets a `run.yaml`; anything else gets a file of its own name and `.run.yaml` beside it.
+        place: A folder, which gets a `run.yaml`; of a file NAME it is `.NAME.run.yaml`, hidden because its folder may
+            be one of data.
         verb: The name of the verb.
         options: Name -> value; what is None or of this one call is left out.
     """
@@ -81,12 +82,13 @@ def write_options(place: Path, verb: str, options: dict[str, Any]) -> None:
 
     from modeling_flextron.checkpoint import write_file_beside
 
-    file = place / "run.yaml" if place.is_dir() else place.with_name(f"{place.name}.run.yaml")
+    file = place / "run.yaml" if place.is_dir() else place.with_name(f".{place.name}.run.yaml")
     if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(OURS):
         print(f"{file} stays as it is, because no call of this command wrote it.", file=sys.stderr)
         return
     kept = {name: value for name, value in options.items() if value is not None and name not in NOT_KEPT}
-    text = yaml.safe_dump({name: str(value) if isinstance(value, Path) else value for name, value in kept.items()})
+    kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    text = yaml.safe_dump(kept, allow_unicode=True)
     with write_file_beside(file) as path:
         path.write_text(f"{OURS}{verb} --config {file.name}\n{text}", encoding="utf-8")
 

@@ -92,7 +92,10 @@ def table_of_sizes(rows: Sequence[dict[str, Any]]) -> FittingTable:
         line += [figure_cell(row.get(name), row.get(f"{name}_stderr")) for name in figures]
         line += [f"{row['tokens_per_second']:,.1f}"] if speed else []
         lines.append(line)
-    return FittingTable([Values(head, cells) for head, cells in zip(heads, zip(*lines, strict=True), strict=True)])
+    return FittingTable(
+        [Values(head, cells, head != "row") for head, cells in zip(heads, zip(*lines, strict=True), strict=True)],
+        "sizes",
+    )
 
 
 def _table_of_this_device(config: FlextronConfig, kind: str) -> LatencyTable | None:

@@ -144,7 +144,7 @@ def _begin(folder: Path, about: dict[str, Any], tokenizer: Any) -> None:
             remedy = "Pass the same to go on with it, or write to another folder."
             raise invalid(differing[0], about[differing[0]], rule, remedy)
         return  # whether its rows are these is seen shard by shard, and until then it stays what it is
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         rule = "There is something in it that is no cache."
         raise invalid("cache", str(folder), rule, "Write to another folder.")
     folder.mkdir(parents=True, exist_ok=True)
