@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -363,6 +364,15 @@ def test_export(elastic):
     ids = torch.randint(0, 300, (1, 9))
     torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, atol=1e-5, rtol=1e-5)
     assert not list(Path("dense").glob("*.py")) and Path("dense/tokenizer.json").is_file()
+
+
+def test_what_follows_a_dense_export_runs(elastic, capsys):
+    """The command that it ends with needs only what is installed."""
+    done = CliRunner().invoke(app, ["export", "elastic", "with space", "--dense", "--budget", "0.45"])
+    python, flag, code = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: "))
+    assert (python, flag) == ("python", "-c")
+    exec(code, {})
+    assert "'generated_text': 'Once upon a time" in capsys.readouterr().out
 
 
 def test_export_of_sizes_that_need_padding(elastic):

