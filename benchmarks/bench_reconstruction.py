@@ -47,7 +47,8 @@ from flextron_trainer.conversion.sensitivity import (
 )
 from flextron_trainer.conversion.sizes import family_config
 from flextron_trainer.conversion.weights import permute, take
-from flextron_trainer.data import leading_tokens, load_tokenizer
+from flextron_trainer.data import load_tokenizer
+from flextron_trainer.layerwise import portions_of
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import uniform_subnetworks
@@ -148,7 +149,7 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
             best = min(found, key=lambda order: sum(losses[order][row]["held out"] for row in uniform))
             result.setdefault("chosen", {})[str(number)] = best
             permute(model, found[best])
-            metrics = timed("sensitivity", partial(sensitivities, model, leading_tokens(seen, SENSITIVITY_TOKENS)))
+            metrics = timed("sensitivity", partial(sensitivities, model, next(portions_of(seen, SENSITIVITY_TOKENS))))
             predicted = predicted_losses(model, sorted_moments(model, seen, files), metrics, args.corrections)
             by_layer = rows_by_prediction(config, {f"{budget:g}": budget for budget in args.budgets}, predicted)
             for row in by_layer[1:]:

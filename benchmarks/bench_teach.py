@@ -36,7 +36,7 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.data import load_tokenizer
 from flextron_trainer.models import load_elastic
-from flextron_trainer.training.teacher_cache import draw
+from flextron_trainer.training.teacher_cache import draw_tokens
 from modeling_flextron.frontier import held
 
 READINGS = 64
@@ -49,7 +49,7 @@ def errors(parent: Any, blocks: torch.Tensor, draws: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def drawn() -> torch.Tensor:
-        ids, counts, sizes = draw(exact, draws, torch.rand(len(exact), generator=generator))
+        ids, counts, sizes = draw_tokens(exact, draws, torch.rand(len(exact), generator=generator))
         rows = torch.arange(len(exact)).repeat_interleave(sizes)
         return torch.zeros_like(exact).index_put_((rows, ids), counts / draws)
 

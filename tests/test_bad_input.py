@@ -230,6 +230,8 @@ TRAINING = {
     "negative weight of distillation": (args(kd_weight=-1.0), "kd_weight"),
     "weight as text": (args(ce_weight="a lot"), "ce_weight"),
     "temperature zero": (args(temperature=0.0), "temperature"),
+    "temperature no number": (args(temperature=float("nan")), "temperature"),
+    "a weight of infinity": (args(stage="router", latency_weight=float("inf")), "latency_weight"),
     "chunk of nothing": (args(loss_chunk_size=0), "loss_chunk_size"),
     "weights without the sampler": (args(sampling_weights=[1.0]), "sampling_weights"),
     "label smoothing": (args(label_smoothing_factor=0.1), "label_smoothing_factor"),
@@ -242,6 +244,10 @@ TRAINING = {
     "missing weights": (trainer(args=arguments("unused", sampler="weighted")), "sampling_weights"),
     "weights of zero": (
         trainer(args=arguments("unused", sampler="weighted", sampling_weights=[0.0] * 4)),
+        "sampling_weights",
+    ),
+    "weights of no number": (
+        trainer(args=arguments("unused", sampler="weighted", sampling_weights=[1.0, float("nan"), 1.0, 1.0])),
         "sampling_weights",
     ),
     "teacher of another architecture": (

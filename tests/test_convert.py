@@ -20,8 +20,8 @@ from flextron_trainer.conversion.sizes import elastic_config, family_config
 from flextron_trainer.conversion.transplant import transplant
 from flextron_trainer.conversion.weights import ranked_heads, take
 from flextron_trainer.layerwise import Walk, portions_of
+from flextron_trainer.publishing.card import write_model_card
 from modeling_flextron import FlextronForCausalLM, SubNetwork, count_parameters
-from modeling_flextron.model_card import write_model_card
 from modeling_flextron.subnetwork import AXES, smallest_subnetwork
 
 convert = partial(convert_in_any_order, order="importance")  # to choose an order takes four passes
@@ -183,6 +183,8 @@ def test_running_layer_by_layer_is_running_the_model(elastic, ids):
         (states,) = Walk(elastic, subnetwork).all([ids])
         torch.testing.assert_close(states, elastic.model(ids, flextron_budget=subnetwork).last_hidden_state)
     assert [len(part) for part in portions_of([ids] * 5, 2 * ids.numel())] == [2, 2, 1]
+    batches = list(torch.zeros(10, 4).split(3))
+    assert [len(next(portions_of(batches, count))) for count in (1, 12, 23, 24, 1000)] == [1, 1, 1, 2, 4]
 
 
 def test_second_moments_are_kept_and_used_again(tmp_path, monkeypatch):

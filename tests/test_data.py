@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from training import trainer
 from transformers import PreTrainedTokenizerFast
 
-from flextron_trainer.data import calibration_batches, collator, hold_out, leading_tokens, load_text, pack, tokens_of
+from flextron_trainer.data import calibration_batches, collator, hold_out, load_text, pack, tokens_of
 
 
 def words(begin: bool = False) -> PreTrainedTokenizerFast:
@@ -304,8 +304,3 @@ def test_an_eighth_of_the_samples_is_held_out():
     with pytest.warns(UserWarning, match="has one sample"):
         seen, held_out = hold_out([samples[:1]])
     assert torch.equal(seen[0], samples[:1]) and torch.equal(held_out[0], samples[:1])
-
-
-def test_leading_tokens():
-    batches = list(torch.zeros(10, 4).split(3))
-    assert [len(leading_tokens(batches, count)) for count in (1, 12, 23, 24, 1000)] == [1, 1, 1, 2, 4]

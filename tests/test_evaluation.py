@@ -125,6 +125,8 @@ def test_every_row_is_measured_and_written():
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="no rows to evaluate"):
         evaluate_model(parent_of("mha"), [])
+    with pytest.raises(ValueError, match=r"`budget`=0.5 .*A stock model has one size"):
+        evaluate_model(parent_of("mha"), rows(2), budget=0.5)
 
 
 def test_plot(tmp_path):

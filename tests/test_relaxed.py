@@ -7,7 +7,7 @@ import torch
 from helpers import difference, elastic_of
 
 from flextron_trainer.conversion.search import random_candidate
-from flextron_trainer.routers.gates import RelaxedSizes, spread
+from flextron_trainer.routers.gates import RelaxedSizes, unit_gates
 from flextron_trainer.routers.surrogate import Places, ScoreTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def test_spread():
     at_least = torch.tensor([0.1, 0.4, 1.0])
-    assert spread(at_least, [6, 3, 1]).tolist() == pytest.approx([1.0, 0.4, 0.4, 0.1, 0.1, 0.1])
+    assert unit_gates(at_least, [6, 3, 1]).tolist() == pytest.approx([1.0, 0.4, 0.4, 0.1, 0.1, 0.1])
 
 
 @torch.no_grad()

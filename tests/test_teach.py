@@ -14,7 +14,7 @@ from training import VARIANT, arguments, losses, rows
 from flextron_trainer import FlextronTrainer, teach
 from flextron_trainer.data import collator
 from flextron_trainer.losses import SampledTeacher, Teacher, chunked_loss
-from flextron_trainer.training.teacher_cache import FILE, TeacherCache, draw, read_rows
+from flextron_trainer.training.teacher_cache import FILE, TeacherCache, draw_tokens, read_rows
 
 HOW = {"batch_size": 4, "samples_per_shard": 16}
 
@@ -52,7 +52,7 @@ def test_each_token_is_drawn_as_often_as_its_probability_says():
     total = torch.zeros(3, 5)
     generator, times, draws = torch.Generator().manual_seed(0), 1000, 7
     for _ in range(times):
-        ids, counts, sizes = draw(probabilities, draws, torch.rand(3, generator=generator))
+        ids, counts, sizes = draw_tokens(probabilities, draws, torch.rand(3, generator=generator))
         assert counts.sum() == 3 * draws and sizes.sum() == len(ids)
         total.index_put_((torch.arange(3).repeat_interleave(sizes), ids), counts.float(), accumulate=True)
         each = torch.zeros(3, 5).index_put_((torch.arange(3).repeat_interleave(sizes), ids), counts.float())
@@ -82,7 +82,7 @@ def test_the_expectation_is_the_loss_of_the_teacher_and_its_gradient():
     entropies = -(probabilities * log_probabilities).sum(-1)
     found = []
     for _ in range(times):
-        ids, counts, sizes = draw(probabilities, draws, torch.rand(6, generator=generator))
+        ids, counts, sizes = draw_tokens(probabilities, draws, torch.rand(6, generator=generator))
         found.append(both(sampled(ids, counts, sizes, draws, entropies, 20)))
     samples = torch.stack(found)
     error = samples.std(0) / times**0.5

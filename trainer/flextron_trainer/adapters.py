@@ -16,6 +16,7 @@ from modeling_flextron.adapters import PART, WHOLE, in_our_order, mark, part_dim
 from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import axes, family_of, from_stock, is_shared, layer_of, stock_name
+from modeling_flextron.level_reader import empty_model
 from modeling_flextron.permutation import read_permutation
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -80,9 +81,7 @@ def _file(adapter: str | os.PathLike, name: str) -> str:
 
 
 def _without_weights(source: str | os.PathLike) -> FlextronPreTrainedModel:
-    config = FlextronConfig.from_pretrained(source)
-    with torch.device("meta"):
-        model = FlextronForCausalLM(config)
+    model = empty_model(FlextronForCausalLM, FlextronConfig.from_pretrained(source))
     model.permutation = read_permutation(model, source)
     return model
 

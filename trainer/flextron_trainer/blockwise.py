@@ -12,7 +12,7 @@ compared (`Metric`). The full network is one of the rows: its error begins at ze
 being forgotten.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +146,6 @@ class Streams:
     """What the parent has at the entry of each layer, made when it is asked for: its layers must not have learned yet.
 
     Args:
-        blocks: The layers.
         text: The sequences.
         batch_size: Sequences of a forward pass.
         folder: For what is too large for memory; None for memory in any case.
@@ -164,26 +163,23 @@ class Streams:
     def reach(self, number: int) -> States:
         """States at the entry of a layer; behind the last layer, of one more."""
         if not self.at:
-            self.at[0] = self._states(lambda text, places: self.blocks.embed(text), self.shape[-1])
+            self.at[0] = self._made(None, None, FULL)
         for following in range(max(self.at) + 1, number + 1):
             before = following - 1
             with self.blocks.layer(before) as layer:
-                make = partial(self._behind, layer, self.at[before], FULL)
-                self.at[following] = self._states(make, self.shape[-1])
+                self.at[following] = self._made(layer, self.at[before], FULL)
         return self.at[number]
 
-    def read_by(self, part: "Part", number: int) -> States:
+    def read_by(self, part: Part, number: int) -> States:
         """What a row reads in a layer."""
         return self.own.get(part.name) or self.reach(number)
 
     @torch.no_grad()
-    def go_on(self, parts: Sequence["Part"], number: int, layer: torch.nn.Module) -> None:
+    def go_on(self, parts: Sequence[Part], number: int, layer: torch.nn.Module) -> None:
         """Let rows read what they wrote in a layer from here on."""
         for part in parts:
             before = self.read_by(part, number)
-            hidden = part.sizes["hidden"] or self.shape[-1]
-            make = partial(self._behind, layer, before, part.sizes)
-            self.own[part.name] = self._states(make, hidden)
+            self.own[part.name] = self._made(layer, before, part.sizes)
             if before is not self.at.get(number):
                 before.close()
 
@@ -197,19 +193,19 @@ class Streams:
         for states in (*self.at.values(), *self.own.values()):
             states.close()
 
-    def _behind(
-        self, layer: torch.nn.Module, before: States, sizes: Sizes, text: Text, places: list[int]
-    ) -> torch.Tensor:
-        return run_layer(self.blocks, layer, before.read(places).to(self.blocks.device), text, sizes)
-
-    def _states(self, make: Callable[[Text, list[int]], torch.Tensor], hidden: int) -> States:
-        """Make states batch by batch."""
-        shape, path = (*self.text.input_ids.shape, hidden), None
+    def _made(self, layer: torch.nn.Module | None, before: States | None, sizes: Sizes) -> States:
+        """States behind a layer, of those before it, batch by batch; without a layer those before the first one."""
+        path = None
         if self.folder and prod(self.shape) * self.blocks.dtype.itemsize > IN_MEMORY:
             path = self.folder / f"states-{next(self.numbers)}"
-        states = States(shape, self.blocks.dtype, path)
+        states = States((*self.shape[:-1], sizes["hidden"] or self.shape[-1]), self.blocks.dtype, path)
         for places in self.batches:
-            states.write(places[0], make(self.text.at(places, self.blocks.device), places))
+            text = self.text.at(places, self.blocks.device)
+            if layer is None or before is None:
+                made = self.blocks.embed(text)
+            else:
+                made = run_layer(self.blocks, layer, before.read(places).to(self.blocks.device), text, sizes)
+            states.write(places[0], made)
         return states
 
 
@@ -326,7 +322,6 @@ def distill_blocks(
     """Let every layer learn, the first one first.
 
     Args:
-        blocks: The layers.
         text: Sequences; those beyond `steps * batch_size` are left out by the caller, as all of them run.
         recipe: How.
         kept: Keeps each layer as soon as it has learned, and has those that had learned before.

@@ -5,10 +5,9 @@ Caching is left to `datasets`.
 
 import os
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from typing import Any
 
 import datasets
@@ -75,7 +74,6 @@ def check_tokens(argument: str, source: str | os.PathLike, theirs: Any, ours: An
 
     Args:
         argument, source: Whose tokenizer it is, for the message.
-        theirs, ours: The tokenizers.
 
     Raises:
         ValueError: some id does.
@@ -427,12 +425,6 @@ def hold_out(batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torc
         return batches, batches
     count = max(1, len(samples) // 8)
     return list(samples[:-count].split(size)), list(samples[-count:].split(size))
-
-
-def leading_tokens(batches: list[torch.Tensor], count: int) -> list[torch.Tensor]:
-    """The first batches, at least one, that have no more than so many tokens together."""
-    ends = list(accumulate(batch.numel() for batch in batches))
-    return batches[: max(1, bisect_right(ends, count))]
 
 
 def _token_rows(data: Any, tokenizer) -> Iterator[list[int]]:

@@ -129,7 +129,6 @@ def run(
         elastic_steps: Steps of elastic training.
         router_steps: Steps in which the tokens learn to choose their sizes.
         eval_rows: Blocks of held-out text to evaluate on.
-        seed: Of everything random.
         trust_remote_code: Run the code that the files of `parent` name, where they name some.
 
     Returns:

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_flextron
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronPreTrainedModel
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
+from modeling_flextron.loading import HUB_DEFAULTS
 
 from .hub import retried
 
@@ -25,7 +26,6 @@ def load_elastic(source: str | os.PathLike, kind: type = FlextronForCausalLM, **
 
     Args:
         source: Its folder or Hub id.
-        kind: The class.
         kwargs: As of `from_pretrained`, such as `flextron_budget` and `dtype`.
 
     Raises:
@@ -80,6 +80,17 @@ def read_config(
     with reading(argument, source):
         config, _ = retried(lambda: kind.from_pretrained(source, **kwargs))
     return config
+
+
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keywords of `from_pretrained` that say where files are: `revision`, `token`, `cache_dir` and the like."""
+    return {key: kwargs[key] for key in HUB_DEFAULTS if key in kwargs}
+
+
+def file_of(source: str | os.PathLike, name: str, **hub: Any) -> str | None:
+    """The path of a file of a folder or Hub id; None where there is none, or it cannot be had."""
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")}
+    return cached_file(os.fspath(source), name, **hub, **quiet)
 
 
 @contextmanager

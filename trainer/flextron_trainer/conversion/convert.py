@@ -7,7 +7,7 @@ that no second copy of it exists at any time.
 import copy
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,23 +16,24 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import metadata_load
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.config_checks import LICENSE_FIELDS
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.frontier import held
-from modeling_flextron.loading import HUB_DEFAULTS
 from modeling_flextron.permutation import ROTATED
 from modeling_flextron.subnetwork import SubNetwork
 
-from ..data import calibration_batches, hold_out, leading_tokens, load_tokenizer
+from ..data import calibration_batches, hold_out, known_tokenizer
+from ..layerwise import portions_of
+from ..models import file_of, hub_options
 from .corrections import add_corrections, train_corrections
-from .importance import CONTROLS, Importance, fingerprint, fingerprint_of_data, read_or_measure
+from .importance import CONTROLS, fingerprint, fingerprint_of_data, read_or_measure
 from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
 from .orders import RANKINGS, best_order, rankings
-from .parents import QUIET, commit_of, place_of, plain_parent
+from .parents import commit_of, place_of, plain_parent
 from .places import place_in
 from .reconstruction import sorted_moments
 from .rotation import check_rotation
@@ -140,40 +141,16 @@ def convert(
             parent's vocabulary, a number or size in a list of `budgets` that no sub-network keeps, or a checkpoint with
             missing or unexpected tensors.
     """
-    if calibration is None:
-        rule = "Without text units are ranked by the norms of their weights, which can be worse than a random order."
-        raise invalid("calibration", None, rule, "Pass some text, or 'weights' to do that all the same.")
     by_weights = isinstance(calibration, str) and calibration == "weights"
-    if order not in ORDERS:
-        raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'auto' to get a good model.")
-    require_int("search_evaluations", search_evaluations, minimum=0)
-    if not uniform and (by_weights or search_evaluations or not nested):
-        rule = "Sizes of each layer come from a prediction on calibration data, each row from the one before."
-        remedy = "Pass some text for `calibration`, and neither `search_evaluations` nor `nested=False`."
-        raise invalid("uniform", uniform, rule, remedy)
-    if search_evaluations and by_weights:
-        rule = "The search asks for losses on calibration data, and there is none."
-        raise invalid(
-            "search_evaluations", search_evaluations, rule, "Pass `calibration=` with some text, or leave it."
-        )
-    if not 0 <= corrections < 1 or (corrections and by_weights):
-        rule = "It is the part of a row's parameters that it may own, fitted to calibration data."
-        raise invalid("corrections", corrections, rule, "Pass 0.03 with some text for `calibration`, or 0 for none.")
-    if offload_folder is not None and device is not None and torch.device(device).type != "cpu":
-        rule = "Weights in files are mapped into the memory of the CPU."
-        raise invalid("device", str(device), rule, "Pass 'cpu', or no `offload_folder`.")
+    _check_request(
+        calibration, by_weights, order=order, uniform=uniform, nested=nested, search_evaluations=search_evaluations,
+        corrections=corrections, block_steps=block_steps, device=device, offload_folder=offload_folder,
+    )  # fmt: skip
     dtype, place = None, None if offload_folder is None else place_in(offload_folder)
     if offload_folder is not None and "device_map" in load_kwargs:
         load_kwargs["offload_folder"] = os.fspath(offload_folder)
     elif offload_folder is not None and load_kwargs.get("dtype", "auto") != "auto":
         dtype = load_kwargs.pop("dtype")  # the parent stays mapped, as it is stored
-    require_int("block_steps", block_steps, minimum=0)
-    if block_steps and offload_folder is not None:
-        rule = "Layers that learn are in memory, one after the other, and stay there."
-        raise invalid("block_steps", block_steps, rule, "Leave out `offload_folder`, or train in stage 'blocks'.")
-    if block_steps and not corrections:
-        rule = "Only what rows own learns here, so that the full network stays the parent."
-        raise invalid("block_steps", block_steps, rule, "Pass corrections=0.03, or train all in stage 'blocks'.")
     dense = plain_parent(parent, trust_remote_code=trust_remote_code, **load_kwargs)
     config = family_config(dense.config, {"mlp": mlp, "heads": heads, "hidden": hidden, "depth": depth})
     counted = config
@@ -184,7 +161,7 @@ def convert(
         check_rotation(config)
         counted = copy.deepcopy(config)
         counted.tie_word_embeddings = False
-    hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
+    hub = hub_options(load_kwargs)
     named, origin = named_budgets(counted, budgets), origin_of(dense.name_or_path, **hub)
     commit = commit_of(parent, **hub)
 
@@ -206,7 +183,7 @@ def convert(
     elastic = take(dense, config, release=dense is not parent, place=place, dtype=dtype).to(device or here)
     depth_drops = config.num_hidden_layers - config.choices("depth")[-1]
     seen, held_out = hold_out(batches) if batches and (order == "auto" or corrections) else (batches, [])
-    fitted = leading_tokens(seen, MOMENT_TOKENS) if seen else []
+    fitted = list(next(portions_of(seen, MOMENT_TOKENS)))
     about = {"parent": fingerprint(elastic), "data": fingerprint_of_data(config, seen, rotate)}
     rotation = turn(elastic, fitted) if rotate else None
     scores = read_or_measure(importance, elastic, seen, depth_drops, **about)
@@ -222,13 +199,18 @@ def convert(
             found = rankings(elastic, scores, fitted, RANKINGS if order == "auto" else [order], files)
             if order == "auto":
                 slices = _rows_by_size(elastic.config, named, nested, corrections)
-                record["order"] = order = _best_order(elastic, found, slices, partial(sort, progress=False), held_out)
+                measured = partial(mean_loss, elastic, batches=held_out)
+                order, lost = best_order(
+                    found, slices, partial(sort, progress=False), measured, measured(elastic.config.built)
+                )
+                record["order"] = order
+                logger.info(f"Order of units: {order!r}. What the slices lose in each, in nats, mean of rows: {lost}.")
             sort(found[order])
         if batches:
             record["calibration_tokens"] = sum(batch.numel() for batch in batches)
         metrics = None
         if corrections or not uniform:
-            metrics = sensitivities(elastic, leading_tokens(fitted, SENSITIVITY_TOKENS), seed)
+            metrics = sensitivities(elastic, next(portions_of(fitted, SENSITIVITY_TOKENS)), seed)
         if not uniform and metrics is not None:
             record["rows"] = {"predicted": True}
             losses = predicted_losses(elastic, sorted_moments(elastic, fitted, files), metrics, corrections)
@@ -251,18 +233,48 @@ def convert(
     return elastic
 
 
-def _best_order(
-    elastic: FlextronForCausalLM,
-    found: Mapping[str, Importance],
-    slices: Sequence[SubNetwork],
-    permute: Callable[[Importance], None],
-    held_out: Sequence[torch.Tensor],
-) -> str:
-    """The name of the order whose slices lose least on text that was held out."""
-    loss = partial(mean_loss, elastic, batches=held_out)
-    order, lost = best_order(found, slices, permute, loss, loss(elastic.config.built))
-    logger.info(f"Order of units: {order!r}. What the slices lose in each, in nats, mean of the rows: {lost}.")
-    return order
+def _check_request(
+    calibration: Any,
+    by_weights: bool,
+    *,
+    order: str,
+    uniform: bool,
+    nested: bool,
+    search_evaluations: int,
+    corrections: float,
+    block_steps: int,
+    device: Any,
+    offload_folder: Any,
+) -> None:
+    """Refuse arguments of `convert` that contradict each other, before anything is read."""
+    if calibration is None:
+        rule = "Without text units are ranked by the norms of their weights, which can be worse than a random order."
+        raise invalid("calibration", None, rule, "Pass some text, or 'weights' to do that all the same.")
+    if order not in ORDERS:
+        raise invalid("order", order, f"The orders are {', '.join(ORDERS)}.", "Use 'auto' to get a good model.")
+    require_int("search_evaluations", search_evaluations, minimum=0)
+    if not uniform and (by_weights or search_evaluations or not nested):
+        rule = "Sizes of each layer come from a prediction on calibration data, each row from the one before."
+        remedy = "Pass some text for `calibration`, and neither `search_evaluations` nor `nested=False`."
+        raise invalid("uniform", uniform, rule, remedy)
+    if search_evaluations and by_weights:
+        rule = "The search asks for losses on calibration data, and there is none."
+        raise invalid(
+            "search_evaluations", search_evaluations, rule, "Pass `calibration=` with some text, or leave it."
+        )
+    if not 0 <= corrections < 1 or (corrections and by_weights):
+        rule = "It is the part of a row's parameters that it may own, fitted to calibration data."
+        raise invalid("corrections", corrections, rule, "Pass 0.03 with some text for `calibration`, or 0 for none.")
+    if offload_folder is not None and device is not None and torch.device(device).type != "cpu":
+        rule = "Weights in files are mapped into the memory of the CPU."
+        raise invalid("device", str(device), rule, "Pass 'cpu', or no `offload_folder`.")
+    require_int("block_steps", block_steps, minimum=0)
+    if block_steps and offload_folder is not None:
+        rule = "Layers that learn are in memory, one after the other, and stay there."
+        raise invalid("block_steps", block_steps, rule, "Leave out `offload_folder`, or train in stage 'blocks'.")
+    if block_steps and not corrections:
+        rule = "Only what rows own learns here, so that the full network stays the parent."
+        raise invalid("block_steps", block_steps, rule, "Pass corrections=0.03, or train all in stage 'blocks'.")
 
 
 def _searched(
@@ -306,7 +318,7 @@ def origin_of(source: str, **hub: Any) -> tuple[str | None, dict[str, str] | Non
     if not source:
         return None, None
     try:
-        card = cached_file(source, "README.md", **{**hub, "subfolder": ""}, **QUIET)
+        card = file_of(source, "README.md", **{**hub, "subfolder": ""})
         metadata = (card and metadata_load(card)) or {}
     except (ValueError, OSError, yaml.YAMLError, RecursionError):  # of a model in memory the folder may be gone
         metadata = {}
@@ -319,7 +331,5 @@ def _tokenizer_of(source: str | os.PathLike, trust_remote_code: bool, hub: dict[
     place = place_of(source, "tokenizer_config.json", **hub)
     if place != os.fspath(source):
         hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
-    try:
-        return load_tokenizer(place, trust_remote_code=trust_remote_code, **hub)
-    except ValueError:
-        return None  # token ids need none; text without one is refused where it is read
+    # Token ids need none; text without one is refused where it is read.
+    return known_tokenizer(place, trust_remote_code=trust_remote_code, **hub)

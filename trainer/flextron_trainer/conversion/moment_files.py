@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 
-from .moments import PLACES, Moments
+from .moments import WRITERS, Moments
 
 KEPT_FOR_NOW = 2**32  # bytes of second moments that are kept unasked while a conversion runs
 
@@ -46,7 +46,7 @@ class MomentFiles:
 
     def complete(self, layers: int) -> bool:
         """Tell whether there is a file for every matrix of so many layers."""
-        return all((layer, axis) in self for layer in range(layers) for axis in PLACES)
+        return all((layer, axis) in self for layer in range(layers) for axis in WRITERS)
 
     def save(self, layer: int, axis: str, moments: Moments) -> None:
         """Keep the moments of the inputs of a matrix; those of its outputs are not kept."""
@@ -74,7 +74,6 @@ def moment_files(
 
     Args:
         folder: None for the latter.
-        config: Of the elastic model.
         parent, data: Fingerprints of what they are measured on.
         wanted: Whether they are needed more than once. If so, and they are small, they are kept without a folder.
         for_now: Where they are in that case; None for the system's folder for such files.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-PLACES = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the matrices that write into the residual stream
+WRITERS = {"heads": "self_attn.o_proj", "mlp": "mlp.down_proj"}  # the matrices that write into the residual stream
 RIDGE = 1e-2  # of the mean of the diagonal
 METRIC_RIDGE = 0.1  # the same, of a metric of outputs: no direction is free
 COMPACTED = 64  # rows that are copied at a time
@@ -72,7 +72,7 @@ Read = tuple[int, str, torch.Tensor, Moments]  # a layer, "heads" or "mlp", the 
 
 def matrix_name(layer: int, axis: str) -> str:
     """The parameter that writes what the units of an axis, `"heads"` or `"mlp"`, do in a layer."""
-    return f"model.layers.{layer}.{PLACES[axis]}.weight"
+    return f"model.layers.{layer}.{WRITERS[axis]}.weight"
 
 
 def regularised(inputs: torch.Tensor, ridge: float = RIDGE) -> torch.Tensor:

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.utils import CONFIG_NAME, cached_file, extract_commit_hash, find_adapter_config_file
+from transformers.utils import CONFIG_NAME, extract_commit_hash, find_adapter_config_file
 
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import family_of
-from modeling_flextron.loading import HUB_DEFAULTS
 
-from ..models import load_stock, read_config, reading
+from ..models import file_of, hub_options, load_stock, read_config, reading
 
-QUIET = {f"_raise_exceptions_for_{name}": False for name in ("gated_repo", "missing_entries", "connection_errors")}
 # Config field -> the one value of it that our decoder computes, of any family; see `Family.supported`.
 SUPPORTED = {"is_causal": True, "alibi": False, "num_local_experts": None, "num_experts": None}
 
@@ -83,7 +81,7 @@ def adapter_of(source: str | os.PathLike, **hub: Any) -> Any:
 def place_of(source: str | os.PathLike, file: str, **hub: Any) -> str:
     """Find the source of a file of a parent: the parent itself, or the base of an adapter that has no such file."""
     adapter = adapter_of(source, **hub)
-    if adapter is None or cached_file(os.fspath(source), file, **hub, **QUIET) is not None:
+    if adapter is None or file_of(source, file, **hub) is not None:
         return os.fspath(source)
     return adapter.base_model_name_or_path
 
@@ -92,7 +90,7 @@ def commit_of(source: Any, **hub: Any) -> str | None:
     """The commit of a repo on the Hub that a parent is read from; None of a folder, and of a model in memory."""
     if not isinstance(source, str) or Path(source).is_dir():
         return None
-    files = (cached_file(source, file, **hub, **QUIET) for file in (CONFIG_NAME, "adapter_config.json"))
+    files = (file_of(source, file, **hub) for file in (CONFIG_NAME, "adapter_config.json"))
     return extract_commit_hash(next(filter(None, files), None), None)
 
 
@@ -102,7 +100,7 @@ def tensor_of(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.
 
 
 def _loaded(source: str, trust_remote_code: bool, load_kwargs: dict[str, Any]) -> PreTrainedModel:
-    hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
+    hub = hub_options(load_kwargs)
     adapter, place, how = adapter_of(source, **hub), source, {**load_kwargs, "trust_remote_code": trust_remote_code}
     if adapter is not None:
         place = adapter.base_model_name_or_path

@@ -25,7 +25,7 @@ from modeling_flextron.subnetwork import SubNetwork, count_parameters
 
 from ..layerwise import ModelBlocks, Text, observed, run_half, run_layer, surroundings
 from .moment_files import MomentFiles
-from .moments import PLACES, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
+from .moments import WRITERS, Moments, Read, allocate, least_squares, low_rank, matrix_name, norm_scale
 from .weights import order_since
 
 LIKELY = 10  # times the mean rank
@@ -51,7 +51,7 @@ class Corrections:
         found = {name: up.shape[1] for name, (up, _) in self.low_rank.items()}
         ranks = {
             place.rpartition(".")[2]: tuple(found.get(matrix_name(layer, axis), 0) for layer in subnetwork.layers)
-            for axis, place in PLACES.items()
+            for axis, place in WRITERS.items()
         }
         return Owner(name, subnetwork, ranks)
 
@@ -84,13 +84,13 @@ def input_moments(model: Any, batches: Sequence[torch.Tensor], files: MomentFile
     blocks = ModelBlocks(model)
     if files is not None and files.complete(len(model.model.layers)):
         for i, layer in enumerate(model.model.layers):
-            for axis, place in PLACES.items():
+            for axis, place in WRITERS.items():
                 yield i, axis, layer.get_submodule(place).weight, files.load(i, axis, model.device)
         return
     states = [blocks.embed(Text(ids.to(model.device))) for ids in batches]
     for i, layer in enumerate(tqdm(model.model.layers, desc="Second moments", unit="layer")):
         entering = states
-        for axis, place in PLACES.items():
+        for axis, place in WRITERS.items():
             matrix = layer.get_submodule(place)
             moments = Moments.zeros(matrix.in_features, 0, model.device)
             following = []
@@ -186,7 +186,7 @@ def _walk_beside(
                 key = f"{prefix}.post_attention_layernorm"
                 inputs = normed(key, layer.post_attention_layernorm, *sides)
                 reads = [observed(layer.mlp, x, mlp=subnetwork.mlp[at], hidden=d)[0] for x in inputs]
-            module = layer.get_submodule(PLACES[axis])
+            module = layer.get_submodule(WRITERS[axis])
             weight = module.weight[:d, : reads[0].shape[-1]]
             bias = 0 if module.bias is None else module.bias[:d]
             moments = Moments.zeros(weight.shape[1], weight.shape[0], model.device)
@@ -219,7 +219,6 @@ def reconstruct(
 
     Args:
         model: A `FlextronForCausalLM` at full size; it is not changed.
-        subnetwork: The row.
         batches: Calibration batches `[B, S]`.
         ranks: Name of a matrix -> its rank; None for full ranks, an upper bound.
         sequential: Each layer reads what the corrected layers before it write; otherwise what the parent's write.
@@ -310,7 +309,7 @@ def from_inputs(
 def _likely_rank(model: Any, subnetwork: SubNetwork, share: float, weight: torch.Tensor) -> int:
     """A rank that no matrix of a row is expected to get: what is kept is chosen when all of them are known."""
     budget = share * count_parameters(model.config, subnetwork, embeddings=False)
-    return math.ceil(LIKELY * budget / (len(PLACES) * len(subnetwork.layers) * sum(weight.shape)))
+    return math.ceil(LIKELY * budget / (len(WRITERS) * len(subnetwork.layers) * sum(weight.shape)))
 
 
 def _ranks(

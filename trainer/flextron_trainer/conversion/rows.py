@@ -85,7 +85,6 @@ def choose_rows(
     losses are taken, and without losses the largest.
 
     Args:
-        config: Of the elastic model.
         budgets: Name of a row -> its budget; see `named_budgets`.
         loss: Of a sub-network, on text.
         nested: False chooses each row by itself.
@@ -113,7 +112,6 @@ def named_rows(
     A warning tells of a budget that is not reached, that is hardly used, or that brings nothing new and is left out.
 
     Args:
-        config: Of the elastic model.
         budgets: Name of a row -> its budget; see `named_budgets`.
         limits: Of `limits_of`.
         chosen: One sub-network for each of these.
@@ -140,13 +138,12 @@ def search_rows(
     budgets: Mapping[str, Any],
     loss: Callable[[SubNetwork], float],
     evaluations: int,
-    seed: int = 0,
-    corrections: float = 0.0,
+    seed: int,
+    corrections: float,
 ) -> list[FrontierRow]:
     """The rows, or what a search within their budgets finds that is better: its layers differ, and it need not nest.
 
     Args:
-        config: Of the elastic model.
         rows: Of `choose_rows`, at which the searches start; the full network stays.
         budgets: Those of `choose_rows`. A row that is called otherwise, as its budget cannot be reached, stays.
         loss: Of a sub-network, on text.
@@ -283,7 +280,6 @@ def limit_of(config: FlextronConfig, budget: Any, corrections: float = 0.0) -> t
     """Read a budget: the cost that it limits, and the limit.
 
     Args:
-        config: Of the elastic model.
         budget: Of parameters or memory.
         corrections: Part of its non-embedding parameters that a row may own besides, which counts in its cost. Of the
             full network, which owns nothing, only what it is.

@@ -51,14 +51,12 @@ def search(
     """The best sub-network within a budget that an evolutionary search finds.
 
     Args:
-        config: Of the elastic model.
         loss: What to minimise, usually the mean loss on a few batches.
         limit: What the sub-network may cost.
         cost: Non-embedding parameters by default; anything that grows with every size, such as predicted seconds.
         start: Tried first, as it is and with the rest of the budget; the largest uniform ones come after it.
         evaluations: How often `loss` is asked.
         parents: Best networks so far from which the next one is made.
-        seed: Of everything random.
         description: Title of the progress bar.
 
     Returns:

@@ -23,7 +23,7 @@ from modeling_flextron.static_router import Candidate, Step, repaired
 from modeling_flextron.subnetwork import SubNetwork, smallest_subnetwork
 
 from ..layerwise import ModelBlocks, Text, run_half
-from .moments import PLACES, Moments, Read, least_squares, low_rank, matrix_name, regularised
+from .moments import WRITERS, Moments, Read, least_squares, low_rank, matrix_name, regularised
 from .reconstruction import token_weights
 from .rows import limits_of, named_rows
 from .search import candidate_of
@@ -47,7 +47,7 @@ def sensitivities(model: Any, batches: Sequence[torch.Tensor], seed: int = 0) ->
         Name of a matrix -> `[D, D]` float32, per token.
     """
     size, device = model.config.hidden_size, model.device
-    names = [matrix_name(i, axis) for i in range(len(model.model.layers)) for axis in PLACES]
+    names = [matrix_name(i, axis) for i in range(len(model.model.layers)) for axis in WRITERS]
     found = {name: torch.zeros(size, size, device=device) for name in names}
     generator = torch.Generator(device).manual_seed(seed)
     sequences = [ids for batch in batches for ids in batch.split(1)]
@@ -68,12 +68,12 @@ def sensitivities(model: Any, batches: Sequence[torch.Tensor], seed: int = 0) ->
 
 
 def _streams(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
-    """States `[B, S, D]` behind each half of each layer, in the order of `PLACES`, with a graph between them."""
+    """States `[B, S, D]` behind each half of each layer, in the order of `WRITERS`, with a graph between them."""
     blocks = ModelBlocks(model)
     states, found = blocks.embed(Text(ids)).detach().requires_grad_(), list[torch.Tensor]()
     for layer in model.model.layers:
         entering = states
-        for half in PLACES:
+        for half in WRITERS:
             states = run_half(blocks, layer, half, entering, states)[1]
             found.append(states)
     return found
@@ -103,7 +103,7 @@ def predicted_losses(
     config = model.config
     units = {"heads": config.head_dim, "mlp": 1}
     each = corrections * config.parent_size() / config.num_hidden_layers / 4  # half of a layer, two matrices
-    found: dict[str, list[list[float]]] = {axis: [] for axis in PLACES}
+    found: dict[str, list[list[float]]] = {axis: [] for axis in WRITERS}
     for layer, axis, weight, moments in inputs:
         metric = metrics[matrix_name(layer, axis)]
         sliced, fitted = leading_losses(moments, weight, metric)
@@ -162,7 +162,6 @@ def rows_by_prediction(
     contains the next.
 
     Args:
-        config: Of the elastic model.
         budgets: Name of a row -> its budget, see `named_budgets`.
         losses: Of `predicted_losses`.
         corrections: As in `limit_of`.

@@ -20,17 +20,16 @@ from modeling_flextron.adapters import refuse_adapters
 from modeling_flextron.corrections import owner_number
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import axes, family_of, from_stock, is_shared, layer_of, stock_name
-from modeling_flextron.loading import HUB_DEFAULTS
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES
 from modeling_flextron.switching import quantization_method
 
 from ..data import check_tokens, known_tokenizer
-from ..models import load_elastic
+from ..models import hub_options, load_elastic
 from .convert import origin_of
 from .parents import commit_of, place_of, plain_parent, tensor_of
 from .sizes import family_config
-from .weights import fill, unfilled
+from .weights import put_tensor, unfilled
 
 logger = logging.get_logger(__name__)
 # What a variant may have of its own, and the result then has. The rest says what is computed.
@@ -89,7 +88,8 @@ def transplant(
     configs = {name: family_config(each.config, {axis: [1] for axis in AXES}) for name, each in dense.items()}
     for name, config in configs.items():
         _check_shape(name, config, model.config, order)
-    _check_tokenizers(model.name_or_path, dense["variant"].name_or_path, load_kwargs)
+    hub = hub_options(load_kwargs)
+    _check_tokenizers(model.name_or_path, dense["variant"].name_or_path, hub)
 
     config = _config_of(model.config, configs["variant"])
     result, names = unfilled(config, model.dtype)
@@ -106,7 +106,7 @@ def transplant(
             )
             tensor, found = _carried(name, tensor, base_tensor, own)
             squares += found
-        fill(result, name, tensor.clone() if shared is None else tensor)
+        put_tensor(result, name, tensor.clone() if shared is None else tensor)
         if model is not elastic:  # loaded here: there is never a second copy
             source.data = source.new_empty(0)
     of_base, *others, changed, differing = squares.sqrt().tolist()
@@ -115,7 +115,6 @@ def transplant(
     result.tie_weights()
     result.generation_config = copy.deepcopy(dense["variant"].generation_config)
     result.permutation = order
-    hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
     config.parent_name, config.parent_license = origin_of(dense["variant"].name_or_path, **hub)
     config.parent_revision = commit_of(variant, **hub)
     made = {
@@ -157,9 +156,8 @@ def _check_shape(name: str, config: FlextronConfig, elastic: FlextronConfig, ord
         raise invalid(name, config.base_model_type, rule, SAME_BASE)
 
 
-def _check_tokenizers(elastic: str, variant: str, load_kwargs: Mapping[str, Any]) -> None:
+def _check_tokenizers(elastic: str, variant: str, hub: Mapping[str, Any]) -> None:
     """Refuse a variant of another tokenizer, where both are known."""
-    hub = {key: load_kwargs[key] for key in HUB_DEFAULTS if key in load_kwargs}
     ours = known_tokenizer(elastic)
     theirs = known_tokenizer(place_of(variant, "tokenizer_config.json", **hub), **hub) if ours and variant else None
     if ours and theirs:

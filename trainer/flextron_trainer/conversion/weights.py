@@ -53,7 +53,7 @@ def take(
                 tensor = place(tensor if dtype is None else tensor.to(dtype))
             elif tensor is view and (len(ours) > 1 or not release or not view.is_contiguous()):
                 tensor = view.clone(memory_format=torch.contiguous_format)
-            fill(elastic, name, tensor)
+            put_tensor(elastic, name, tensor)
         if release:
             source.data = source.new_empty(0)
     if theirs:
@@ -73,7 +73,7 @@ def unfilled(config: FlextronConfig, dtype: torch.dtype) -> tuple[FlextronForCau
     return elastic, [name for name in elastic.state_dict() if name not in tied]
 
 
-def fill(elastic: FlextronForCausalLM, name: str, tensor: torch.Tensor) -> None:
+def put_tensor(elastic: FlextronForCausalLM, name: str, tensor: torch.Tensor) -> None:
     """Put a tensor, which is not copied, into a model."""
     module, _, kind = name.rpartition(".")
     setattr(elastic.get_submodule(module), kind, torch.nn.Parameter(tensor))

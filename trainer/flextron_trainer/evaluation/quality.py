@@ -1,7 +1,7 @@
 """Quality of every sub-network on held-out text, with the `evaluate` library and without the network."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,50 +63,35 @@ def quality(rows: torch.Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score(model, batch: Mapping[str, torch.Tensor], budget: Any = None, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
-    """How well a model predicts a batch: `RowScores.rows` `[B, 3]`. The one place where quality is measured.
+def score_sizes(
+    model, batch: Mapping[str, torch.Tensor], sizes: Mapping[Any, Any], chunk_size: int = CHUNK_SIZE
+) -> torch.Tensor:
+    """Score every size on a batch, one after the other: `RowScores.rows` `[B, sizes, 3]`.
+
+    The one place where quality is measured, and the one loop over rows of a frontier.
 
     Args:
         model: A causal language model, elastic (also with adapters) or stock.
         batch: What its forward pass takes, with `labels`.
-        budget: For an elastic model: the size to measure; None for the current one.
+        sizes: Name -> budget; None for the current size, the only one of a stock model.
         chunk_size: Tokens whose logits exist at the same time; of a stock model all do.
+
+    Raises:
+        ValueError: a stock model at a budget.
     """
-    inputs = dict(batch)
-    scores = RowScores(inputs.pop("labels"), chunk_size)
-    if model.config.model_type == "flextron":
-        model(**inputs, use_cache=False, flextron_budget=budget, head_loss=scores)
-    else:
-        scores(model(**inputs, use_cache=False).logits, torch.nn.Identity())
-    assert scores.rows is not None
-    return scores.rows
-
-
-def score_sizes(
-    model, batch: Mapping[str, torch.Tensor], sizes: Mapping[Any, Any], chunk_size: int = CHUNK_SIZE
-) -> torch.Tensor:
-    """`score` every size on a batch, one after the other: `[B, sizes, 3]`. The one loop over rows of a frontier.
-
-    Args:
-        model, batch, chunk_size: as in `score`.
-        sizes: Name -> budget.
-    """
-    return torch.stack([score(model, batch, budget, chunk_size) for budget in sizes.values()], dim=1)
-
-
-def measure(model, batches: Iterable[Mapping[str, torch.Tensor]], sizes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """`score` every size on every batch, which is read once: name -> `[N, 3]`, a row for every row of the batches.
-
-    Args:
-        model: As in `score`, in evaluation mode.
-        batches: Batches with labels, on any device.
-        sizes: Name -> budget.
-    """
-    found = []
-    for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        found.append(score_sizes(model, batch, sizes).cpu())
-    return dict(zip(sizes, torch.cat(found).unbind(dim=1), strict=True))
+    inputs, found = dict(batch), []
+    labels = inputs.pop("labels")
+    for budget in sizes.values():
+        scores = RowScores(labels, chunk_size)
+        if model.config.model_type == "flextron":
+            model(**inputs, use_cache=False, flextron_budget=budget, head_loss=scores)
+        elif budget is not None:
+            raise invalid("budget", budget, "A stock model has one size.", "Leave it out, or pass an elastic model.")
+        else:
+            scores(model(**inputs, use_cache=False).logits, torch.nn.Identity())
+        assert scores.rows is not None
+        found.append(scores.rows)
+    return torch.stack(found, dim=1)
 
 
 def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, budget: Any = None) -> dict[str, float]:
@@ -115,11 +100,10 @@ def evaluate_model(model, rows: Sequence[dict[str, Any]], batch_size: int = 8, b
     Args:
         model: A causal language model, elastic or stock.
         rows: Rows of `input_ids` and, unless they are the same, `labels`.
-        batch_size: Rows in a forward pass.
         budget: For an elastic model: the sub-network to measure.
 
     Raises:
-        ValueError: there are no rows, or none of their tokens counts.
+        ValueError: there are no rows, none of their tokens counts, or a stock model gets a budget.
     """
     return _evaluate(model, rows, batch_size, {"": budget})[""]
 
@@ -146,9 +130,7 @@ def evaluate_frontier(
     """`NextToken` for every row of the frontier and every target of token routing, written into the config as well.
 
     Args:
-        model: The elastic model.
         rows: As of `evaluate_model`.
-        batch_size: Rows in a forward pass.
         text: What the card calls the text; None where it has no name.
         split: Split of it.
         beside: Keep figures beside those of another text, under names such as `"chats/loss"`.
@@ -180,8 +162,11 @@ def _evaluate(model, rows: Sequence[dict[str, Any]], batch_size: int, sizes: dic
     if len(loader) == 0:
         raise invalid("rows", rows, "There are no rows to evaluate on.", "Pass some text.")
     model.eval()
-    found = measure(model, tqdm(loader, desc="Evaluating", leave=False), sizes)
-    return {name: _next_token(scores) for name, scores in found.items()}
+    found = []
+    for batch in tqdm(loader, desc="Evaluating", leave=False):
+        found.append(score_sizes(model, {name: part.to(model.device) for name, part in batch.items()}, sizes).cpu())
+    by_size = torch.cat(found).unbind(dim=1)
+    return {name: _next_token(scores) for name, scores in zip(sizes, by_size, strict=True)}
 
 
 def _next_token(scores: torch.Tensor) -> Any:

@@ -100,7 +100,7 @@ def fetched_bytes(folder: Path, budget: Any) -> int:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint."""
-    return sorted(path for path in folder.glob("model*.safetensors"))
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def drop_pages(files: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from modeling_flextron.token_routing import TokenRouting
 from .surrogate import Places
 
 
-def spread(at_least: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def unit_gates(at_least: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """Gates of all units `[..., sizes[0]]`, from how likely each of the descending sizes is reached, `[..., K]`."""
     smaller = [*sizes[1:], 0]
     counts = torch.tensor([size - less for size, less in zip(sizes, smaller, strict=True)], device=at_least.device)
@@ -48,11 +48,11 @@ class RelaxedSizes:
     def __init__(self, places: Places, choice: torch.Tensor):
         hidden, _, *rest = places.split(choice)
         sizes = places.config.choices("hidden")
-        self.channels = spread(hidden.cumsum(-1), sizes) if len(sizes) > 1 else None
+        self.channels = unit_gates(hidden.cumsum(-1), sizes) if len(sizes) > 1 else None
         self.keep = places.keep(choice[None])[0]
         self.head_dim = places.config.head_dim
-        self.mlp = [spread(part.cumsum(-1), places.config.choices("mlp")) for part in rest[: places.layers]]
-        self.heads = [spread(part.cumsum(-1), places.config.choices("heads")) for part in rest[places.layers :]]
+        self.mlp = [unit_gates(part.cumsum(-1), places.config.choices("mlp")) for part in rest[: places.layers]]
+        self.heads = [unit_gates(part.cumsum(-1), places.config.choices("heads")) for part in rest[places.layers :]]
 
     def norm(self, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """A norm over the chosen channels."""
@@ -74,7 +74,6 @@ class RelaxedTokens(TokenRouting):
     """Token routing with gradients for the routers, and with logistic noise on the needs.
 
     Args:
-        config: Of the elastic model.
         subnetwork: Bounds and target.
         tokens: As in `TokenRouting`.
         temperature: Width of the noise and of the soft gates, in units of the need; the noise is 0 when `seed` is None.
@@ -123,7 +122,7 @@ class RelaxedTokens(TokenRouting):
         if self.tokens is not None:
             smallest = torch.tensor([0.0] * len(borders) + [1.0], device=need.device)
             at_least = torch.where(self.tokens.to(need.device)[..., None], at_least, smallest)
-        gate = spread(at_least, sizes)
+        gate = unit_gates(at_least, sizes)
         getattr(self, axis)[module.layer_idx] = gate.sum(-1)
         return sizes, gate
 
@@ -140,7 +139,6 @@ def bounds_for(config: FlextronConfig, subnetwork: SubNetwork, within: SubNetwor
     """The entry of a target whose bounds are the hidden size, layers and heads of a sub-network.
 
     Args:
-        config: Of the elastic model.
         subnetwork: What a static choice gives for the target.
         within: The bounds of the next larger target, which must contain these.
     """

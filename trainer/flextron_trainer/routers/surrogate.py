@@ -216,13 +216,11 @@ class SurrogateLearner:
     and a resumed run continues as if it had not stopped.
 
     Args:
-        config: Of the elastic model.
         cost: What budgets limit.
         smallest: Smallest budget, a fraction of the full cost.
         steps: Steps that will be made.
         latency_weight: Factor on the weight of |cost - budget| beside the predicted loss.
         uniform: Keep the layers equal.
-        seed: Of everything random.
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """`FlextronTrainingArguments`: the ordinary `TrainingArguments` and what elastic training adds to them."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
@@ -237,7 +238,7 @@ class FlextronTrainingArguments(TrainingArguments):
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _fraction(value: object) -> bool:

@@ -23,7 +23,6 @@ def read_batch(inputs: dict[str, Any], collator: Any, teacher: Any, device: torc
         inputs: As the collator made it.
         collator: Who made it, for messages.
         teacher: Who reads it as well; None for nobody.
-        device: Of the run.
 
     Raises:
         ValueError: nothing says what is to be foretold, or the teacher would not keep the documents apart.

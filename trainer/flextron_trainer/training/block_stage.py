@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
@@ -53,39 +54,32 @@ def check_block_run(model: Any, args: FlextronTrainingArguments, given: dict[str
 
     Args:
         model: The elastic model, in memory or on the meta device.
-        args: Of the run.
         given: Other keywords of the trainer.
 
     Raises:
         ValueError: a model or an argument of this kind.
     """
     check_blocks(model, args.block_parameters)
-    alone = "Each layer learns in one process, with all of its weights."
+    alone, device = "Each layer learns in one process, with all of its weights.", "one GPU is enough for any size."
+    end, later = "The model is whole again only at the end.", "Evaluate what comes of it: `flextron evaluate`."
     fixed: dict[str, tuple[Any, Any, str, str]] = {
-        "world_size": (args.world_size, 1, alone, "Launch one process; one GPU is enough for any size."),
-        "fsdp": (bool(args.fsdp), False, alone, "Leave it out; one GPU is enough for any size."),
+        "world_size": (args.world_size, 1, alone, f"Launch one process; {device}"),
+        "fsdp": (bool(args.fsdp), False, alone, f"Leave it out; {device}"),
         "teacher": (given.get("teacher"), None, "The model's own full network teaches its layers.", "Leave it out."),
-        "eval_dataset": (
-            given.get("eval_dataset"), None, "The model is whole again only at the end.",
-            "Evaluate what comes of it: `flextron evaluate`.",
-        ),
+        "eval_dataset": (given.get("eval_dataset"), None, end, later),
+        "eval_strategy": (args.eval_strategy.value, "no", end, later),
         "gradient_accumulation_steps": (
             args.gradient_accumulation_steps, 1, "One layer alone is in memory.", "Pass a larger batch size instead.",
         ),
         "fp16": (args.fp16, False, "Gradients are not scaled here.", "Pass bf16=True, or neither."),
         "float32_weights": (args.float32_weights, True, "What learns is float32 meanwhile.", "Leave it out."),
-        "eval_strategy": (
-            str(getattr(args.eval_strategy, "value", args.eval_strategy)), "no",
-            "The model is whole again only at the end.", "Evaluate what comes of it: `flextron evaluate`.",
-        ),
         "push_to_hub": (args.push_to_hub, False, "The model is whole only at the end.", "Then `flextron push` it."),
     }  # fmt: skip
     for name, (found, wanted, rule, remedy) in fixed.items():
         if found != wanted:
             raise invalid(name, found, f"Stage 'blocks': {rule}", remedy)
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if optimizer not in ("adamw_torch", "adamw_torch_fused"):
-        raise invalid("optim", optimizer, "Stage 'blocks' has an AdamW for each layer.", "Leave it out.")
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise invalid("optim", args.optim.value, "Stage 'blocks' has an AdamW for each layer.", "Leave it out.")
     for name in ("optimizers", "callbacks"):
         if any(one is not None for one in given.get(name) or ()):
             rule = "Stage 'blocks': Every layer has an optimizer of its own, and no steps of a trainer."
@@ -119,7 +113,7 @@ def recipe_of(args: FlextronTrainingArguments, steps: int) -> BlockRecipe:
         epsilon=args.adam_epsilon,
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
-        scheduler=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        scheduler=SchedulerType(args.lr_scheduler_type).value,
         scheduler_kwargs=args.lr_scheduler_kwargs or None,
         warmup_steps=args.get_warmup_steps(steps),
         seed=args.seed,
@@ -272,7 +266,6 @@ def train_blocks(
     """Let the layers of a model learn from rows of a dataset.
 
     Args:
-        blocks: The layers.
         args: Of the run; `max_steps` are those of each layer.
         rows: As the trainer takes them.
         collate: Makes a batch of rows.

@@ -32,7 +32,6 @@ def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
     """Refuse arguments of another class, and those of `Trainer` that elastic training cannot honour.
 
     Args:
-        args: The training arguments.
         given: The other keywords of the trainer.
 
     Raises:
@@ -83,7 +82,6 @@ def check_saved_whole(model: Any, plugin: Any) -> None:
     """Refuse to push a sharded model whose whole weights `save_model` does not write.
 
     Args:
-        model: The model.
         plugin: The FSDP plugin of accelerate; None where transformers has divided the weights.
 
     Raises:

@@ -96,8 +96,6 @@ def plan_memory(
     """The memory of a training run.
 
     Args:
-        config: Of the elastic model.
-        args: Of the run.
         sequence_length: Tokens in a row.
         dtype: Of the weights before training; None for that of the config.
         teacher: The config of a separate teacher; None without one.
@@ -153,8 +151,6 @@ def plan_operations(config: FlextronConfig, args: FlextronTrainingArguments, len
     Recomputed activations come on top.
 
     Args:
-        config: Of the elastic model.
-        args: Of the run.
         length: Tokens in a row.
         teacher: Whether the parent runs beside the model.
     """
@@ -173,11 +169,11 @@ def plan_run(
     """`plan_memory` of a model, perhaps with adapters, and a teacher that are there already; None without a teacher."""
     own, adapters = 0, 0
     if teacher is not None and teacher.device.type == args.device.type:
-        own = _bytes_of(*teacher.parameters(), *teacher.buffers())
+        own = teacher.get_memory_footprint()
     if args.stage == "blocks":
-        own = _bytes_of(*model.parameters())  # of which one layer at a time learns
+        own = model.get_memory_footprint(return_buffers=False)  # of which one layer at a time learns
     if hasattr(model, "peft_config"):
-        adapters = _bytes_of(*(parameter for parameter in model.parameters() if parameter.requires_grad))
+        adapters = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return plan_memory(
         model.config,
         args,
@@ -189,10 +185,6 @@ def plan_run(
         sharded=sharded,
         metrics=metrics,
     )
-
-
-def _bytes_of(*tensors: torch.Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _plan_blocks(config: FlextronConfig, args: FlextronTrainingArguments, length: int, model_bytes: int) -> MemoryPlan:

@@ -43,7 +43,6 @@ class RouterStage:
     """The routers of a training run: `ScoreRouters` or `TokenRouters`.
 
     Args:
-        model: The elastic model.
         args: Arguments with the stage `router` or `joint`.
         steps: Steps that will be made.
 
@@ -61,13 +60,13 @@ class RouterStage:
         kind = "fraction" if args.router_cost == "parameters" else "latency"
         self.cost = cost_of(model.config, kind, args.router_cost, "router_cost")
         self.smallest = smallest_budget(model.config, self.cost)
-        self.budgets = self._budgets(self.smallest)
+        self.budgets = self._budgets()
         self._begun: int | None = None
         self._batch = 0  # of the accumulated ones of the step
 
-    def _budgets(self, smallest: float) -> list[float]:
+    def _budgets(self) -> list[float]:
         """The wanted budgets, largest first."""
-        budgets = self.args.router_budgets
+        budgets, smallest = self.args.router_budgets, self.smallest
         if budgets is None:
             named = [parse_budget(row.name) for row in self.model.config.frontier]
             budgets = [b.value for b in named if b.kind == "fraction" and smallest <= b.value < 1]
@@ -183,7 +182,6 @@ class ScoreRouters(RouterStage):
         Args:
             step: Optimizer steps so far.
             inputs: The batch, with labels.
-            accelerator: Of the run.
 
         Returns:
             The mean loss of a token; and what the scores minimise, after its backward pass: None within a step, and

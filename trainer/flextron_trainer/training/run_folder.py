@@ -75,9 +75,8 @@ def begin_again(checkpoint: Path) -> None:
 
 def write_arguments(folder: Path, args: FlextronTrainingArguments) -> None:
     """Put arguments as JSON where the Trainer has written a pickle of them."""
-    if folder.exists():
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        (folder / "training_args.json").write_text(args.to_json_string(), encoding="utf-8")
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    (folder / "training_args.json").write_text(args.to_json_string(), encoding="utf-8")
 
 
 def push_checkpoint(

@@ -3,6 +3,7 @@
 Every process draws the same ones, and a resumed run continues the sequence of the uninterrupted one.
 """
 
+import math
 import random
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -40,7 +41,6 @@ def draw(
     """The sub-networks of one optimizer step, largest first.
 
     Args:
-        config: Of the elastic model.
         sampler: `"sandwich"`: the largest and the smallest row of the frontier and random rows between them, or
             random sizes where there are none (slimmable networks, arXiv 1903.05134); `"uniform"` and `"weighted"`:
             rows of the frontier with equal or given shares; `"random"`: every layer's sizes, and the global ones,
@@ -99,6 +99,6 @@ def check_weights(config: FlextronConfig, weights: list[float] | None) -> None:
         ValueError: not one non-negative weight for every row, or all zero.
     """
     rows = len(held(config.frontier))
-    if weights is None or len(weights) != rows or min(weights) < 0 or sum(weights) <= 0:
+    if weights is None or len(weights) != rows or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         rule = f"The sampler 'weighted' needs one weight of at least 0 for each of the {rows} rows of the frontier."
         raise invalid("sampling_weights", weights, rule, "Pass them largest row first.")

@@ -21,7 +21,7 @@ from .teacher_cache import (
     FILE,
     FORMAT,
     Drawn,
-    draw,
+    draw_tokens,
     open_shard,
     read_about,
     read_rows,
@@ -67,7 +67,6 @@ def teach(
         temperature: Of the distillation.
         vocab_size: Draw from so many of the teacher's tokens, the first ones: for a model with fewer. None for all.
         max_samples: Read no more rows than this.
-        batch_size: Rows in a forward pass.
         samples_per_shard: Rows in a file, behind which a run can go on.
         seed: Of the draws.
         device: Where a teacher that is loaded runs.
@@ -176,5 +175,5 @@ def _read(teacher: Any, inputs: dict[str, torch.Tensor], about: dict[str, Any], 
             log_probabilities = states.log_probabilities(some, about["temperature"])
             probabilities = log_probabilities.exp()
             entropies = -torch.einsum("nv,nv->n", probabilities, log_probabilities)
-            parts.append((*draw(probabilities, about["draws"], starts[some]), entropies))
+            parts.append((*draw_tokens(probabilities, about["draws"], starts[some]), entropies))
         yield Drawn(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))

@@ -49,7 +49,7 @@ class Drawn:
     entropies: torch.Tensor
 
 
-def draw(probabilities: torch.Tensor, draws: int, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def draw_tokens(probabilities: torch.Tensor, draws: int, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Draw tokens, of which each is on average drawn `draws * p` times.
 
     Args:

@@ -20,7 +20,6 @@ def prepare_teacher(teacher: Any, model: Any, tokenizer: Any, device: torch.devi
 
     Args:
         teacher, model, tokenizer: as in `check_vocabulary`.
-        device: Of the run.
 
     Raises:
         ValueError: it has another tokenizer or an unknown architecture, or is the model itself.

@@ -9,26 +9,21 @@ batch. Everything else is the ordinary Trainer.
 import os
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from modeling_flextron.adapters import claim
-from modeling_flextron.checkpoint import sweep
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 
 from ..data import collator
-from ..layerwise import ModelBlocks
 from ..losses import HeadLoss, SampledTeacher, Teacher
-from ..models import check_files, load_elastic, load_stock
+from ..models import load_elastic, load_stock
 from .arguments import FlextronTrainingArguments
-from .batches import first_batches, read_batch, stored_length
-from .block_stage import check_block_run, train_blocks
+from .batches import read_batch
+from .block_stage import check_block_run
 from .checks import (
     REFUSED_KEYWORDS,
     check_arguments,
@@ -38,19 +33,14 @@ from .checks import (
     warn_about_untrained_sizes,
 )
 from .evaluating import FrontierEvaluation
-from .plan import MemoryPlan, plan_run
-from .precision import in_float32
-from .publishing import FamilyPublishing
+from .resuming import ResumableRun
 from .router_stage import GAP_IN_NATS, RouterStage, ScoreRouters, TokenRouters
-from .run_folder import begin_again, finished_state, last_complete_checkpoint, take_config, write_arguments
 from .sampling import Draw, draw, last_that_learns
 from .teacher_cache import TeacherCache, is_cache
 from .teachers import prepare_teacher, read_by_teacher
 
-logger = logging.get_logger(__name__)
 
-
-class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
+class FlextronTrainer(FrontierEvaluation, ResumableRun):
     """Trains an elastic model at many sizes at once.
 
     Args:
@@ -107,17 +97,17 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
         if max(self.get_cp_size(), self.get_sp_size()) > 1:
             rule = "The loss of a token needs the one after it, which would be on another device."
             raise invalid("parallelism_config", args.parallelism_config, rule, "Divide batches or weights instead.")
-        self.cache: TeacherCache | None = None
+        self.cache = None
         if isinstance(teacher, (str, os.PathLike)) and is_cache(teacher):
             self.cache, teacher = TeacherCache(teacher), None
             self.cache.check(config.vocab_size, args.temperature, self.processing_class)
         if isinstance(teacher, (str, os.PathLike)) and not self.in_place:
             teacher = load_stock(teacher, "teacher", trust_remote_code=trust_remote_code, dtype=self.model.dtype)
-        self.teacher: Any = None
+        self.teacher = None
         if teacher is not None and not self.in_place:
             self.teacher = prepare_teacher(teacher, self.model, self.processing_class, self.args.device)
         self._losses: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the draws since the last log
-        self.routers: RouterStage | None = None
+        self.routers = None
         if args.stage == "elastic":
             warn_about_untrained_sizes(self.model.config, args)
         elif args.stage != "blocks":
@@ -130,21 +120,6 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
                 rule = "Its scores are no part of the model, and FSDP of accelerate optimizes nothing else."
                 remedy = "Launch with DDP, or load the model with a DistributedConfig, or pass 'token'."
                 raise invalid("router_method", args.router_method, rule, remedy)
-
-    def plan(self, sequence_length: int | None = None) -> MemoryPlan:
-        """The memory that training is expected to need.
-
-        Args:
-            sequence_length: Tokens in a row; None for those of the first row, where rows are stored.
-
-        Raises:
-            ValueError: no length, and rows are made when they are read, which is left to training.
-        """
-        length = sequence_length or stored_length(self.train_dataset)
-        if length is None:
-            rule = "The rows of this dataset are made when they are read, which is left to training."
-            raise invalid("sequence_length", None, rule, "Say how many tokens a row has: `trainer.plan(1024)`.")
-        return plan_run(self.model, self.teacher, self.args, length, self._sharded, self.compute_metrics is not None)
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -294,112 +269,12 @@ class FlextronTrainer(FrontierEvaluation, FamilyPublishing):
             self._losses.clear()
         super().log(logs, start_time)
 
-    # ------------------------------------------------------------------------------------ saving, resuming
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
-        if self.args.stage == "blocks":
-            if resume_from_checkpoint not in (True, False, None):
-                rule = "Stage 'blocks' goes on from its output folder."
-                raise invalid("resume_from_checkpoint", resume_from_checkpoint, rule, "Pass True.")
-            return self._train_blocks(bool(resume_from_checkpoint))
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if self.args.should_save:
-                sweep(self.args.output_dir)
-        self.model.config.training_runs = [*(self.model.config.training_runs or []), self.args.changed()]
-        with in_float32(self.model, self._learning(), self.args.float32_weights) as rounded:
-            if resume_from_checkpoint:
-                self._resume(str(resume_from_checkpoint))
-            result = self._finished(str(resume_from_checkpoint)) if resume_from_checkpoint else None
-            if result is None:
-                result = self._train(resume_from_checkpoint or None, **kwargs)
-        if rounded:
-            self.model.config.dtype = self.model.dtype
-            self._forget()
-        if self.routers is not None:
-            size = self.args.per_device_eval_batch_size
-            self.routers.finish(lambda: first_batches(self.train_dataset, self.data_collator, size, self.args.device))
-        return result
-
-    def _train_blocks(self, resume: bool) -> TrainOutput:
-        """Let the layers learn one by one, and save the model, as layers that have learned lie in its folder."""
-        kept, errors = train_blocks(ModelBlocks(self.model), self.args, self.train_dataset, self.data_collator, resume)
-        self.save_model()
-        kept.remove()
-        return TrainOutput(self.model.config.training_runs[-1]["steps"], 0.0, errors)
-
-    def _train(self, resume_from_checkpoint: str | None, **kwargs) -> TrainOutput:
-        length = stored_length(self.train_dataset)
-        if length is not None:
-            logger.warning_once(str(self.plan(length)))
-            if self.cache is not None:
-                self.cache.check_text(self.train_dataset, self.data_collator)
-        if self.model.is_activation_checkpointing and not self.args.activation_checkpointing:
-            # Enabled by hand, it may be reentrant, which forgets gradients: see the arguments.
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-        frozen = [] if self.routers is None else self.routers.freeze()
-        try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            take_config(self.state.best_model_checkpoint, self.model, self.args)  # with the losses of these weights
-        return result
-
-    def _learning(self) -> set[str]:
-        """Names of the parameters that are trained: all where most are, so that they have one dtype."""
-        if self.args.stage == "router":
-            return {name for name, _ in self.model.named_parameters() if ".router." in name}
-        whole = not hasattr(self.model, "peft_config")
-        return {name for name, parameter in self.model.named_parameters() if whole or parameter.requires_grad}
-
-    def _forget(self) -> None:
-        """Erase the figures of what is about to change."""
-        if self.args.stage != "router" or self.args.router_method == "token":
-            self.model.config.forget_measurements(only_routed=self.args.stage == "router")
-
-    def _resume(self, checkpoint: str) -> None:
-        """Take what a checkpoint holds beside its weights, if they are those of this model."""
-        if not self._sharded and not hasattr(self.model, "peft_config"):
-            check_files("resume_from_checkpoint", checkpoint, self.model)
-        take_config(checkpoint, self.model, self.args)
-        if self.routers is not None:
-            self.routers.load(Path(checkpoint))
-
-    def _finished(self, checkpoint: str) -> TrainOutput | None:
-        """The end of a run whose checkpoint has all its steps, of which the base class would make one more."""
-        state = finished_state(checkpoint, self.args.max_steps)
-        if state is None:
-            return None
-        self.state = state
-        self._load_from_checkpoint(checkpoint)
-        return TrainOutput(state.global_step, 0.0, {})
-
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Make the optimizer, with the routers in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.routers is not None:
             self.routers.join(optimizer)
         return optimizer
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # The state is what `last_complete_checkpoint` looks for: in a folder that is written again it goes first.
-        if self.args.should_save:
-            begin_again(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
-        super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with the arguments as JSON instead of a pickle, and with the routers."""
-        if self.routers is not None:
-            self.routers.write()
-        super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and folder.exists():
-            if self.routers is not None:
-                self.routers.save(folder)
-            write_arguments(folder, self.args)
 
     def hyperparameter_search(self, *args, **kwargs) -> Any:
         """Refused, as `model_init` is: every trial needs a model of its own.
