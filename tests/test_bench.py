@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from helpers import elastic_of, flextron, run_python
 from planted import plant
 
@@ -42,6 +43,8 @@ def test_the_verb_reports_every_budget(exported, tmp_path):
         "--json-file", tmp_path / "result.json",
     )  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text()) == result
+    kept = yaml.safe_load((tmp_path / ".result.json.run.yaml").read_text())
+    assert (kept["model"], kept["rounds"], kept["batch_sizes"]) == (str(root / "levels"), 1, "2")
     parameters = {row["name"]: row["parameters"] for row in model.frontier}
     loading = {(row["budget"], row["how"]): row for row in result["loading"]}
     assert set(loading) == {(name, how) for name in parameters for how in ("budget", "slice")}

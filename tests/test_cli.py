@@ -222,13 +222,20 @@ def test_a_call_is_repeated_from_what_it_keeps_beside_its_output(read, case):
     assert verb != "convert" or (options["max_samples"], options["mlp"], options["seed"]) == (4, [1, 0.5], 0)
 
 
+def test_every_verb_that_writes_keeps_its_options():
+    """`train` does before it begins; the others say what they wrote."""
+    verbs = (command.callback.__wrapped__ for command in app.registered_commands)
+    writing = {verb.__name__ for verb in verbs if verb.__annotations__["return"] is not None}
+    assert writing == {case.split()[0] for case in WRITING} | {"bench", "demo"}  # in test_bench.py and test_demo.py
+
+
 def test_no_file_of_others_is_replaced_by_the_options_of_a_call(read):
     """Nor is any written where a call fails."""
     Path("theirs").mkdir()
-    Path("theirs/run.yaml").write_text("a: 1\n")
+    Path("theirs/run.yaml").write_text(theirs := "# flextron and I\na: 1\n")
     call = ("export", "elastic", "theirs", "--budget", "0.6")
     done = CliRunner().invoke(app, call, catch_exceptions=False)
-    assert "theirs/run.yaml stays as it is" in done.stderr and Path("theirs/run.yaml").read_text() == "a: 1\n"
+    assert "theirs/run.yaml stays as it is" in done.stderr and Path("theirs/run.yaml").read_text() == theirs
     with pytest.raises(ValueError, match="budget"):
         flextron("export", "elastic", "failed", "--budget", "0.01")
     assert not Path("failed").exists()

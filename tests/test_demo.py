@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from helpers import flextron, parent_of
 from planted import plant
 
@@ -54,6 +55,7 @@ def result(work):
     steps = ("--elastic-steps", 2, "--router-steps", 2)
     result = flextron("demo", "--output", "demo", "--dataset", "few", "--parent", "planted", *steps, "--device", "cpu")
     assert not Path("marker").exists()
+    assert yaml.safe_load(Path("demo/run.yaml").read_text())["elastic_steps"] == 2
     assert not [path for path in Path("demo").rglob("*.json") if "--planted" in path.read_text()]
     return result
 

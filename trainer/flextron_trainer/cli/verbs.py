@@ -4,6 +4,7 @@ import difflib
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, redirect_stdout
@@ -16,7 +17,7 @@ from .options import json_output
 
 # Of one call, not of what it does.
 NOT_KEPT = ("config", "as_json", "preset", "plan", "resume")
-OURS = "# flextron "  # what a file that we may replace begins with
+OURS = re.compile(r"# flextron \w+ --config .*run\.yaml\n")  # begins a file that we may replace
 
 
 def read_options(context: typer.Context, path: Path | None) -> None:
@@ -83,14 +84,14 @@ def write_options(place: Path, verb: str, options: dict[str, Any]) -> None:
     from modeling_flextron.checkpoint import write_file_beside
 
     file = place / "run.yaml" if place.is_dir() else place.with_name(f".{place.name}.run.yaml")
-    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(OURS):
+    if file.exists() and not OURS.match(file.read_text(encoding="utf-8", errors="replace")):
         print(f"{file} stays as it is, because no call of this command wrote it.", file=sys.stderr)
         return
     kept = {name: value for name, value in options.items() if value is not None and name not in NOT_KEPT}
     kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
     text = yaml.safe_dump(kept, allow_unicode=True)
     with write_file_beside(file) as path:
-        path.write_text(f"{OURS}{verb} --config {file.name}\n{text}", encoding="utf-8")
+        path.write_text(f"# flextron {verb} --config {file.name}\n{text}", encoding="utf-8")
 
 
 Config = Annotated[
