@@ -14,6 +14,7 @@ from .latency import copy_tables
 from .reshaping import MADE_FOR_CHOICES, nothing_made
 
 logger = logging.get_logger(__name__)
+WHERE = ("revision", "subfolder", "cache_dir", "local_files_only")  # of a repo its files are; tokens are not kept
 VERSION = "0.2.0"  # of this code, wherever it runs from; the package has the same
 AUTO_MAP = {
     "AutoConfig": "configuration_flextron.FlextronConfig",
@@ -23,8 +24,13 @@ AUTO_MAP = {
 }
 
 
+def place_of(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Of the keywords of a load those that say where in a repo its files are."""
+    return {name: keywords[name] for name in WHERE if keywords.get(name)}
+
+
 def _digest(values: dict[str, Any]) -> str:
-    written = {name: value for name, value in values.items() if name != "_name_or_path"}
+    written = {name: value for name, value in values.items() if name not in ("_name_or_path", "_read_at")}
     return hashlib.sha256(json.dumps(written, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -35,7 +41,8 @@ def _parts(version: str) -> list[int]:
 class StoredConfig(PreTrainedConfig):
     """Reads and writes the file of a `FlextronConfig`.
 
-    `_read_from` is a digest of the file that a config is, until it is saved itself.
+    `_read_from` is a digest of the file that a config is, until it is saved itself; `_read_at` says where in its repo
+    the files beside it are.
     """
 
     flextron_version: str | None = None
@@ -58,7 +65,7 @@ class StoredConfig(PreTrainedConfig):
         if "model_type" not in found:
             rule = f"There is no {CONFIG_NAME}, or it names no `model_type`."
             raise invalid("config", str(pretrained_model_name_or_path), rule, remedy)
-        return {**found, "_name_or_path": str(pretrained_model_name_or_path)}, rest
+        return {**found, "_name_or_path": str(pretrained_model_name_or_path), "_read_at": place_of(kwargs)}, rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -73,13 +80,14 @@ class StoredConfig(PreTrainedConfig):
         names = [name for name in (*cls.__dataclass_fields__, "per_layer_config") if name not in inherited]
         ours: dict[str, Any] = {name: kwargs.pop(name) for name in names if name in kwargs}
         values = config_dict | ours
+        at = values.pop("_read_at", None)
         if values.get("elastic") != config_dict.get("elastic"):
             logger.warning(f"Made for other choices, and dropped unless given: {', '.join(MADE_FOR_CHOICES)}.")
             values |= nothing_made(config_dict.get("levels")) | ours
         try:
             result = super().from_dict(values, **kwargs)
             config = result[0] if isinstance(result, tuple) else result
-            config._read_from = _digest(config_dict)
+            config._read_from, config._read_at = _digest(config_dict), at
             config.validate()  # with the other keywords, set by now
         except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
             # The base class reads its own fields without a look at their types.
@@ -107,6 +115,7 @@ class StoredConfig(PreTrainedConfig):
         """The JSON form; what is written beside our code does not name that of another repo."""
         written = super().to_dict()
         written.pop("_read_from", None)
+        written.pop("_read_at", None)
         written["frontier"] = plain_rows(self.frontier)
         names = {kind: written["auto_map"].get(kind, ours) for kind, ours in AUTO_MAP.items()}
         return written | {"auto_map": {k: AUTO_MAP[k] if "--" in str(name) else name for k, name in names.items()}}

@@ -166,7 +166,7 @@ class FlextronConfig(StoredConfig):
             if key.startswith(("flextron", "elastic", "frontier")):
                 known = "`elastic`, `frontier`, `flextron_budget` and `flextron_context`"
                 raise invalid(key, kwargs[key], f"The elastic fields are {known}.", "Remove or rename it.")
-        self._read_from = None
+        self._read_from = self._read_at = None
         stored = self._follow_shape()
         if stored and (differing := kwargs.get("per_layer_config")):
             layers = self.num_hidden_layers

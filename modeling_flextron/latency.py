@@ -72,6 +72,7 @@ class HasTables(Shape, Protocol):
     base_model_type: str
     latency_tables: dict[str, dict[str, Any]]
     name_or_path: Any
+    _read_at: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,6 @@ def copy_tables(config: HasTables, folder: str | os.PathLike) -> None:
 
 def _beside(config: HasTables, file: str) -> str:
     """Path of a file that lies beside the `config.json` that a config was read from."""
-    commit = getattr(config, "_commit_hash", None)
-    path = cached_file(config.name_or_path, file, revision=commit, _commit_hash=commit)
+    path = cached_file(config.name_or_path, file, **(config._read_at or {}))
     assert path is not None  # it raises instead
     return path

@@ -13,6 +13,7 @@ from helpers import all_sizes, elastic_of, flextron, run_python
 from flextron_trainer.measuring import latency as module
 from flextron_trainer.measuring.latency import entry_of, file_of, measure_latency, write_table
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
+from modeling_flextron.budgets import resolve
 from modeling_flextron.latency import LENGTHS, MODES, LatencyTable, device_name, nearest
 
 
@@ -131,6 +132,22 @@ def test_budgets_in_milliseconds(elastic, clock, ids, tmp_path, caplog):
     again = FlextronForCausalLM.from_pretrained(tmp_path / "again", flextron_budget="1s")
     assert (tmp_path / "again" / file_of(table)).is_file() and again.num_parameters() == rows[0]["parameters"]
     assert not [record for record in caplog.records if "Latency budgets" in record.message]
+
+
+def test_tables_are_read_at_the_revision_of_their_model(elastic, clock, tmp_path, monkeypatch):
+    saved_with_table(elastic, tmp_path)
+    asked: list[dict] = []
+
+    def find(source, file, **where):
+        asked.append(where)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("modeling_flextron.latency.cached_file", find)
+    config = FlextronConfig.from_pretrained(tmp_path, revision="older")
+    resolve(config, "1s")
+    assert "_read_at" not in config.to_dict() and asked[-1] == {"revision": "older"}
+    FlextronForCausalLM.from_pretrained(tmp_path, config=config, revision="oldest", flextron_budget="1s")
+    assert asked[-1] == {"revision": "oldest"}
 
 
 def test_the_table_of_another_device_is_used_and_named(clock, tmp_path, caplog):
