@@ -118,9 +118,18 @@ class ElasticRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalise `[..., h]` in float32 and scale it with the leading `h` weights."""
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise `[..., h]` in float32 and scale it with the leading `h` weights.
+
+        `gate` `[h]` says which channels there are, with 1 and 0: the norm is over those. It is here because FSDP
+        gathers the weights of a module for its forward pass alone.
+        """
         size = hidden_states.shape[-1]
+        if gate is not None:
+            states = hidden_states.float()
+            mean_square = (states * gate).square().sum(-1, keepdim=True) / gate.sum()
+            result = self.weight[:size] * (states * (mean_square + self.eps).rsqrt())
+            return (result * gate).to(hidden_states.dtype)
         weight, dtype = leading_entries(parameter(self, "weight"), size), hidden_states.dtype
         if dtype == weight.dtype == torch.float32:  # the same in one step
             return F.rms_norm(hidden_states, (size,), weight, self.eps)
@@ -133,9 +142,15 @@ class ElasticRMSNorm(nn.Module):
 class ElasticLayerNorm(nn.LayerNorm):
     """Layer norm over the channels that its input has."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise `[..., h]` and apply the leading `h` weights and biases."""
+    def forward(self, input: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise `[..., h]` and apply the leading `h` weights and biases; `gate` as in `ElasticRMSNorm`."""
         size = input.shape[-1]
+        if gate is not None:
+            states, count = input.float(), gate.sum()
+            centred = states - (states * gate).sum(-1, keepdim=True) / count
+            variance = (centred.square() * gate).sum(-1, keepdim=True) / count
+            result = self.weight[:size] * (centred * (variance + self.eps).rsqrt()) + self.bias[:size]
+            return (result * gate).to(input.dtype)
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         return F.layer_norm(input, (size,), leading_entries(weight, size), leading_entries(bias, size), self.eps)
 

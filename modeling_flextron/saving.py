@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .adapters import refuse_adapters
 from .checkpoint import write_beside
+from .config_files import VERSION
 from .elastic import ElasticLinear
 from .errors import invalid
 from .permutation import FILE as PERMUTATION
@@ -125,10 +126,18 @@ def refuse_shared(model: Any, save_directory: str | os.PathLike) -> None:
 
 
 def find_publisher() -> Any:
-    """The part of the `flextron` package that writes levels and pushes them; None where it is not installed."""
+    """The part of the `flextron` package that writes levels and pushes them; None where it is not installed.
+
+    Raises:
+        ValueError: it is of another version than the code of this model, whose parts it would mix with its own.
+    """
     try:
-        return importlib.import_module("flextron_trainer.publishing.push")
+        publisher = importlib.import_module("flextron_trainer.publishing.push")
     except ModuleNotFoundError as error:
         if not (error.name or "flextron_trainer").startswith("flextron_trainer"):
             raise  # it is installed, and lacks something itself
         return None
+    if publisher.VERSION != VERSION:
+        rule = f"The code of this model is Flextron {VERSION}, which its levels are written for."
+        raise invalid("flextron", publisher.VERSION, rule, "Load it with that package's code, or install this version.")
+    return publisher

@@ -113,7 +113,6 @@ def test_help_and_version_import_no_library():
     """Nor is PEFT, which finds the target modules of a LLaMA also where it is imported after us."""
     code = f"""
 import importlib.metadata, sys
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 import flextron_trainer
 from flextron_trainer.cli import app
@@ -172,16 +171,16 @@ def test_a_run_is_repeated_from_its_configuration(elastic):
 CPU = ("--device", "cpu")
 SHORT = ("--sequence-length", 32, *CPU)
 WRITING = {  # the options that are kept, and the call that they are of
-    "convert": ("again/run.yaml", "parent", "again", "--calibration", "few", "--preset", "small.json", *SHORT),
+    "convert": ("again/run.yaml", "parent", "again", "--calibration", "text", "--preset", "small.json", *SHORT),
     "transplant": ("carried/run.yaml", "elastic", "parent", "carried", "--base", "parent"),
-    "teach": ("cache/run.yaml", "parent", "few", "cache", "--dataset", "one.txt", "--draws", 4, "--max-samples", 4,
+    "teach": ("cache/run.yaml", "parent", "text", "cache", "--dataset", "one.txt", "--draws", 4, "--max-samples", 4,
               *SHORT),
     "answers": ("said/.a.jsonl.run.yaml", "parent", "asked.jsonl", "said/a.jsonl", "--max-new-tokens", 2, "--sample",
                 *CPU),
     "export": ("small/run.yaml", "elastic", "small", "--budget", '{"mlp": 48}', "--dense"),
-    "evaluate": (".line.png.run.yaml", "elastic", "few", "--max-samples", 2, "--plot", "line.png", "--budget", "0.6",
+    "evaluate": (".line.png.run.yaml", "elastic", "text", "--max-samples", 2, "--plot", "line.png", "--budget", "0.6",
                  "--budget", "1", *SHORT),
-    "evaluate --write": ("elastic/.evaluate.run.yaml", "elastic", "few", "--max-samples", 2, *SHORT),
+    "evaluate --write": ("elastic/.evaluate.run.yaml", "elastic", "text", "--max-samples", 2, *SHORT),
     "measure": ("elastic/latency/.*.run.yaml", "elastic", "--rounds", 1, "--context", 8, *CPU),
 }  # fmt: skip
 

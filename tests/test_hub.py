@@ -355,7 +355,7 @@ class TestLoad:
         assert loaded[0]["private"] == pytest.approx(pushed["fourth"]["logits"], abs=1e-5)
 
     def test_remote_code_pushes_whole_tensors_and_keeps_the_card(self, hub, loaded):
-        """Levels and cards are written by the package."""
+        """Levels and cards are written by the package, and what it would be needed for is refused without it."""
         assert "model.safetensors" in hub.files("me/again") and len(hub.titles("me/again")) == 2
         assert loaded[0]["again"] == pytest.approx(loaded[0]["main"], abs=1e-5)
         before, after = card_of(hub, "me/elastic"), card_of(hub, "me/again")

@@ -359,3 +359,10 @@ def test_a_fuzzed_index_is_refused_or_right(exported, model, tmp_path_factory, d
         return
     ids = torch.arange(1, 9)[None]
     assert difference(loaded(ids).logits, model(ids, flextron_budget="0.15").logits) < 1e-5
+
+
+def test_a_package_of_another_version_writes_no_levels(tmp_path, monkeypatch):
+    monkeypatch.setattr("flextron_trainer.publishing.push.VERSION", "9.0.0")
+    with pytest.raises(ValueError, match=r"`flextron`='9.0.0'.*which its levels are written for"):
+        elastic_of("mha").export(tmp_path / "elastic")
+    assert not any(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from flextron_trainer.evaluation.plots import plot_routing
 from flextron_trainer.export.dense import dense_card, export_dense
-from flextron_trainer.measuring.latency import entry_of, measure_latency
+from flextron_trainer.measuring.latency import entry_of, measure_latency, write_table
 from flextron_trainer.publishing.card import plot_frontier, write_model_card
 from flextron_trainer.publishing.markdown import literal
 from flextron_trainer.training.router_stage import add_token_routers
@@ -75,7 +75,7 @@ def card_with(names: list[str], saved) -> ModelCard:
     config.parent_name = name[8]
     config.parent_license = {"license": name[9], "license_name": name[9], "license_link": name[9]}
     config.training_runs = [{name[10]: name[10], "nested": {name[10]: [name[10]]}, "steps": 3, "tokens": 5}]
-    replace(table, device=name[11]).save(folder / "latency" / "t.json")
+    write_table(replace(table, device=name[11]), folder / "latency" / "t.json")
     config.latency_tables = {"latency/t.json": entry_of(table)}
     config.validate()
     config.to_json_file(folder / "config.json")

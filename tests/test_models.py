@@ -1,7 +1,6 @@
 """What is read is whole, and is what was asked for, or is refused by name."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -95,8 +94,7 @@ def test_the_tokenizer_and_the_card_are_those_of_the_revision(saved, tmp_path):
 def test_token(saved, monkeypatch):
     """And `token` to the reader of the tokenizer, who alone could leave it out."""
     seen = {}
-    module = sys.modules[convert.__module__]
-    monkeypatch.setattr(module, "load_tokenizer", lambda source, **hub: seen.update(hub))
+    monkeypatch.setattr("flextron_trainer.data.load_tokenizer", lambda source, **hub: seen.update(hub))
     with pytest.raises(ValueError, match="Text needs a tokenizer"):
         convert(str(saved / "parent"), ["def main"], token="hf_mine")
     assert seen == {"trust_remote_code": False, "token": "hf_mine"}

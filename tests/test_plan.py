@@ -1,16 +1,20 @@
 """The memory plan: its parts, what it advises, and the peak of a real run."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import elastic_of, flextron, parent_of
 from training import VARIANT, arguments, trainer
 
+from flextron_trainer.cli.train import set_steps
+from flextron_trainer.training.expectations import MEASURED, nearest
 from flextron_trainer.training.plan import plan_memory, plan_operations
 from modeling_flextron import flops_per_token
 from modeling_flextron.frontier import held
 
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -99,3 +103,23 @@ def test_the_peak_of_a_run_is_as_planned(tmp_path, changes):
         current += event.nbytes()
         peak = max(peak, current)
     assert run.plan().total == pytest.approx(peak, rel=0.2), json.dumps(run.plan().gib())
+
+
+def test_what_tokens_bought_is_what_was_measured():
+    for each in MEASURED:
+        result = json.loads((RESULTS / f"real-{each.parent.lower()}.json").read_text())
+        assert each.parameters == result["parameters"]
+        assert {str(tokens): dict(row) for tokens, row in each.above.items()} == result["bought"]
+    assert nearest(1).parent == min(MEASURED, key=lambda each: each.parameters).parent
+    assert nearest(8_000_000_000).parent == max(MEASURED, key=lambda each: each.parameters).parent
+
+
+def test_steps_may_be_left_to_the_text(tmp_path):
+    settings = arguments(tmp_path, max_steps=-1, num_train_epochs=3)
+    set_steps(settings, "auto")
+    assert (settings.max_steps, settings.num_train_epochs) == (-1, 1)
+    set_steps(settings, "7")
+    assert settings.max_steps == 7
+    for given in ("8", "auto", "0", "some"):
+        with pytest.raises(ValueError, match=f"`steps`='{given}'"):
+            set_steps(settings, given)

@@ -61,7 +61,13 @@ def train(
     num_proc: Annotated[int | None, typer.Option(help="Processes to tokenize with.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Defaults for all arguments: {PRESETS}")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last complete checkpoint.")] = False,
-    plan: Annotated[bool, typer.Option(help="Print the memory that this would need, and stop.")] = False,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="A number as --max_steps; auto: one pass over the text, and says what tokens may buy."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option(help="Print the memory that this would need and what tokens may buy, and stop.")
+    ] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Train an elastic model at many sizes at once.
@@ -113,6 +119,8 @@ def train(
     parser = ArgumentParser(FlextronTrainingArguments)
     parser.set_defaults(**as_defaults(recipe | settings))
     (arguments,) = parser.parse_args_into_dataclasses(given)
+    if steps is not None:
+        set_steps(arguments, steps)
     named_output = "output_dir" in settings or any(text.replace("_", "-").startswith("--output-dir") for text in given)
     if not plan and not named_output:
         rule = "The trained model is written there."
@@ -122,6 +130,8 @@ def train(
         print(expected, file=sys.stderr)
         compute = planned_compute(config, arguments, sequence_length, teacher)
         return print_result("the same command without --plan", gib=expected.gib(), **compute)
+    if steps == "auto":
+        print(bought(config), file=sys.stderr)
     if streaming and arguments.max_steps <= 0:
         rule = "A stream does not say how long it is."
         raise invalid("max_steps", arguments.max_steps, rule, "Pass --max_steps, or leave out --streaming.")
@@ -242,6 +252,33 @@ def plain_arguments(arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if isinstance(value, (str, int, float, list, dict))}
 
 
+def set_steps(arguments: Any, steps: str) -> None:
+    """Train for so many optimizer steps, or with `auto` for one pass over the text.
+
+    Raises:
+        ValueError: not a number of steps, or another number was given as well.
+    """
+    from modeling_flextron.errors import invalid
+
+    if steps != "auto" and not (steps.isdecimal() and int(steps)):
+        raise invalid("steps", steps, "It is a number of optimizer steps, or auto.", "Pass for instance 1000.")
+    wanted = -1 if steps == "auto" else int(steps)
+    if arguments.max_steps not in (-1, wanted):
+        raise invalid("steps", steps, f"max_steps says {arguments.max_steps}.", "Leave out one of them.")
+    arguments.max_steps = wanted
+    if steps == "auto":
+        arguments.num_train_epochs = 1.0
+
+
+def bought(config: Any) -> str:
+    """What tokens bought on the measured parent that is nearest in size."""
+    from modeling_flextron.subnetwork import count_parameters
+
+    from ..training.expectations import nearest
+
+    return nearest(count_parameters(config, config.built)).text()
+
+
 def planned(config: Any, arguments: Any, sequence_length: int, teacher: str | None, trust_remote_code: bool) -> Any:
     """Estimate the memory that a run would need; the weights of its teacher are counted without loading them."""
     import torch
@@ -279,7 +316,7 @@ def planned_compute(config: Any, arguments: Any, sequence_length: int, teacher: 
     if steps:
         hours = step * steps / OPERATIONS_PER_HOUR
         text += f", {steps} steps {step * steps:.2g}: {hours:.2g} hours at 100 TFLOP/s"
-    print(f"{text}.", file=sys.stderr)
+    print(f"{text}.\n{bought(config)}", file=sys.stderr)
     return {"operations_per_step": step, "steps": steps}
 
 

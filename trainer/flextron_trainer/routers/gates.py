@@ -26,17 +26,6 @@ def unit_gates(at_least: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return at_least.flip(-1).repeat_interleave(counts.flip(0), dim=-1)
 
 
-def gated_norm(norm: Any, states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """A norm of the decoder over those channels of `[..., h]` that `gate` `[h]` lets through, the others being zero."""
-    size, wide, count, bias = states.shape[-1], states.float(), gate.sum(), getattr(norm, "bias", None)
-    if bias is not None:  # a layer norm, which takes the mean off
-        wide = wide - (wide * gate).sum(-1, keepdim=True) / count
-    mean_square = (wide.square() * gate).sum(-1, keepdim=True) / count
-    result = norm.weight[:size] * (wide * (mean_square + norm.eps).rsqrt())
-    result = result if bias is None else result + bias[:size]
-    return (result * gate).to(states.dtype)
-
-
 class RelaxedSizes:
     """One choice in every place, the same for all tokens, as gates.
 
@@ -56,7 +45,7 @@ class RelaxedSizes:
 
     def norm(self, module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """A norm over the chosen channels."""
-        return module(hidden_states) if self.channels is None else gated_norm(module, hidden_states, self.channels)
+        return module(hidden_states) if self.channels is None else module(hidden_states, self.channels)
 
     def attend(self, module: Any, hidden_states: torch.Tensor, heads: int | None, **kwargs) -> torch.Tensor:
         """The attention of a layer with gates on its heads."""
