@@ -24,7 +24,7 @@ AUTO_MAP = {
 }
 
 
-def place_of(keywords: dict[str, Any]) -> dict[str, Any]:
+def where_in_repo(keywords: dict[str, Any]) -> dict[str, Any]:
     """Of the keywords of a load those that say where in a repo its files are."""
     return {name: keywords[name] for name in WHERE if keywords.get(name)}
 
@@ -65,7 +65,7 @@ class StoredConfig(PreTrainedConfig):
         if "model_type" not in found:
             rule = f"There is no {CONFIG_NAME}, or it names no `model_type`."
             raise invalid("config", str(pretrained_model_name_or_path), rule, remedy)
-        return {**found, "_name_or_path": str(pretrained_model_name_or_path), "_read_at": place_of(kwargs)}, rest
+        return {**found, "_name_or_path": str(pretrained_model_name_or_path), "_read_at": where_in_repo(kwargs)}, rest
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -28,7 +28,7 @@ from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 from .adapters import fit_adapter, name_default_targets, read_adapter
 from .budgets import parse_budget, resolve
 from .checkpoint import undisturbed
-from .config_files import place_of
+from .config_files import where_in_repo
 from .configuration_flextron import FlextronConfig
 from .errors import invalid, refuse_misspelt
 from .fit import fit
@@ -94,7 +94,7 @@ class LoadingMixin(PreTrainedModel):
         if isinstance(config, PreTrainedConfig):
             config.check_still_there(str(source), kwargs.get("subfolder") or "")
             config = copy.deepcopy(config)
-            config._read_at = place_of(kwargs)
+            config._read_at = where_in_repo(kwargs) or config._read_at
             for key in ("flextron_budget", "flextron_context"):
                 if key in kwargs:
                     setattr(config, key, kwargs.pop(key))

@@ -133,11 +133,14 @@ def find_publisher() -> Any:
     """
     try:
         publisher = importlib.import_module("flextron_trainer.publishing.push")
+        installed = publisher.VERSION
     except ModuleNotFoundError as error:
-        if not (error.name or "flextron_trainer").startswith("flextron_trainer"):
+        if error.name == "flextron_trainer":
+            return None
+        if not str(error.name).startswith("flextron_trainer."):
             raise  # it is installed, and lacks something itself
-        return None
-    if publisher.VERSION != VERSION:
+        installed = "older"
+    if installed != VERSION:
         rule = f"The code of this model is Flextron {VERSION}, which its levels are written for."
-        raise invalid("flextron", publisher.VERSION, rule, "Load it with that package's code, or install this version.")
+        raise invalid("flextron", installed, rule, "Load it with that package's code, or install this version.")
     return publisher

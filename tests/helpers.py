@@ -128,7 +128,7 @@ class Refuse:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name.partition(".")[0] in ("modeling_flextron", "flextron_trainer"):
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse)
 """
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -364,5 +365,9 @@ def test_a_fuzzed_index_is_refused_or_right(exported, model, tmp_path_factory, d
 def test_a_package_of_another_version_writes_no_levels(tmp_path, monkeypatch):
     monkeypatch.setattr("flextron_trainer.publishing.push.VERSION", "9.0.0")
     with pytest.raises(ValueError, match=r"`flextron`='9.0.0'.*which its levels are written for"):
+        elastic_of("mha").export(tmp_path / "elastic")
+    monkeypatch.setitem(sys.modules, "flextron_trainer.publishing", None)  # as in a package from before it had one
+    monkeypatch.delitem(sys.modules, "flextron_trainer.publishing.push")
+    with pytest.raises(ValueError, match=r"`flextron`='older'.*which its levels are written for"):
         elastic_of("mha").export(tmp_path / "elastic")
     assert not any(tmp_path.iterdir())

@@ -129,7 +129,7 @@ def evaluate(
                 size = count_parameters(loaded.config, loaded.resolve_budget(meant[name]))
                 label = f"{model}, routed" if is_of_router(name) else model
                 curves.setdefault(label, []).append((size, result["loss"]))
-        plot_frontier(curves, plot)
+        plot = plot if plot_frontier(curves, plot) else None
     print_result(command("export", model, "to-upload"), model=model, dataset=dataset, results=results)
     written = plot, routing_report, Path(model, "evaluate") if write else None
     return {path: {"sequence_length": length} for path in written if path is not None}

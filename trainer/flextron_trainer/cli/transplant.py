@@ -32,7 +32,6 @@ def transplant(
     stay. Nothing is trained. Tokenizer, chat template and generation config are the variant's. `flextron evaluate` says
     what the rows are worth: figures of the base do not carry over.
     """
-
     from ..conversion.parents import place_of
     from ..conversion.transplant import transplant as run
     from ..publishing.card import write_model_card
