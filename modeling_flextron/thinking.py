@@ -71,10 +71,9 @@ class Phases:
 
     def keeps_kv_heads(self, config: Any) -> bool:
         """Whether both parts have as many KV heads in every layer that both run."""
-        if config.kv_heads(1) > 1:
-            return True  # a parent with groups has the same ones at every budget
         thinking, answer = (dict(zip(part.layers, part.heads, strict=True)) for part in (self.thinking, self.answer))
-        return all(thinking[layer] == answer[layer] for layer in thinking.keys() & answer.keys())
+        both = thinking.keys() & answer.keys()
+        return all(config.kv_heads(thinking[layer]) == config.kv_heads(answer[layer]) for layer in both)
 
 
 def read_phases(model: Any, budget: Any, tokenizer: Any = None) -> Phases:

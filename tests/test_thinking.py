@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import elastic_of, let_tokens_choose
+from helpers import elastic_of, let_tokens_choose, parent_of
 from tokenizers import Tokenizer, models
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StaticCache
 from transformers.generation import BaseStreamer, EosTokenCriteria
@@ -175,6 +175,15 @@ def test_a_static_cache_of_other_heads_is_refused_before_anything_is_written():
             with pytest.raises(ValueError, match=message):
                 model.generate(rows, flextron_budget=budgets, streamer=streamed, **options)
     assert not streamed.tokens and cache.get_seq_length() == 0
+
+
+def test_a_static_cache_of_one_kv_head_serves_every_size():
+    parent = parent_of("gqa-wide-heads", num_key_value_heads=1)
+    model, ids = elastic_of("gqa-wide-heads", parent), prompts(1)
+    small, *_ = reversed(model.config.choices("heads"))
+    budget = {"thinking": {"heads": small}, "answer": "1", "end": END}
+    found = think(model, ids, budget, cache_implementation="static", **thinks(5))
+    assert small < model.built.heads[0] and torch.equal(found, think(model, ids, budget, **thinks(5)))
 
 
 def tokenizer(words: dict[int, str], template: str | None = None, response: dict | None = None):
