@@ -7,7 +7,7 @@ quantization and what is said of missing tensors are the same for both.
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["flextron"] = "FlextronForCausalLM"
 MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["flextron"] = "FlextronForSequenceClassification"
 
 
+def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keywords of `from_pretrained` that say where files are: `revision`, `token`, `cache_dir` and the like."""
+    return {key: kwargs[key] for key in HUB_DEFAULTS if key in kwargs}
+
+
 class LoadingMixin(PreTrainedModel):
     """`from_pretrained` and `load_adapter` of a model that may be smaller than what is stored."""
 
@@ -77,7 +82,7 @@ class LoadingMixin(PreTrainedModel):
                 model, info = super().from_pretrained(source, *args, config=config, **kwargs)
                 refuse_blocks(info["unexpected_keys"])
                 if source is not None and model.permutation is None:
-                    hub = {key: kwargs[key] for key in HUB_DEFAULTS if key in kwargs}
+                    hub = hub_options(kwargs)
                     model.permutation = read_permutation(model, model.name_or_path, **hub)
             else:
                 model, info = cls._load_parts(source, config, *args, **kwargs)
@@ -99,7 +104,7 @@ class LoadingMixin(PreTrainedModel):
                 if key in kwargs:
                     setattr(config, key, kwargs.pop(key))
         else:
-            kept = loading | {key: kwargs[key] for key in HUB_DEFAULTS if key in kwargs}
+            kept = loading | hub_options(kwargs)
             ours = {key: value for key, value in kwargs.items() if key not in loading}
             config, rest = cls.config_class.from_pretrained(config or source, return_unused_kwargs=True, **ours)
             kwargs = rest | kept

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import modeling_flextron
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronPreTrainedModel
 from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
-from modeling_flextron.loading import HUB_DEFAULTS
 
 from .hub import retried
 
@@ -80,11 +79,6 @@ def read_config(
     with reading(argument, source):
         config, _ = retried(lambda: kind.from_pretrained(source, **kwargs))
     return config
-
-
-def hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keywords of `from_pretrained` that say where files are: `revision`, `token`, `cache_dir` and the like."""
-    return {key: kwargs[key] for key in HUB_DEFAULTS if key in kwargs}
 
 
 def file_of(source: str | os.PathLike, name: str, **hub: Any) -> str | None:

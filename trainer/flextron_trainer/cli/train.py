@@ -130,7 +130,7 @@ def train(
         print(expected, file=sys.stderr)
         compute = planned_compute(config, arguments, sequence_length, teacher)
         return print_result("the same command without --plan", gib=expected.gib(), **compute)
-    if steps == "auto":
+    if steps == "auto" and arguments.stage == "elastic":
         print(bought(config), file=sys.stderr)
     if streaming and arguments.max_steps <= 0:
         rule = "A stream does not say how long it is."

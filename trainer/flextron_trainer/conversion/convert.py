@@ -22,12 +22,13 @@ from modeling_flextron import FlextronConfig, FlextronForCausalLM
 from modeling_flextron.config_checks import LICENSE_FIELDS
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.frontier import held
+from modeling_flextron.loading import hub_options
 from modeling_flextron.permutation import ROTATED
 from modeling_flextron.subnetwork import SubNetwork
 
 from ..data import calibration_batches, hold_out, known_tokenizer
 from ..layerwise import portions_of
-from ..models import file_of, hub_options
+from ..models import file_of
 from .corrections import add_corrections, train_corrections
 from .importance import CONTROLS, fingerprint, fingerprint_of_data, read_or_measure
 from .moment_files import moment_files

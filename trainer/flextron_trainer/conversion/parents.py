@@ -12,8 +12,9 @@ from transformers.utils import CONFIG_NAME, extract_commit_hash, find_adapter_co
 
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import family_of
+from modeling_flextron.loading import hub_options
 
-from ..models import file_of, hub_options, load_stock, read_config, reading
+from ..models import file_of, load_stock, read_config, reading
 
 # Config field -> the one value of it that our decoder computes, of any family; see `Family.supported`.
 SUPPORTED = {"is_causal": True, "alibi": False, "num_local_experts": None, "num_experts": None}

@@ -20,12 +20,13 @@ from modeling_flextron.adapters import refuse_adapters
 from modeling_flextron.corrections import owner_number
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import axes, family_of, from_stock, is_shared, layer_of, stock_name
+from modeling_flextron.loading import hub_options
 from modeling_flextron.permutation import Permutation
 from modeling_flextron.subnetwork import AXES
 from modeling_flextron.switching import quantization_method
 
 from ..data import check_tokens, known_tokenizer
-from ..models import hub_options, load_elastic
+from ..models import load_elastic
 from .convert import origin_of
 from .parents import commit_of, place_of, plain_parent, tensor_of
 from .sizes import family_config

@@ -1,7 +1,6 @@
 """Scores of every sub-network on the tasks of EleutherAI's lm-eval, on one model that stays loaded."""
 
 import importlib.metadata
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.configuration_flextron import VERSION
-from modeling_flextron.errors import invalid
+from modeling_flextron.errors import invalid, is_number
 from modeling_flextron.frontier import held
 
 
@@ -96,7 +95,7 @@ def task_scores(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             # Some metrics have no standard error, and say so in words.
-            if task not in inner and comma and isinstance(value, (int, float)) and math.isfinite(value):
+            if task not in inner and comma and is_number(value):
                 scores["/".join([task, *([kind] if kind != "none" else []), metric])] = float(value)
         if scores:
             result[task] = scores

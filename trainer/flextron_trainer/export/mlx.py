@@ -4,7 +4,6 @@ It is written as mlx-lm's `openelm`, which has sizes for every layer: a LLaMA wi
 keys where the parent has them.
 """
 
-import json
 import os
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from modeling_flextron import FlextronConfig
-from modeling_flextron.checkpoint import write_beside
+from modeling_flextron.checkpoint import write_beside, write_json
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
 from modeling_flextron.families import layer_of
@@ -65,8 +64,7 @@ def export_mlx(
     model = load_elastic(source, flextron_budget=subnetwork.to_dict())
     with write_beside(output) as folder:
         save_torch_state_dict(openelm_tensors(model), folder)
-        text = json.dumps(openelm_config(config, subnetwork), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "config.json", openelm_config(config, subnetwork))
         model.generation_config.save_pretrained(folder)
         if (tokenizer := known_tokenizer(source, trust_remote_code=trust_remote_code)) is not None:
             tokenizer.save_pretrained(folder)

@@ -1,6 +1,5 @@
 """`FlextronTrainingArguments`: the ordinary `TrainingArguments` and what elastic training adds to them."""
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
@@ -10,7 +9,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from modeling_flextron.errors import invalid, require_int
+from modeling_flextron.errors import invalid, is_number, require_int
 
 from ..blockwise import INPUTS, PARAMETERS
 from ..losses import CHUNK_SIZE
@@ -156,12 +155,12 @@ class FlextronTrainingArguments(TrainingArguments):
         require_int("subnetworks_per_step", self.subnetworks_per_step, minimum=2 if self.sampler == "sandwich" else 1)
         require_int("loss_chunk_size", self.loss_chunk_size)
         for name in ("kd_weight", "ce_weight", "router_learning_rate", "latency_weight"):
-            if not _number(getattr(self, name)) or getattr(self, name) < 0:
+            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
                 raise invalid(name, getattr(self, name), "It must be a number of at least 0.", "Pass a float.")
         if self.kd_weight == 0 and self.ce_weight == 0:
             rule = "With `kd_weight` 0 as well nothing would be learned."
             raise invalid("ce_weight", self.ce_weight, rule, "Give one of them a positive weight.")
-        if not _number(self.temperature) or self.temperature <= 0:
+        if not is_number(self.temperature) or self.temperature <= 0:
             raise invalid("temperature", self.temperature, "It must be a positive number.", "Pass for instance 1.0.")
         if self.sampling_weights is not None and self.sampler != "weighted":
             rule = f"The sampler {self.sampler!r} does not use them."
@@ -237,12 +236,8 @@ class FlextronTrainingArguments(TrainingArguments):
                 yield entry.name, getattr(value, "value", value)  # of an enumeration
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _fraction(value: object) -> bool:
-    return _number(value) and 0 < value <= 1  # type: ignore[operator]
+    return is_number(value) and 0 < value <= 1  # type: ignore[operator]
 
 
 class ArgumentParser(HfArgumentParser):
