@@ -135,6 +135,7 @@ done["cached"] = isinstance(try_to_load_from_cache("me/broken", "model.level0.sa
 done["anonymous"] = refused(repo="me/private", token=False)
 done["private"] = logits(load("me/private"))
 model.push_to_hub("me/again", tags=["again"])
+done["refused"] = {}
 for name, call in {
     "tokenizer": lambda: model.push_to_hub("me/again", tokenizer="any"),
     "export": lambda: model.export("levels"),
@@ -142,7 +143,7 @@ for name, call in {
     try:
         call()
     except (ValueError, ImportError) as error:
-        done[name] = str(error)
+        done["refused"][name] = str(error)
 done["again"] = logits(load("me/again", budget=None))
 space = {}
 for code in open(hf_hub_download("me/elastic", "README.md")).read().split("```python\\n")[1:]:
@@ -355,13 +356,14 @@ class TestLoad:
         assert loaded[0]["private"] == pytest.approx(pushed["fourth"]["logits"], abs=1e-5)
 
     def test_remote_code_pushes_whole_tensors_and_keeps_the_card(self, hub, loaded):
-        """Levels and cards are written by the package, and what it would be needed for is refused without it."""
+        """Levels and cards are written by the package."""
         assert "model.safetensors" in hub.files("me/again") and len(hub.titles("me/again")) == 2
         assert loaded[0]["again"] == pytest.approx(loaded[0]["main"], abs=1e-5)
         before, after = card_of(hub, "me/elastic"), card_of(hub, "me/again")
         assert after.text == before.text and after.data.tags == [*before.data.tags, "again"]
-        assert "Call `tokenizer.push_to_hub('me/again')` as well" in loaded[0]["tokenizer"]
-        assert "`export` needs the package" in loaded[0]["export"]
+        refused = loaded[0]["refused"]
+        assert "the model is pushed alone. Call `tokenizer.push_to_hub('me/again')` as well" in refused["tokenizer"]
+        assert "`export` needs the package" in refused["export"]
 
     def test_snippets_of_the_card_run(self, loaded):
         _, home = loaded

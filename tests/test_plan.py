@@ -70,7 +70,7 @@ def test_command(tmp_path):
     output = tmp_path / "run"
     result = flextron(
         "train", tmp_path / "elastic", "stdlib", "--teacher", tmp_path / "parent", "--output_dir", output, "--use_cpu",
-        "--plan", "--sequence-length", 64, "--max_steps", 10,
+        "--plan", "--sequence-length", 64, "--steps", 10,
     )  # fmt: skip
     assert result["gib"]["total"] >= 0 and {"parameters", "activations", "logits", "available"} <= result["gib"].keys()
     assert not output.exists()
