@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Budget, Device, Trust, budget_value, command, device_or_default, dtype_named, print_result
+from .refusals import invalid
 
 
 def answers(
@@ -38,7 +39,6 @@ def answers(
     import torch
 
     from modeling_flextron import FlextronConfig
-    from modeling_flextron.errors import invalid
 
     from ..answers import write_answers
     from ..data import load_text, load_tokenizer

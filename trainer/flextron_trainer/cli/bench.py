@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Device, Model, command, device_or_default, dtype_named, local_folder, parse_numbers, print_result
+from .refusals import invalid
 
 
 def bench(
@@ -33,7 +34,6 @@ def bench(
     import torch
 
     from modeling_flextron.checkpoint import write_json
-    from modeling_flextron.errors import invalid
 
     from ..measuring.bench import bench as run
     from ..measuring.bench import tables, warnings

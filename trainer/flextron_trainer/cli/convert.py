@@ -22,6 +22,7 @@ from .options import (
     parse_numbers,
     print_result,
 )
+from .refusals import invalid
 
 
 def convert(
@@ -96,8 +97,6 @@ def convert(
     into the same folder, or into another one with `--importance FIRST/importance.safetensors`.
     What was planned and measured stays in its `config.json`, under `conversion`.
     """
-    from modeling_flextron.errors import invalid
-
     from ..conversion.convert import convert as run
     from ..conversion.parents import place_of
     from ..conversion.plan import measured, plan_conversion

@@ -19,6 +19,7 @@ from .options import (
     packed,
     print_result,
 )
+from .refusals import invalid
 
 
 def evaluate(
@@ -63,7 +64,6 @@ def evaluate(
     Example: `flextron evaluate elastic ./held-out --budget auto:0.5 --routing-report tokens.png`
     """
     from modeling_flextron import count_parameters
-    from modeling_flextron.errors import invalid
     from modeling_flextron.frontier import held
 
     from ..data import load_tokenizer

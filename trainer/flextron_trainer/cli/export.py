@@ -18,6 +18,7 @@ from .options import (
     different_folders,
     print_result,
 )
+from .refusals import invalid
 
 FORMATS = ("levels", "plain", "dense", "gguf", "mlx", "onnx", "executorch", "openvino")
 
@@ -52,8 +53,6 @@ def export(
 
     Example: `flextron export elastic program --format onnx --budget 0.5`
     """
-    from modeling_flextron.errors import invalid
-
     from ..export.dense import export_dense
     from ..export.gguf import export_gguf
     from ..export.mlx import export_mlx

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Budget, Device, Model, Trust, budget_value, command, device_or_default, print_result
+from .refusals import invalid
 
 
 def generate(
@@ -29,7 +30,6 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from modeling_flextron.errors import invalid
     from modeling_flextron.thinking import is_phased
 
     from ..conversations import written

@@ -10,6 +10,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from .refusals import invalid
+
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a Flextron model.", show_default=False)]
 Output = Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="Where to run, such as cuda; by default a GPU when there is one.")]
@@ -129,8 +131,6 @@ def cell(value: Any) -> str:
 
 def parse_numbers(name: str, text: str | None) -> list[int | float] | None:
     """Parse `1,0.75,512`, the value of option `name`."""
-    from modeling_flextron.errors import invalid
-
     if text is None:
         return None
     try:
@@ -141,8 +141,6 @@ def parse_numbers(name: str, text: str | None) -> list[int | float] | None:
 
 def budget_value(text: str | None) -> Any:
     """A budget as typed: JSON fields, or the grammar's own text."""
-    from modeling_flextron.errors import invalid
-
     if not text or not text.lstrip().startswith("{"):
         return text
     try:
@@ -163,8 +161,6 @@ def copy_tokenizer(source: str, output: Path, trust_remote_code: bool) -> None:
 
 def fitting_length(length: int | None, config: Any) -> int:
     """Tokens of a sample: as asked for, and by default 1024 or as many as the model has positions for."""
-    from modeling_flextron.errors import invalid
-
     limit = config.max_position_embeddings
     if length is not None and config.learned_positions and length > limit:
         rule = f"The model has {limit} learned positions."
@@ -180,8 +176,6 @@ def packed(
 
     Conversations among them bring document boundaries to all, because a batch has them or has none.
     """
-    from modeling_flextron.errors import invalid
-
     from ..data import holds_conversations, load_text, pack
     from ..evaluation.quality import name_of
 
@@ -204,8 +198,6 @@ def packed(
 def device_or_default(device: str | None) -> str:
     import torch
 
-    from modeling_flextron.errors import invalid
-
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -219,8 +211,6 @@ def device_or_default(device: str | None) -> str:
 def dtype_named(name: str) -> Any:
     """The dtype of torch with this name, or `"auto"`."""
     import torch
-
-    from modeling_flextron.errors import invalid
 
     dtype = getattr(torch, name, None)
     if name != "auto" and not isinstance(dtype, torch.dtype):
@@ -243,8 +233,6 @@ def local_folder(model: str) -> Path:
 
 def must_be_a_model(folder: Path) -> None:
     """Refuse what is not the folder of a saved model."""
-    from modeling_flextron.errors import invalid
-
     if not (folder / "config.json").is_file():
         rule = "It is not the folder of a saved model."
         raise invalid("folder", str(folder), rule, "Pass the output of `flextron convert` or `flextron train`.")
@@ -252,8 +240,6 @@ def must_be_a_model(folder: Path) -> None:
 
 def different_folders(source: str, output: Path, file: bool = False) -> None:
     """Refuse to write over what is read, and where a file is, unless `output` is one."""
-    from modeling_flextron.errors import invalid
-
     if output.is_file() and not file:
         raise invalid("output", str(output), "There is a file of this name.", "Pass the path of a folder.")
     if Path(source).exists() and output.exists() and output.samefile(source):

@@ -23,6 +23,7 @@ from .options import (
     parse_numbers,
     print_result,
 )
+from .refusals import invalid
 from .verbs import refuse_unknown, write_options
 
 STREAMED_EVAL_ROWS = 64
@@ -97,7 +98,6 @@ def train(
     `--latency_weight`. The trained model, its card and its plot end up in `--output_dir`.
     """
     from modeling_flextron import FlextronConfig
-    from modeling_flextron.errors import invalid
 
     from ..data import collator, load_tokenizer, mixed
     from ..models import read_config
@@ -208,8 +208,6 @@ def places_and_options(context: typer.Context) -> tuple[list[Any], list[str]]:
     Raises:
         ValueError: there is no model.
     """
-    from modeling_flextron.errors import invalid
-
     names = "model", "dataset"
     kept = {"dataset": None, **(context.default_map or {})}
     typed = [name for name in names if getattr(context.get_parameter_source(name), "name", None) == "COMMANDLINE"]
@@ -258,8 +256,6 @@ def set_steps(arguments: Any, steps: str) -> None:
     Raises:
         ValueError: not a number of steps, or another number was given as well.
     """
-    from modeling_flextron.errors import invalid
-
     if steps != "auto" and not (steps.isdecimal() and int(steps)):
         raise invalid("steps", steps, "It is a number of optimizer steps, or auto.", "Pass for instance 1000.")
     wanted = -1 if steps == "auto" else int(steps)
@@ -329,8 +325,6 @@ def held_out(rows: Any, dataset: str, streaming: bool, seed: int) -> tuple[Any, 
     Raises:
         ValueError: there are no samples beside those for evaluation.
     """
-    from modeling_flextron.errors import invalid
-
     if not streaming:
         if len(rows) < 2:
             rule = "It is one sample, of which none can be kept from training to evaluate on."

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Model, Trust, command, print_result
+from .refusals import invalid
 
 
 def ui(
@@ -22,8 +23,6 @@ def ui(
     It is the Space of `examples/space/`, which runs the code of the model's repo; here that of this package runs. Needs
     `pip install "flextron[ui]"`. Ends with Ctrl-C.
     """
-    from modeling_flextron.errors import invalid
-
     from ..models import read_config
 
     try:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import json_output
+from .refusals import invalid
 
 # Of one call, not of what it does.
 NOT_KEPT = ("config", "as_json", "preset", "plan", "resume")
@@ -31,8 +32,6 @@ def read_options(context: typer.Context, path: Path | None) -> None:
     if path is None:
         return
     import yaml
-
-    from modeling_flextron.errors import invalid
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -60,8 +59,6 @@ def as_typed(value: Any, multiple: bool) -> Any:
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
     """Refuse options that a verb does not have, with the ones that look most alike."""
-    from modeling_flextron.errors import invalid
-
     known = list(known)
     for name in names:
         if name not in known:
