@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from flextron_trainer.data import load_text, pack
 from flextron_trainer.demo import train_tokenizer
+from flextron_trainer.files import write_json
 from flextron_trainer.measuring.bench import against, interleaved, machine
-from modeling_flextron.checkpoint import write_json
 
 __all__ = [
     "add_run_options", "against", "interleaved", "machine", "peak_bytes", "run_settings", "save", "stdlib_blocks",

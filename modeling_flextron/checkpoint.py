@@ -6,12 +6,11 @@ process is killed, until the next save. Whoever reads weights (`undisturbed`) re
 files are no longer those that were there at the beginning: a file is opened by its name when its time comes.
 """
 
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,28 +54,6 @@ def write_beside(target: str | os.PathLike, variant: str | None = None) -> Itera
                 _replace(folder, target, variant)
         else:
             _appear(folder, target)
-
-
-@contextmanager
-def write_file_beside(target: str | os.PathLike) -> Iterator[Path]:
-    """Give a path to write one file at, and move the file to `target` when the block ends without an error."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with staging(target.parent, target.name) as folder:
-        yield folder / target.name
-        os.replace(folder / target.name, target)
-
-
-def strict_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that every reader takes: numbers that are not finite, which JSON does not have, are null."""
-    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(plain, indent=indent, allow_nan=False)
-
-
-def write_json(target: str | os.PathLike, value: Any) -> None:
-    """Write a value as strict JSON, and move the file to `target` when it is complete."""
-    with write_file_beside(target) as path:
-        path.write_text(strict_json(value, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -195,9 +172,7 @@ def _files_of_checkpoint(folder: str | os.PathLike) -> dict[str, tuple[int, ...]
     return found
 
 
-def _check_untouched(
-    folder: str | os.PathLike, before: dict[str, tuple[int, ...]], cause: Exception | None = None
-) -> None:
+def _check_untouched(folder: str | os.PathLike, before: Mapping[str, Any], cause: Exception | None = None) -> None:
     if UNFINISHED in before or _files_of_checkpoint(folder) != before:
         rule = "Something was being saved into it, so that what was read may be of two checkpoints."
         remedy = "Try again when that has ended; if it was stopped in the middle, save or download it again."

@@ -15,8 +15,9 @@ from kinds import of_each_kind
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, pipeline
 
+from flextron_trainer.files import write_file_beside
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronModel
-from modeling_flextron.checkpoint import MARK, write_beside, write_file_beside
+from modeling_flextron.checkpoint import MARK, write_beside
 from modeling_flextron.level_reader import Block, StoredTensor
 
 

@@ -22,8 +22,8 @@ from flextron_trainer.cli import app
 from flextron_trainer.cli.options import as_datasets, json_output, print_result
 from flextron_trainer.data import load_text
 from flextron_trainer.demo import train_tokenizer
+from flextron_trainer.files import write_json
 from modeling_flextron import count_parameters
-from modeling_flextron.checkpoint import write_json
 
 ROOT = Path(__file__).parent.parent
 VERBS = (

@@ -10,10 +10,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_flextron.checkpoint import write_json
 from modeling_flextron.errors import invalid, require_int
 
 from .conversations import Messages, prompt_of, template_options, written
+from .files import write_json
 
 logger = logging.get_logger(__name__)
 

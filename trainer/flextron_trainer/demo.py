@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.checkpoint import write_json
 
 from . import standalone
 from .conversion.convert import convert
 from .data import collator, load_text, load_tokenizer, pack
 from .evaluation.quality import evaluate_frontier, evaluate_model, name_of
+from .files import write_json
 from .measuring.latency import measure_into
 from .models import load_stock
 from .publishing.card import plot_frontier, write_model_card

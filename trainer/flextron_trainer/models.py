@@ -14,9 +14,9 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 import modeling_flextron
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, FlextronPreTrainedModel
-from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 
+from .files import write_file_beside
 from .hub import retried
 
 

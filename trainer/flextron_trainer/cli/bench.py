@@ -33,8 +33,7 @@ def bench(
     """
     import torch
 
-    from modeling_flextron.checkpoint import write_json
-
+    from ..files import write_json
     from ..measuring.bench import bench as run
     from ..measuring.bench import tables, warnings
 

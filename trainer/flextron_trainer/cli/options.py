@@ -55,7 +55,7 @@ def print_result(*then: str, tables: Any = None, **result: Any) -> None:
     """
     from rich.console import Console
 
-    from modeling_flextron.checkpoint import strict_json
+    from ..files import strict_json
 
     if (output := json_output.get()) is not None:
         print(strict_json(result), file=output, flush=True)

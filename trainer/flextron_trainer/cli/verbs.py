@@ -78,7 +78,7 @@ def write_options(place: Path, verb: str, options: dict[str, Any]) -> None:
     """
     import yaml
 
-    from modeling_flextron.checkpoint import write_file_beside
+    from ..files import write_file_beside
 
     file = place / "run.yaml" if place.is_dir() else place.with_name(f".{place.name}.run.yaml")
     if file.exists() and not OURS.match(file.read_text(encoding="utf-8", errors="replace")):

@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.families import stored_heads
 
+from ..files import write_file_beside
 from ..layerwise import Walk, digest, portions_of
 from .moments import MOMENT_TOKENS
 

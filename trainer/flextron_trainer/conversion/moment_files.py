@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 
+from ..files import write_file_beside
 from .moments import WRITERS, Moments
 
 KEPT_FOR_NOW = 2**32  # bytes of second moments that are kept unasked while a conversion runs

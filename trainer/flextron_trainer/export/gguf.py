@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from modeling_flextron import FlextronConfig
-from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
 from modeling_flextron.subnetwork import count_parameters, is_routed
 
 from ..data import load_tokenizer
+from ..files import write_file_beside
 from ..models import load_elastic, read_config
 
 ELSEWHERE = "Use `flextron export --dense` and llama.cpp's convert_hf_to_gguf.py."

@@ -11,13 +11,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from modeling_flextron import FlextronConfig
-from modeling_flextron.checkpoint import write_beside, write_json
+from modeling_flextron.checkpoint import write_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.extraction import stock_tensors
 from modeling_flextron.families import layer_of
 from modeling_flextron.subnetwork import SubNetwork, count_parameters, is_routed
 
 from ..data import known_tokenizer
+from ..files import write_json
 from ..models import load_elastic, read_config
 
 HELD = {

@@ -22,12 +22,12 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, LatencyTable, SubNetwork
-from modeling_flextron.checkpoint import write_json
 from modeling_flextron.drafting import Watch, constant, share_draft
 from modeling_flextron.errors import invalid, require_int
 from modeling_flextron.latency import CONDITIONS, LENGTHS, MODES, device_name, is_seconds, shape_of
 from modeling_flextron.subnetwork import random_subnetwork, smallest_subnetwork
 
+from ..files import write_json
 from ..models import write_config
 
 logger = logging.get_logger(__name__)

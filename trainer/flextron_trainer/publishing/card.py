@@ -18,7 +18,6 @@ import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
 from modeling_flextron.budgets import bytes_beside
-from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.configuration_flextron import VERSION, FlextronConfig
 from modeling_flextron.extraction import stock_sizes
 from modeling_flextron.frontier import FrontierRow
@@ -28,6 +27,7 @@ from modeling_flextron.memory import in_units
 from modeling_flextron.subnetwork import SubNetwork, count_parameters, kv_cache_bytes, memory_context, weight_bytes
 from modeling_flextron.token_routing import figures_of_targets
 
+from ..files import write_file_beside
 from .levels import row_bytes
 from .markdown import code, line_of_cells, literal, plain, table_of_cells
 from .scores import is_figure, write_eval_results

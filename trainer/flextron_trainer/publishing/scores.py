@@ -10,10 +10,10 @@ from pathlib import Path
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
-from modeling_flextron.checkpoint import write_file_beside
 from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.measured import Measured
 
+from ..files import write_file_beside
 from ..hub import SCORES
 
 DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from modeling_flextron import FlextronConfig, FlextronForCausalLM
-from modeling_flextron.checkpoint import UNFINISHED, write_beside, write_file_beside, write_json
+from modeling_flextron.checkpoint import UNFINISHED, write_beside
 from modeling_flextron.errors import invalid
 from modeling_flextron.frontier import held
 from modeling_flextron.level_reader import empty_model, stored_state, stored_tensors
@@ -33,6 +33,7 @@ from modeling_flextron.modeling_flextron import FlextronRotaryEmbedding
 from modeling_flextron.permutation import FILE as PERMUTATION
 
 from ..blockwise import BlockRecipe, Errors, check_blocks, distill_blocks
+from ..files import write_file_beside, write_json
 from ..layerwise import Blocks, Text, digest, positions_of
 from ..models import kind_of, read_config, refuse_tensors, write_config
 from .arguments import FlextronTrainingArguments

@@ -24,10 +24,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modeling_flextron.checkpoint import write_file_beside, write_json
 from modeling_flextron.errors import invalid
 
 from ..data import check_tokens, known_tokenizer
+from ..files import write_file_beside, write_json
 from ..losses import SampledTeacher
 from .batches import real_tokens_of
 
