@@ -6,7 +6,7 @@ text is unknown. Under one name all rows have figures of one text: writing those
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -119,25 +119,15 @@ def record(row: Scored, name: str, figures: Mapping[str, Mapping[str, float]], o
     """
     own = figures.get(name, {})
     others = {figure for values in figures.values() for figure in values if row.measured_on(figure) != on}
-    row = _without(row, {*own, *others})
     finite = {figure: float(value) for figure, value in own.items() if math.isfinite(value)}
     if left_out := sorted(set(own) - set(finite)):
         logger.warning(f"What was measured of {name!r} is no finite number, and is left out: {left_out}.")
-    measured = {**row.measured, **dict.fromkeys(finite, on)}
-    loss = finite.pop("loss", row.loss)
-    return replace(row, loss=loss, metrics={**row.metrics, **finite}, measured=measured)
+    kept = row.by_name.keys() - own.keys() - others
+    values = {figure: value for figure, value in row.by_name.items() if figure in kept} | finite
+    measured = {figure: each for figure, each in row.measured.items() if figure in kept} | dict.fromkeys(finite, on)
+    return replace(row, loss=values.pop("loss", None), metrics=values, measured=measured)
 
 
 def forget(row: Scored) -> Scored:
     """The row without any figures."""
     return replace(row, loss=None, metrics={}, measured={})
-
-
-def _without(row: Scored, figures: Collection[str]) -> Scored:
-    """The row without some figures, and without what stands behind them."""
-    return replace(
-        row,
-        loss=None if "loss" in figures else row.loss,
-        metrics={name: value for name, value in row.metrics.items() if name not in figures},
-        measured={name: on for name, on in row.measured.items() if name not in figures},
-    )
