@@ -25,9 +25,7 @@ from .errors import invalid
 from .families import ELASTIC, MODULES, at_layer, axes, layer_of
 from .permutation import Permutation
 
-REMEDY = (
-    "Merge it (`merge_and_unload()`), or load the model at this budget and train the adapter there; LoRA is sliced."
-)
+REMEDY = "Merge it (`merge_and_unload()`), or train it on the model loaded at this budget; LoRA is sliced."
 # What the dimensions of an adapter's tensor count: outputs and inputs of the layer it is on, or something of its own.
 PARTS = {
     "lora_A": "rI", "lora_B": "Or", "lora_E": "rr", "lora_embedding_A": "rO", "lora_embedding_B": "Ir",
@@ -244,10 +242,11 @@ def part_dims(match: re.Match[str], shape: Iterable[int]) -> tuple[str, ...] | N
     return tuple(chain.from_iterable({"O": (outputs,), "I": inputs, "r": ("",)}[letter] for letter in letters))
 
 
-def fit_adapter(model: Any, tensors: dict[str, Any], prefix: str = "") -> None:
+def fit_adapter(model: Any, tensors: dict[str, Any], prefix: str = "", *_: Any) -> None:
     """Put an adapter, in place, into the order of a model and cut it to its size; leave any other tensor alone.
 
     Its tensors have, behind `prefix`, the names of the model, in which PEFT has put its layers, or those of a file.
+    What torch tells a hook of `load_state_dict` beside these is not read.
 
     Raises:
         ValueError: the adapter is of another size that cannot be cut, or of a kind that cannot be put into another
@@ -340,9 +339,7 @@ def _needs_order(model: Any, config: Any, parts: dict[str, re.Match[str]], dims:
         remedy = "Merge it into the parent and convert that, or train an adapter on this model."
         raise invalid("adapter", name, rule, remedy)
     if theirs is None and permutation is not None:
-        rule = (
-            "It cannot be told whether it was trained on this model or on its parent, whose units have another order."
-        )
+        rule = "It cannot be told whether it was trained on this model or on its parent, which has another order."
         ours = repr(model.name_or_path) if model.name_or_path else "a folder into which this model was saved"
         parent = repr(model.config.parent_name) if model.config.parent_name else "the folder or id of the parent"
         remedy = f"Write which of them into its adapter_config.json, as `base_model_name_or_path`: {ours}, or {parent}."
@@ -369,9 +366,7 @@ def _layer_numbers(model: Any, config: Any, found: set[int], theirs: bool) -> di
     moved = chosen and any(place != {number: number for number in found} for place in places)
     if places and not moved and all(place == places[0] for place in places):
         return places[0]
-    rule = (
-        f"It cannot be told which of this model's layers {list(built)} are meant, of which some others were left out."
-    )
+    rule = f"It cannot be told which of this model's layers {list(built)} are meant: others were left out."
     remedy = "Load it on the whole family, or on the model that it was trained on, with all layers adapted."
     raise invalid("adapter", f"layers {sorted(found)}", rule, remedy)
 

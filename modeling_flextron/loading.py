@@ -18,11 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files, resolve_revision
 
 from .adapters import fit_adapter, name_default_targets, read_adapter
@@ -62,7 +58,7 @@ class LoadingMixin(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         name_default_targets()
         self._permutation: Permutation | None = None
-        self.register_load_state_dict_pre_hook(fit_loaded)
+        self.register_load_state_dict_pre_hook(fit_adapter)  # how PEFT loads one
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -145,9 +141,8 @@ class LoadingMixin(PreTrainedModel):
         model.config.name_or_path = model.name_or_path = model.base_model.name_or_path = str(base)
         model.permutation = read_permutation(model, base, **hub)
         if model.can_generate() and kwargs.get("generation_config") is None:
-            model.adjust_generation_fn(
-                None, False, None, base, trust_remote_code=kwargs.get("trust_remote_code"), **hub
-            )
+            hub_and_trust = {**hub, "trust_remote_code": kwargs.get("trust_remote_code")}
+            model.adjust_generation_fn(None, False, None, base, **hub_and_trust)
         if adapter is not None:
             name = kwargs.get("adapter_name", "default")
             hub |= {"revision": revision}
@@ -172,11 +167,6 @@ class LoadingMixin(PreTrainedModel):
             state_dict, checkpoint_files = read_adapter(state_dict, checkpoint_files), None
             fit_adapter(model, state_dict)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
-
-
-def fit_loaded(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Put the adapter in a state dict into a model's order and size; torch calls it before PEFT loads one."""
-    fit_adapter(model, state_dict, prefix)
 
 
 def find_files(
