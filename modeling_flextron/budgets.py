@@ -63,12 +63,14 @@ _FORMS = (
     " the frontier, the fields of a SubNetwork, `'auto'` or `'auto:0.5'`."
 )
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)\s*"
-_COUNT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_BYTES = {
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+_UNITS: dict[str, dict[str, float]] = {  # kind of budget -> what follows its number -> how much one is
+    "parameters": {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12},
+    "memory": {
+        "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+        "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+    },
+    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
 }  # fmt: skip
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 def parse_budget(value: Any) -> Budget:
@@ -104,12 +106,10 @@ def _parse_text(text: str) -> Budget:
     if match := re.fullmatch(_NUMBER, stripped):
         number = float(stripped)
         return parse_budget(int(number) if number > 1 and number.is_integer() else number)
-    if match := re.fullmatch(_NUMBER + r"([KMBT])", stripped, re.IGNORECASE):
-        return Budget("parameters", _positive(text, float(match[1]) * _COUNT[match[2].upper()]))
-    if match := re.fullmatch(_NUMBER + r"([KMGT]i?B)", stripped, re.IGNORECASE):
-        return Budget("memory", _positive(text, float(match[1]) * _BYTES[match[2].upper()]))
-    if match := re.fullmatch(_NUMBER + r"(us|ms|s)", stripped):
-        return Budget("latency", _positive(text, float(match[1]) * _SECONDS[match[2]]))
+    if match := re.fullmatch(_NUMBER + r"([A-Za-z]+)", stripped):
+        for kind, units in _UNITS.items():
+            if unit := units.get(match[2] if kind == "latency" else match[2].upper()):
+                return Budget(kind, _positive(text, float(match[1]) * unit))
     if match := re.fullmatch(r"(loss|ppl)\s*<=\s*" + _NUMBER, stripped, re.IGNORECASE):
         limit = _positive(text, float(match[2]))
         return Budget("loss", math.log(limit) if match[1].lower() == "ppl" else limit)
@@ -154,11 +154,9 @@ def unreached(rows: list[FrontierRow], parent_size: int) -> list[FrontierRow]:
 def check_names(rows: list[FrontierRow], parent_size: int) -> None:
     """Refuse rows that are not reached by their names."""
     for row in unreached(rows, parent_size):
-        rule, remedy = (
-            "A row is reached by its name, and this one means something else.",
-            "Begin it with a letter, such as 'small'.",
-        )
-        raise invalid(f"frontier[{rows.index(row)}]['name']", row.name, rule, remedy)
+        rule = "A row is reached by its name, and this one means something else."
+        argument = f"frontier[{rows.index(row)}]['name']"
+        raise invalid(argument, row.name, rule, "Begin it with a letter, such as 'small'.")
 
 
 def plain_budget(budget: Any) -> Any:
@@ -304,18 +302,16 @@ def _within(config: Family, budget: Any, asked: Budget) -> SubNetwork:
 
 def _priced_rows(config: Family, asked: Budget, cost: Cost) -> list[tuple[FrontierRow, float]]:
     """Rows and their costs: those that are held, and larger ones, which say how to reload."""
-    held = [(row, cost(row.subnetwork)) for row in config.frontier if row.subnetwork is not None]
-    if asked.kind == "memory":  # but a row that is called by the budget was made for it
-        called = {row.name for row, _ in held if budget_of_name(row.name) == asked}
-        held = [
-            (row, used if row.name in called else used + bytes_beside(config, row.subnetwork))
-            for row, used in held
-            if row.subnetwork is not None
-        ]
-    if asked.kind == "latency":
-        return held
-    others = [(row, row_cost(config, row, asked.kind)) for row in config.frontier if row.subnetwork is None]
-    return held + [(row, used) for row, used in others if used > cost(config.built)]
+    priced = []
+    for row in config.frontier:
+        if row.subnetwork is not None:
+            used = cost(row.subnetwork)
+            if asked.kind == "memory" and budget_of_name(row.name) != asked:  # else it was made for this very budget
+                used += bytes_beside(config, row.subnetwork)
+            priced.append((row, used))
+        elif asked.kind != "latency" and (used := row_cost(config, row, asked.kind)) > cost(config.built):
+            priced.append((row, used))
+    return sorted(priced, key=lambda entry: entry[0].subnetwork is None)  # of two that are as good the one held
 
 
 def _best_row(priced: list[tuple[FrontierRow, float]], asked: Budget, limit: float) -> FrontierRow | None:
