@@ -19,7 +19,7 @@ from .corrections import folded, number_of_owner, owned_names
 from .errors import invalid
 from .families import axes, by_stock_name, family_of, is_shared, layer_of, stock_name, to_stock
 from .permutation import Permutation
-from .subnetwork import SubNetwork, axis_sizes, count_parameters, is_routed, uniform_subnetworks
+from .subnetwork import SubNetwork, axis_sizes, is_routed, parameters_of, uniform_subnetworks
 from .switching import divided_parameters
 
 logger = logging.get_logger(__name__)
@@ -71,26 +71,21 @@ def stock_sizes(config, subnetwork: SubNetwork, pad: bool = False, snap: bool = 
     rule = misfit(config, subnetwork)
     if rule is None:
         return subnetwork
-    size, legal = count_parameters(config, subnetwork), fitting(config)
-    larger = padded(config, subnetwork)
-    smaller = max(
-        (s for s in legal if count_parameters(config, s) <= size),
-        key=lambda s: count_parameters(config, s),
-        default=None,
-    )
+    size, legal, larger = parameters_of(config), fitting(config), padded(config, subnetwork)
+    own = size(subnetwork)
+    smaller = max((s for s in legal if size(s) <= own), key=size, default=None)
     if pad and larger is not None:
         return larger
     if snap and smaller is not None:
         return smaller
-    nearest = min(legal, key=lambda s: abs(count_parameters(config, s) - size), default=None)
+    nearest = min(legal, key=lambda s: abs(size(s) - own), default=None)
     nearest_fit = nearest and f"The nearest sub-network that fits is {nearest.to_dict()}."
     remedies = [nearest_fit or "Load more of the checkpoint."]
     if larger is not None:
-        number = f"{count_parameters(config, larger):,}"
-        remedies.append(f"With `pad=True` (`--pad`) zeros fill these sizes up to {number} parameters.")
+        remedies.append(f"With `pad=True` (`--pad`) zeros fill these sizes up to {size(larger):,} parameters.")
     if smaller is not None:
-        number = f"{count_parameters(config, smaller):,}"
-        remedies.append(f"`snap=True` (`--snap`) takes the largest that fits and costs no more, {number} parameters.")
+        what = f"the largest that fits and costs no more, {size(smaller):,} parameters"
+        remedies.append(f"`snap=True` (`--snap`) takes {what}.")
     raise invalid("budget", subnetwork.to_dict(), rule, " ".join(remedies))
 
 
@@ -213,9 +208,8 @@ class ExtractionMixin(PreTrainedModel):
             logger.warning(f"Snapped to what the stock class can hold: {changes(subnetwork, target)}.")
             subnetwork = target
         with no_init_weights():
-            stock = AutoModelForCausalLM.from_config(
-                stock_config(self.config, target), dtype=self.dtype, trust_remote_code=False
-            )
+            config = stock_config(self.config, target)
+            stock = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=False)
         tensors = dict(stock_tensors(self, subnetwork, target))
         missing, unexpected = stock.load_state_dict(tensors, strict=False, assign=True)
         stock.tie_weights()
