@@ -128,9 +128,8 @@ class StaticRouter:
 
     def __init__(self, config: Shape, stored: dict[str, Any]):
         self.config, self.stored = config, stored
-        self.uniform = all(
-            all(layer == layers[0] for layer in layers) for axis in ("mlp", "heads") for layers in stored[axis]
-        )
+        per_layer = [layers for axis in ("mlp", "heads") for layers in stored[axis]]
+        self.uniform = all(layer == layers[0] for layers in per_layer for layer in layers)
 
     def scores(self, budget: float) -> dict[str, Any]:
         """The scores at a budget, interpolated between the neighbouring ones."""
@@ -207,17 +206,16 @@ class StaticRouter:
             )
             return globally + total * config.num_hidden_layers / len(kept)
 
-        begin, filled = self.preferred(scores), []
+        filled = []
         for hidden, depth in product(config.choices("hidden"), config.choices("depth")):
             start = self.preferred(scores, hidden=hidden, depth=depth)
             try:
                 filled.append(repaired(config, start, cost, limit, best, self.uniform, ("mlp", "heads")))
             except ValueError:  # too large, whatever the layers have
                 continue
-        if not filled:
-            return repaired(config, begin, cost, limit, lambda _, steps: steps[0][0]).subnetwork(
-                config
-            )  # which says so
+        if not filled:  # even the smallest sizes cost more, which this says
+            begin = self.preferred(scores)
+            return repaired(config, begin, cost, limit, lambda _, steps: steps[0][0]).subnetwork(config)
         costs = {candidate: cost(candidate.subnetwork(config)) for candidate in filled}
         using = [candidate for candidate in filled if costs[candidate] >= CLOSE * max(costs.values())]
         return min(using, key=regret).subnetwork(config)

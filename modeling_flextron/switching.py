@@ -188,10 +188,8 @@ class SwitchingMixin(PreTrainedModel):
         """Copy this model object at a sub-network, around `same` parts of it that are not copied."""
         twin = copy.deepcopy(self, {id(part): part for part in same})
         for module in (twin, twin.base_model):
-            if isinstance(
-                vars(module).get("forward"), FunctionType
-            ):  # such as torch.compile(model.forward): it runs us
-                del module.forward
+            if isinstance(vars(module).get("forward"), FunctionType):
+                del module.forward  # such as torch.compile(model.forward), which runs us
         twin.base_model._shared = True
         twin.set_budget(subnetwork)
         return twin

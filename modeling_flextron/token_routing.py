@@ -119,10 +119,8 @@ class TokenRouting:
         cost = parameters_of(config, embeddings=False)
         total = torch.as_tensor(float(cost.rest(hidden)))
         for layer, bound in zip(self.subnetwork.layers, self.subnetwork.heads, strict=True):
-            idle = bound - self._mean(
-                self.heads[layer]
-            )  # of whom there are queries and outputs, but not for this token
             total = total + cost.layer(hidden, self._mean(self.mlp[layer]), bound)
+            idle = bound - self._mean(self.heads[layer])  # there are their queries and outputs, but not for this token
             total = total - idle * config.head_dim * (2 * hidden + config.attention_bias)
         return total / config.parent_size()
 
@@ -148,9 +146,8 @@ class TokenRouting:
         # The keys and values of all heads, whichever of them this token asks.
         read = module.keys_and_values(hidden_states, kwargs["position_embeddings"], past_key_values, max(sizes), kwargs)
         if which.numel() > FEW and (mask := mask_by_rows(module.config, kwargs, read[0], which.shape[1])) is not None:
-            return self._attend_in_groups(
-                module, hidden_states, sizes, which, read, **kwargs | {"attention_mask": mask}
-            )
+            kwargs["attention_mask"] = mask
+            return self._attend_in_groups(module, hidden_states, sizes, which, read, **kwargs)
         # A kernel that reads the pages of an engine itself writes there, too: of all heads, for later tokens.
         size = max(sizes) if "k_cache" in kwargs else int(chosen.max())
         gate = torch.arange(size, device=chosen.device) < chosen[..., None]
