@@ -43,32 +43,31 @@ class FlextronGenerationMixin(GenerationMixin):
             ValueError: a budget means nothing here, or stands in a generation config; `assistant_early_exit`; or
                 `custom_generate` of a repo that is not trusted.
         """
-        check_generation(self, args, kwargs)
+        kwargs = by_name(GenerationMixin.generate, self, args, kwargs)
+        check_generation(self, kwargs)
         each = flextron_budget if is_list(flextron_budget) else [flextron_budget]
         each = [read_phases(self, one, kwargs.get("tokenizer")) if is_phased(one) else one for one in each]
         if phases := [one for one in each if isinstance(one, Phases)]:
-            given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
             settings = {"draft_budget": draft_budget, **kwargs}
-            refuse_company(phases, self.config, settings, given, self.generation_config)
+            refuse_company(phases, self.config, settings, kwargs.get("generation_config"), self.generation_config)
         if draft_budget is not None:
-            return generate_drafted(self, draft_budget, flextron_budget, args, kwargs)
+            return generate_drafted(self, draft_budget, flextron_budget, kwargs)
         if is_list(flextron_budget):
-            return generate_each(self, each, args, kwargs)
+            return generate_each(self, each, kwargs)
         if isinstance(each[0], Phases):
-            return self._think(each[0], args, kwargs)
+            return self._think(each[0], kwargs)
         subnetwork = self.resolve_budget(flextron_budget)  # once: a default that changes meanwhile is for later calls
         if kwargs.get("assistant_model") is not None:  # which would be given every keyword of this model, too
             with self.at_budget(subnetwork):
-                return super().generate(*args, **kwargs)
-        return super().generate(*args, flextron_budget=subnetwork, **kwargs)
+                return super().generate(**kwargs)
+        return super().generate(flextron_budget=subnetwork, **kwargs)
 
-    def _think(self, phases: Phases, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _think(self, phases: Phases, kwargs: dict[str, Any]) -> Any:
         """Generate at one size while the text thinks, and at another one behind it."""
-        sequences = sequences_of(args, kwargs)
+        sequences = sequences_of(kwargs)
         if sequences is not None and len(sequences) > 1:
-            return generate_each(self, [replace(phases) for _ in sequences], args, kwargs)
-        sizes = phases.behind(sequences, kwargs.get("tokenizer"))
-        return super().generate(*args, flextron_budget=sizes, **kwargs)
+            return generate_each(self, [replace(phases) for _ in sequences], kwargs)
+        return super().generate(flextron_budget=phases.behind(sequences, kwargs.get("tokenizer")), **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args, inputs_embeds: Any = None, flextron_budget: Any = None, **kwargs
@@ -115,7 +114,14 @@ class FlextronGenerationMixin(GenerationMixin):
         return None  # what is allocated before the first token cannot know the budget
 
 
-def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def by_name(function: Callable, model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name all arguments of a call of a method, but for the model."""
+    found = inspect.signature(function).bind_partial(model, *args, **kwargs).arguments
+    del found["self"]
+    return found.pop("kwargs", {}) | found
+
+
+def check_generation(model: Any, kwargs: dict[str, Any]) -> None:
     """Refuse what a generation config cannot say here, and to run code that nobody trusts.
 
     Raises:
@@ -125,8 +131,7 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if isinstance(code := kwargs.get("custom_generate"), str) and not kwargs.get("trust_remote_code"):
         remedy = "Read it, and pass `trust_remote_code=True` as well."
         raise invalid("custom_generate", code, "This runs the code that lies there.", remedy)
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    for config in (given, model.generation_config):
+    for config in (kwargs.get("generation_config"), model.generation_config):
         for name in ("flextron_budget", "draft_budget"):
             if getattr(config, name, None) is not None:
                 rule = "A budget is an argument of `generate`, and no part of a generation config."
@@ -139,7 +144,7 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             raise invalid("assistant_early_exit", early, rule, remedy)
 
 
-def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, kwargs: dict[str, Any]) -> Any:
     """`model.generate` at `flextron_budget` with a draft at `draft_budget`, or with the one that `"auto"` chooses.
 
     Raises:
@@ -149,22 +154,22 @@ def generate_drafted(model: Any, draft_budget: Any, flextron_budget: Any, args: 
     if kwargs.get("assistant_model") is not None:
         rule = "The `assistant_model` drafts already."
         raise invalid("draft_budget", draft_budget, rule, "Leave out one of the two.")
-    sequences = sequences_of(args, kwargs)
+    sequences = sequences_of(kwargs)
     if sequences is not None and len(sequences) > 1:
         rule = f"Drafts are written for one sequence at a time, and the batch has {len(sequences)}."
         raise invalid("draft_budget", draft_budget, rule, "Leave it out, or make one call for each sequence.")
     verifier = model.resolve_budget(flextron_budget)
     if draft_budget != "auto":
         draft = share_draft(model, _resolve(model, draft_budget, verifier), **kwargs)
-        return model.generate(*args, flextron_budget=verifier, assistant_model=draft, **kwargs)
+        return model.generate(flextron_budget=verifier, assistant_model=draft, **kwargs)
     drafts: Drafts = model.drafts
     chosen = drafts.choose(model, verifier)
     if chosen is None:
-        return model.generate(*args, flextron_budget=verifier, **kwargs)
+        return model.generate(flextron_budget=verifier, **kwargs)
     subnetwork, length = chosen
     draft = share_draft(model, subnetwork, **constant(length))
     watch = Watch(kwargs.pop("streamer", None))
-    result = model.generate(*args, flextron_budget=verifier, assistant_model=draft, streamer=watch, **kwargs)
+    result = model.generate(flextron_budget=verifier, assistant_model=draft, streamer=watch, **kwargs)
     drafts.add(verifier, subnetwork, *watch.kept(length))
     return result
 
@@ -188,10 +193,10 @@ def is_list(budget: Any) -> bool:
     return isinstance(budget, (list, tuple))
 
 
-def sequences_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
+def sequences_of(kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Find the sequences that a call of `generate` is to continue; None without any."""
     given = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
-    return next((value for value in (*args[:1], *given) if value is not None), None)
+    return next((value for value in given if value is not None), None)
 
 
 def rows_of(model, budgets: list, batch: int) -> dict[Any, torch.Tensor]:
@@ -216,8 +221,7 @@ def per_row(forward: Callable) -> Callable:
     def each(self, *args, flextron_budget: Any = None, **kwargs):
         if not is_list(flextron_budget):
             return forward(self, *args, flextron_budget=flextron_budget, **kwargs)
-        given = inspect.signature(forward).bind(self, *args).arguments | kwargs
-        given.pop("self")
+        given = by_name(forward, self, args, kwargs)
         _refuse(given, *_OF_ONE_SIZE)
         batch = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         logits: torch.Tensor | None = None
@@ -233,16 +237,14 @@ def per_row(forward: Callable) -> Callable:
     return each
 
 
-def generate_each(model, budgets: list, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def generate_each(model, budgets: list, kwargs: dict[str, Any]) -> torch.Tensor:
     """`model.generate` for a list of budgets, one for each sequence.
 
     Returns:
         Ids `[rows, longest]`, padded on the right.
     """
-    if args:
-        kwargs = {"inputs": args[0], **dict(zip(("generation_config",), args[1:], strict=False)), **kwargs}
     _refuse(kwargs, "past_key_values", "cache", "return_dict_in_generate", "streamer")
-    batch = sequences_of((), kwargs)
+    batch = sequences_of(kwargs)
     if batch is None:
         raise invalid("inputs", None, "A list of budgets needs the sequences that they are for.", "Pass `input_ids`.")
     found: dict[int, torch.Tensor] = {}

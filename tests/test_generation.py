@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import all_sizes, difference, elastic_of
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from modeling_flextron import FlextronConfig, FlextronForSequenceClassification
 
@@ -62,6 +62,16 @@ def test_generate(elastic, padded):
     with elastic.at_budget(budgets[0]):  # None is the default of the moment
         some = elastic.generate(ids, attention_mask=mask, flextron_budget=[None] * 5, **options)
     assert torch.equal(some[:, :9], ids)
+
+
+def test_every_positional_argument_counts(elastic, padded):
+    ids, mask = padded
+    options = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    only_five = LogitsProcessorList([SuppressTokensLogitsProcessor([i for i in range(96) if i != 5])])
+    written = elastic.generate(ids, None, only_five, flextron_budget=budgets_of(elastic), **options)[:, 9:]
+    assert (written == 5).all()
+    with pytest.raises(TypeError, match="multiple values"):
+        elastic.generate(ids, flextron_budget=budgets_of(elastic), inputs=ids, **options)
 
 
 @torch.no_grad()
