@@ -1,6 +1,5 @@
 """Let a teacher read a text once, and keep what it predicts: for runs that then need no teacher in memory."""
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,9 +10,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modeling_flextron.errors import invalid, require_int
+from modeling_flextron.errors import invalid, is_number, require_int
 
 from ..data import collator
+from ..files import write_json
 from ..losses import CHUNK_SIZE
 from ..models import load_stock
 from .batches import read_batch
@@ -26,7 +26,6 @@ from .teacher_cache import (
     read_about,
     read_rows,
     shard_name,
-    write_about,
     write_shard,
 )
 from .teachers import check_architecture, read_by_teacher
@@ -83,7 +82,7 @@ def teach(
         require_int(name, value)
     if draws > MOST_DRAWS:
         raise invalid("draws", draws, f"At most {MOST_DRAWS} are kept.", "Pass for instance 50.")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+    if not is_number(temperature) or temperature <= 0:
         raise invalid("temperature", temperature, "It must be a positive number.", "Pass for instance 1.0.")
     if isinstance(parent, (str, os.PathLike)):
         parent = load_stock(parent, trust_remote_code=trust_remote_code, **{"dtype": "auto", **load_kwargs})
@@ -129,7 +128,7 @@ def teach(
                 total[name] += int(open_shard(path).get_tensor(ends)[-1])
             shards += 1
     total["bytes"] = sum((folder / shard_name(number)).stat().st_size for number in range(shards))
-    write_about(folder, {**about, "shards": shards, **total})
+    write_json(folder / FILE, {**about, "shards": shards, **total})
     return total
 
 
@@ -149,7 +148,7 @@ def _begin(folder: Path, about: dict[str, Any], tokenizer: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_about(folder, {**about, "shards": 0, "samples": None})
+    write_json(folder / FILE, {**about, "shards": 0, "samples": None})
 
 
 def _check_rows(path: Path, keys: torch.Tensor) -> None:

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from modeling_flextron.errors import invalid
 
 from ..data import check_tokens, known_tokenizer
-from ..files import write_file_beside, write_json
+from ..files import write_file_beside
 from ..losses import SampledTeacher
 from .batches import real_tokens_of
 
@@ -119,7 +120,8 @@ class TeacherCache:
         if len(order) != self.about["samples"]:
             rule = f"Its shards hold {len(order)} samples, and {FILE} says {self.about['samples']}."
             raise invalid("teacher", str(folder), rule, "Copy them again, or run `flextron teach` again.")
-        self._ends = [{name: ends_of(file, name) for name in ("token_ends", "entry_ends")} for file in self._files]
+        ends = [{name: file.get_tensor(name) for name in ("token_ends", "entry_ends")} for file in self._files]
+        self._ends = [{name: pad(each, (1, 0)) for name, each in both.items()} for both in ends]  # 0, where it begins
 
     @property
     def vocab_size(self) -> int:
@@ -234,11 +236,6 @@ def read_about(folder: str | os.PathLike) -> dict[str, Any]:
     return about
 
 
-def write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write what a cache says about itself."""
-    write_json(folder / FILE, about)
-
-
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"teacher-{number:05d}.safetensors"
@@ -276,8 +273,3 @@ def open_shard(path: Path) -> Any:
         rule = f"It is damaged ({error})."
         raise invalid("teacher", str(path), rule, "Delete it, and run `flextron teach` again.") from error
     return file
-
-
-def ends_of(file: Any, name: str) -> torch.Tensor:
-    """Where rows of a shard begin and end: 0, and the end of each."""
-    return torch.nn.functional.pad(file.get_tensor(name), (1, 0))
