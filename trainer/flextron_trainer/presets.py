@@ -26,6 +26,7 @@ from modeling_flextron.errors import invalid
 
 from .conversion.convert import convert
 from .conversion.sizes import elastic_config
+from .publishing.markdown import table_of_cells
 
 # In the installed package, or in a checkout.
 FOLDER = next(p for p in (Path(__file__).with_name("presets"), Path(__file__).parents[2] / "hub_configs") if p.is_dir())
@@ -126,10 +127,8 @@ def load_preset(name: str | os.PathLike) -> Preset:
 
 def sizes_table() -> str:
     """The sizes of all presets as a Markdown table."""
-    lines = [
-        "| preset | row | hidden | layers | mlp | heads | non-embedding | parameters | KV values per token |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    heads = "preset", "row", "hidden", "layers", "mlp", "heads", "non-embedding", "parameters", "KV values per token"
+    lines = []
     for name in names():
         config = load_preset(name).elastic_config()
         for row in config.frontier:
@@ -137,8 +136,8 @@ def sizes_table() -> str:
             sizes = (s.hidden, len(s.layers), s.mlp[0], s.heads[0])
             costs = (row.non_embedding_parameters, row.parameters, row.kv_values_per_token)
             label = f"`{name}`" if row is config.frontier[0] else ""
-            lines.append(f"| {label} | {row.name} | " + " | ".join(f"{number:,}" for number in sizes + costs) + " |")
-    return "\n".join(lines)
+            lines.append([label, row.name, *(f"{number:,}" for number in sizes + costs)])
+    return table_of_cells(heads, lines)
 
 
 if __name__ == "__main__":

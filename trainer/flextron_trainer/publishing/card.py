@@ -29,7 +29,7 @@ from modeling_flextron.token_routing import figures_of_targets
 
 from ..files import write_file_beside
 from .levels import row_bytes
-from .markdown import code, line_of_cells, literal, plain, table_of_cells
+from .markdown import code, literal, plain, table_of_cells
 from .scores import is_figure, write_eval_results
 
 TASKS = {
@@ -50,8 +50,6 @@ same weights; `flextron_budget` says which one is loaded.
 
 {notes}
 
-| budget | layers | hidden | MLP | heads |
-|---|---:|---:|---:|---:|
 {shapes}
 
 ## Use it
@@ -128,7 +126,7 @@ def write_model_card(
         paper=PAPER,
         frontier=frontier_table(model, row_bytes(folder, saved), _tables(model.config, folder)),
         notes=_notes(model, plotted),
-        shapes="\n".join(map(_shape, *zip(*_rows(model), strict=True))),
+        shapes=table_of_cells(["budget", "layers", "hidden", "MLP", "heads"], [_shape(*pair) for pair in _rows(model)]),
         training=_conversion(model.config) + _training(model.config),
         versions=versions(),
         **_uses(model, repo or folder.resolve().name, _tokenizer_in(folder)),
@@ -257,9 +255,9 @@ def _range(sizes: tuple[int, ...]) -> str:
     return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"
 
 
-def _shape(row: FrontierRow, subnetwork: SubNetwork) -> str:
+def _shape(row: FrontierRow, subnetwork: SubNetwork) -> list[str]:
     sizes = (len(subnetwork.layers), subnetwork.hidden, _range(subnetwork.mlp), _range(subnetwork.heads))
-    return line_of_cells([code(row.name), *map(str, sizes)])
+    return [code(row.name), *map(str, sizes)]
 
 
 def parent_of(config) -> str:
@@ -326,10 +324,8 @@ def _conversion(config) -> str:
     source = "" if carried is None else f" of an elastic model of {plain(str(carried.get('base')))}"
     text = f"Neurons and heads lie in the order {code(config.conversion['order'])}{source}, best first.\n\n"
     if carried is not None and carried.get("runs"):
-        text += (
-            f"Of the runs below the first {int(carried['runs'])} trained that model; what changed in it was added to"
-        )
-        text += " the weights of this one's parent.\n\n"
+        text += f"Of the runs below the first {int(carried['runs'])} trained that model; what changed in it was added"
+        text += " to the weights of this one's parent.\n\n"
     return text
 
 
@@ -338,17 +334,15 @@ def _training(config) -> str:
         return "Not trained after conversion: the smaller sizes are plain slices of the parent."
     parts = []
     for run in config.training_runs:
-        changed = "\n".join(
-            f"- {code(key)}: {code(value)}" for key, value in run.items() if key not in ("tokens", "steps")
-        )
+        arguments = ((key, value) for key, value in run.items() if key not in ("tokens", "steps"))
+        changed = "\n".join(f"- {code(key)}: {code(value)}" for key, value in arguments)
         amount = f" on {_tokens(run['tokens'])} tokens" if "tokens" in run else ""
         amount += f" in {run['steps']:,} steps" if "steps" in run else ""
         parts.append(f"`FlextronTrainer`{amount}, with these arguments that differ from their defaults:\n\n{changed}")
     seen = [run.get("tokens") for run in config.training_runs if run.get("stage") != "router"]  # which freezes them
-    total = (
-        f"\n\nThe weights were trained on {_tokens(sum(seen))} tokens in all." if len(seen) > 1 and all(seen) else ""
-    )
-    return "\n\nThen ".join(parts) + total
+    if len(seen) > 1 and all(seen):
+        parts[-1] += f"\n\nThe weights were trained on {_tokens(sum(seen))} tokens in all."
+    return "\n\nThen ".join(parts)
 
 
 def versions() -> str:
