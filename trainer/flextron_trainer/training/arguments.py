@@ -244,10 +244,6 @@ class ArgumentParser(HfArgumentParser):
     """Refuses arguments in one sentence, where the base class prints all that there are and ends the process."""
 
     def error(self, message: str) -> Any:
-        """Called with what is wrong.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refuse, with what is wrong."""
         rule = "They are those of `FlextronTrainingArguments`."
         raise invalid("arguments", message, rule, "`flextron train --help` says where they are described.")
