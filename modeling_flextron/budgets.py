@@ -32,13 +32,13 @@ from .subnetwork import (
     subnetwork_of,
 )
 from .thinking import is_phased
-from .token_routing import HasRouting, resolve_auto
+from .token_routing import resolve_auto
 
 TOLERANCE = 1.01  # of what a row may cost of the budget by which it is called: norms do not halve
 SHARE = 0.8  # of the free memory that "fit" takes: activations, and what else runs there, need some too
 
 
-class Family(HasTables, HasRouting, Protocol):
+class Family(HasTables, Protocol):
     """A config with everything that a budget may refer to."""
 
     elastic: dict[str, Any]

@@ -119,6 +119,7 @@ class Shape(Protocol):
     sliding_window: int | None
     dtype: Any
     flextron_context: int
+    token_routing: Any  # a dict, or None
 
     @property
     def built(self) -> SubNetwork:

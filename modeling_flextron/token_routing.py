@@ -42,12 +42,6 @@ class Routing(Protocol):
         """Run the MLP of a layer."""
 
 
-class HasRouting(Shape, Protocol):
-    """A config with token routing, where there is some."""
-
-    token_routing: Any  # a dict, or None
-
-
 class TokenRouter(nn.Module):
     """The need of every token, for one part of one layer; linear in the normalised hidden state."""
 
@@ -63,7 +57,7 @@ class TokenRouter(nn.Module):
         return hidden_states.float() @ weight / size**0.5 + position @ self.bias.float()
 
 
-def token_router(config: HasRouting) -> TokenRouter | None:
+def token_router(config: Shape) -> TokenRouter | None:
     """Make the router of a part of a layer, in a model whose tokens can choose."""
     if config.token_routing is None:
         return None
@@ -93,7 +87,7 @@ class TokenRouting:
         heads: Layer -> query heads `[B, S]` of every token.
     """
 
-    def __init__(self, config: HasRouting, subnetwork: RoutedSubNetwork, tokens: torch.Tensor | None = None):
+    def __init__(self, config: Shape, subnetwork: RoutedSubNetwork, tokens: torch.Tensor | None = None):
         self.config, self.subnetwork, self.tokens = config, subnetwork, tokens
         position = position_of(config, subnetwork.target)
         self.position = torch.tensor(position)
@@ -270,7 +264,7 @@ def _rows(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- in a config
 
 
-def position_of(config: HasRouting, target: float) -> list[float]:
+def position_of(config: Shape, target: float) -> list[float]:
     """Where a target lies between those of a config: one weight for each, which sum to 1."""
     targets = [entry["target"] for entry in config.token_routing["targets"]]
     for i, (low, high) in enumerate(pairwise(targets)):
@@ -280,14 +274,14 @@ def position_of(config: HasRouting, target: float) -> list[float]:
     return [float(entry == target) for entry in targets]
 
 
-def bounds_of(config: HasRouting, entry: dict[str, Any], target: float) -> RoutedSubNetwork:
+def bounds_of(config: Shape, entry: dict[str, Any], target: float) -> RoutedSubNetwork:
     """The bounds of a target of a config: its own hidden size, layers and heads, and MLPs of the full size."""
     layers = config.kept_layers(entry["layers"])
     mlp = tuple(config.built.mlp[layer] for layer in layers)
     return RoutedSubNetwork(entry["hidden"], layers, mlp, tuple(entry["heads"]), target)
 
 
-def resolve_auto(config: HasRouting, budget: Any, target: float | None) -> RoutedSubNetwork:
+def resolve_auto(config: Shape, budget: Any, target: float | None) -> RoutedSubNetwork:
     """The bounds and the target of `"auto"` (the largest target) and `"auto:0.5"`.
 
     Raises:
@@ -307,7 +301,7 @@ def resolve_auto(config: HasRouting, budget: Any, target: float | None) -> Route
     return bounds_of(config, next(entry for entry in entries if entry["target"] >= target), target)
 
 
-def check_token_routing(config: HasRouting, stored: Any) -> None:
+def check_token_routing(config: Shape, stored: Any) -> None:
     """Refuse token routing that does not fit the choices of a config."""
     remedy = "Train token routers with `router_method='token'`, or pass None for none."
     if not isinstance(stored, dict) or set(stored) != {"mlp", "heads", "targets"}:
@@ -349,7 +343,7 @@ def with_figures(stored: dict[str, Any] | None, figures: dict[str, Figures]) -> 
     return {**stored, "targets": targets}
 
 
-def narrowed_routing(config: HasRouting, narrow: Shape, layers: tuple[int, ...]) -> dict[str, Any] | None:
+def narrowed_routing(config: Shape, narrow: Shape, layers: tuple[int, ...]) -> dict[str, Any] | None:
     """The token routing of a model that holds only a part, of which `narrow` is the shape and `layers` the layers of
     the whole one: the targets whose bounds it still holds.
     """
