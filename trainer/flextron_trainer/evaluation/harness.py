@@ -49,8 +49,6 @@ def evaluate_tasks(
 
     Args:
         model: The whole family, or as much of it as the budgets need.
-        tokenizer: Of the model.
-        tasks: What to run.
         manager: `task_manager(tasks)`.
         budgets: Name -> budget; by default every row of the frontier, and then the scores are written into the
             `metrics` of the row as well.

@@ -17,10 +17,7 @@ from ..models import kind_of
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check the files of a checkpoint in levels.
-
-    Args:
-        folder: Where it lies.
+    """Check the files of a folder with a checkpoint in levels.
 
     Returns:
         `checkpoint`; `rows`, the sizes that were checked; `files` and `bytes`, how much was read.

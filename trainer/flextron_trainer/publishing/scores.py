@@ -25,12 +25,7 @@ def is_figure(value: object) -> bool:
 
 
 def write_eval_results(rows: Iterable[FrontierRow], folder: Path) -> None:
-    """Write a file for each row that has such scores, and remove those that an earlier call wrote and that are over.
-
-    Args:
-        rows: Of the frontier.
-        folder: Of the saved model.
-    """
+    """Write a file for each row that has such scores into the folder of a model; older ones that are over go."""
     written = set()
     for number, row in enumerate(rows):
         if entries := entries_of(row):

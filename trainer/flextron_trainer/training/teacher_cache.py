@@ -92,10 +92,7 @@ def read_rows(inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
 
 
 class TeacherCache:
-    """A cache that was read: a teacher of the text that it was made for.
-
-    Args:
-        folder: Of the cache.
+    """A cache that was read from its folder: a teacher of the text that it was made for.
 
     Attributes:
         about: What `teacher_cache.json` says.
@@ -160,10 +157,7 @@ class TeacherCache:
         self._find(collate([dataset[i * (len(dataset) - 1) // max(1, count - 1)] for i in range(count)]))
 
     def read(self, inputs: Mapping[str, torch.Tensor]) -> SampledTeacher:
-        """What was drawn at the tokens of a batch; at padding nothing.
-
-        Args:
-            inputs: Of the model that learns.
+        """What was drawn at the tokens of a batch for the model that learns; at padding nothing.
 
         Raises:
             ValueError: a row that the teacher has not read.
