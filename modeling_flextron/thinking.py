@@ -119,8 +119,6 @@ def refuse_company(each: Iterable[Phases], config: Any, given: Mapping[str, Any]
     """Refuse what the size cannot change in: several tokens or texts at once, and a cache of one shape.
 
     Args:
-        each: The phases of a call.
-        config: Of the model.
         given: Keywords of `generate`, which go before
         configs: the generation configs, in this order.
     """

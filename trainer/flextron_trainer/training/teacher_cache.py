@@ -129,8 +129,6 @@ class TeacherCache:
         """Refuse a run that this teacher was not read for.
 
         Args:
-            vocab_size: Of the model.
-            temperature: Of the distillation.
             tokenizer: The `processing_class` of a trainer, or None.
 
         Raises:
