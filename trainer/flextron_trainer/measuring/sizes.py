@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_flextron import FlextronConfig
 from modeling_flextron.budgets import SHARE, bytes_beside
-from modeling_flextron.errors import invalid
+from modeling_flextron.errors import invalid, is_number
 from modeling_flextron.latency import LatencyTable, device_name, table_of
 from modeling_flextron.level_blocks import index_name
 from modeling_flextron.loading import HUB_DEFAULTS, first_file
@@ -23,7 +23,6 @@ from ..hub import retried
 from ..models import reading
 from ..publishing.card import figure_cell
 from ..publishing.levels import row_bytes
-from ..publishing.scores import is_figure
 from ..tables import FittingTable, Values
 
 CONTEXTS = (1024, 4096, 16384)
@@ -67,7 +66,7 @@ def sizes_here(
         memory = {context: weights + kv_cache_bytes(config, sub, context, dtype) for context in contexts}
         entry = {"name": row.name, "parameters": row.parameters, "download": downloads.get(row.name), "memory": memory}
         entry["fits_tokens"] = max((context for context in contexts if memory[context] <= SHARE * free), default=None)
-        entry |= {name: value for name, value in row.by_name.items() if is_figure(value)}
+        entry |= {name: value for name, value in row.by_name.items() if is_number(value)}
         if table is not None:
             entry["tokens_per_second"] = table.conditions["batch"] / table.predict(sub)
         rows.append(entry)

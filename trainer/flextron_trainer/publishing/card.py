@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from modeling_flextron.budgets import bytes_beside
 from modeling_flextron.configuration_flextron import VERSION, FlextronConfig
+from modeling_flextron.errors import is_number
 from modeling_flextron.extraction import stock_sizes
 from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.latency import LatencyTable
@@ -30,7 +31,7 @@ from modeling_flextron.token_routing import figures_of_targets
 from ..files import write_file_beside
 from .levels import row_bytes
 from .markdown import code, literal, plain, table_of_cells
-from .scores import is_figure, write_eval_results
+from .scores import write_eval_results
 
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -187,7 +188,7 @@ def _measured(rows: Iterable[Figures]) -> list[tuple[str, Measured]]:
     found = dict[tuple[str, Measured], None]()
     for row in rows:
         for name, value in row.by_name.items():
-            if is_figure(value) and not name.endswith("_stderr"):
+            if is_number(value) and not name.endswith("_stderr"):
                 found[name, row.measured_on(name)] = None
     return list(found)
 
@@ -236,9 +237,9 @@ def _rows(model) -> list[tuple[FrontierRow, SubNetwork]]:
 
 
 def figure_cell(value: Any, error: Any) -> str:
-    if not is_figure(value):
+    if not is_number(value):
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" + (f" ± {error:.4f}" if is_figure(error) else "")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" + (f" ± {error:.4f}" if is_number(error) else "")
 
 
 def _tokens(count: int) -> str:

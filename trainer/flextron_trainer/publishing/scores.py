@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
+from modeling_flextron.errors import is_number
 from modeling_flextron.frontier import FrontierRow
 from modeling_flextron.measured import Measured
 
@@ -17,11 +18,6 @@ from ..files import write_file_beside
 from ..hub import SCORES
 
 DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
-
-
-def is_figure(value: object) -> bool:
-    """Whether a value can stand in a table of figures."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def write_eval_results(rows: Iterable[FrontierRow], folder: Path) -> None:
@@ -42,7 +38,7 @@ def entries_of(row: FrontierRow) -> list[EvalResultEntry]:
     """The first score of every task with a dataset of the Hub: an entry has one value, and names no metric."""
     first: dict[Measured, str] = {}
     for name, value in row.metrics.items():
-        if is_figure(value) and not name.endswith("_stderr"):
+        if is_number(value) and not name.endswith("_stderr"):
             first.setdefault(row.measured_on(name), name)
     return [
         EvalResultEntry(
