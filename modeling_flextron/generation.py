@@ -247,13 +247,14 @@ def generate_each(model, budgets: list, kwargs: dict[str, Any]) -> torch.Tensor:
     batch = sequences_of(kwargs)
     if batch is None:
         raise invalid("inputs", None, "A list of budgets needs the sequences that they are for.", "Pass `input_ids`.")
+    settings = kwargs.get("generation_config") or model.generation_config
     found: dict[int, torch.Tensor] = {}
     for subnetwork, rows in rows_of(model, budgets, len(batch)).items():
-        part = {key: _pick(value, rows, len(batch)) for key, value in kwargs.items()}
+        # What is a setting, such as the tokens that end a text, is one for all of them.
+        part = {k: value if hasattr(settings, k) else _pick(value, rows, len(batch)) for k, value in kwargs.items()}
         sequences = model.generate(**part, flextron_budget=subnetwork)
         each = len(sequences) // len(rows)  # beams or samples that come back for one sequence
         found |= {row * each + i: sequences[n * each + i] for n, row in enumerate(rows.tolist()) for i in range(each)}
-    settings = kwargs.get("generation_config") or model.generation_config
     padding = kwargs.get("pad_token_id", settings.pad_token_id)
     if padding is None:
         padding = torch.as_tensor(settings.eos_token_id or 0).flatten()[0].item()

@@ -64,6 +64,13 @@ def test_generate(elastic, padded):
     assert torch.equal(some[:, :9], ids)
 
 
+def test_a_tensor_of_settings_is_no_batch(elastic, padded):
+    ids, mask = padded
+    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "flextron_budget": budgets_of(elastic)}
+    second = elastic.generate(ids, max_new_tokens=2, eos_token_id=96, **options)[:, -1]  # which is never written
+    assert elastic.generate(ids, max_new_tokens=9, eos_token_id=second.roll(1), **options).shape[1] <= ids.shape[1] + 2
+
+
 def test_every_positional_argument_counts(elastic, padded):
     ids, mask = padded
     options = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
