@@ -127,11 +127,7 @@ def add_adapters(
 
 
 def check_sliceable(layer: Any) -> None:
-    """Refuse what replaced one of our layers, unless it is LoRA without variants.
-
-    Raises:
-        ValueError: another kind of adapter, a variant such as DoRA, or adapters chosen for each row of a batch.
-    """
+    """Refuse what replaced one of our layers, unless it is LoRA, no variant such as DoRA, and one for all rows."""
     if not isinstance(layer, peft_layers().sliceable):
         raise invalid("adapter", kind_of(layer), "This kind runs at the built size alone.", REMEDY)
     variants = [layer.lora_variant[name] for name in layer.active_adapters if name in layer.lora_variant]
@@ -213,11 +209,7 @@ def _config_at(name: str, revision: str | None) -> dict[str, Any] | None:
 
 
 def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dict[str, Any]:
-    """The tensors of an adapter, as `load_adapter` has them: a dict, or files.
-
-    Raises:
-        ValueError: there are no safetensors.
-    """
+    """The tensors of an adapter, as `load_adapter` has them: a dict, or files, of which only safetensors are read."""
     if tensors is not None:
         return dict(tensors)
     for file in files or ():

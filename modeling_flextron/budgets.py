@@ -74,11 +74,7 @@ _UNITS: dict[str, dict[str, float]] = {  # kind of budget -> what follows its nu
 
 
 def parse_budget(value: Any) -> Budget:
-    """Read a `flextron_budget` without looking at any model.
-
-    Raises:
-        ValueError: the value has no meaning in the grammar.
-    """
+    """Read a `flextron_budget` without looking at any model; refuse what has no meaning in the grammar."""
     if value is None:
         return Budget("full")
     if is_phased(value):

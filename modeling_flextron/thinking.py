@@ -118,9 +118,7 @@ def _end_of_thinking(budget: Any, end: Any, tokenizer: Any) -> int:
 def refuse_company(each: Iterable[Phases], config: Any, given: Mapping[str, Any], *configs: Any) -> None:
     """Refuse what the size cannot change in: several tokens or texts at once, and a cache of one shape.
 
-    Args:
-        given: Keywords of `generate`, which go before
-        configs: the generation configs, in this order.
+    Keywords of `generate`, in `given`, go before its generation configs, in their order.
     """
 
     def said(name: str) -> Any:
