@@ -10,13 +10,7 @@ from .modeling_flextron import (
     FlextronModel,
     FlextronPreTrainedModel,
 )
-from .subnetwork import (
-    SubNetwork,
-    count_parameters,
-    flops_per_token,
-    kv_cache_bytes,
-    weight_bytes,
-)
+from .subnetwork import SubNetwork, count_parameters, flops_per_token, kv_cache_bytes, weight_bytes
 
 # With the package installed its classes are used, also for repos whose own copy of the code is older.
 AutoConfig.register("flextron", FlextronConfig, exist_ok=True)

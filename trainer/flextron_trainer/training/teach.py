@@ -17,17 +17,7 @@ from ..files import write_json
 from ..losses import CHUNK_SIZE
 from ..models import load_stock
 from .batches import read_batch
-from .teacher_cache import (
-    FILE,
-    FORMAT,
-    Drawn,
-    draw_tokens,
-    open_shard,
-    read_about,
-    read_rows,
-    shard_name,
-    write_shard,
-)
+from .teacher_cache import FILE, FORMAT, Drawn, draw_tokens, open_shard, read_about, read_rows, shard_name, write_shard
 from .teachers import check_architecture, read_by_teacher
 
 MOST_DRAWS = 255  # how often a token was drawn is kept in a byte
