@@ -23,12 +23,9 @@ from modeling_flextron.positions import places_in_documents
 from .conversations import FORMATS, chat_columns, documents_of
 from .hub import retried
 from .losses import IGNORED
-from .reading import content_columns, load_text
+from .reading import content_columns
+from .reading import load_text as load_text  # so that text is read and packed by one module
 
-__all__ = [
-    "blocks_of", "calibration_batches", "collator", "holds_conversations", "load_text", "load_tokenizer", "mixed",
-    "pack", "tokens_of", "told_by_positions", "whole_in_blocks",
-]  # fmt: skip
 logger = logging.get_logger(__name__)
 OPEN_BLOCKS = 64  # that a conversation may still go to
 

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from modeling_flextron.adapters import refuse_adapters
 from modeling_flextron.checkpoint import write_beside
-from modeling_flextron.config_files import VERSION
+from modeling_flextron.config_files import VERSION as VERSION  # which the model asks for
 from modeling_flextron.errors import invalid
 from modeling_flextron.permutation import FILE as PERMUTATION
 from modeling_flextron.saving import refuse_shared
@@ -20,8 +20,6 @@ from modeling_flextron.switching import divided_parameters, quantization_method
 from ..hub import commit_written, retried
 from .card import write_model_card
 from .levels import write_levels
-
-__all__ = ["VERSION", "export", "push"]
 
 
 def export(model: Any, save_directory: str | os.PathLike, max_shard_size: int | str = "5GB") -> None:
