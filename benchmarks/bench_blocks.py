@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["global", "blocks", "blocks, global"])
     parser.add_argument("--corrections", type=float, default=0.0, help="share of a row's parameters")
+    parser.add_argument("--by-layer", action="store_true", help="rows whose layers differ in size")
     parser.add_argument("--budgets", type=float, nargs="+", default=[1, 0.75, 0.5, 0.25])
     parser.add_argument("--rate", type=json.loads, help='learning rates as JSON, such as {"elastic": 0.003}')
     parser.add_argument("--calibration-blocks", type=int, default=64)
@@ -125,7 +126,7 @@ def main() -> None:
         for each in sorted(RESULTS.glob("blocks-*.json")):
             print(f"{each.stem}\n\n{table(json.loads(each.read_text()))}\n")
         return
-    wanted = ("corrections", "budgets", "batch_size", "length", "calibration_blocks", "test_blocks")
+    wanted = ("corrections", "by_layer", "budgets", "batch_size", "length", "calibration_blocks", "test_blocks")
     settings = {key: value for key, value in vars(args).items() if key in wanted}
     result = json.loads(path.read_text()) if path.exists() else {"machine": machine("cpu"), "settings": settings}
     if result["settings"] != settings:
@@ -140,8 +141,9 @@ def main() -> None:
         begin = str(args.work or temporary)
         if not Path(begin, "config.json").exists():
             converted = convert(
-                parent, data[: args.calibration_blocks], budgets=args.budgets, corrections=args.corrections
-            )
+                parent, data[: args.calibration_blocks], budgets=args.budgets, corrections=args.corrections,
+                uniform=not args.by_layer,
+            )  # fmt: skip
             converted.save_pretrained(begin)
         model = load_elastic(begin)
         result["rows"] = {row: subnetwork.to_dict() for row, subnetwork in held(model.config.frontier).items()}

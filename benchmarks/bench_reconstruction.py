@@ -14,6 +14,10 @@ losses above the parent's are those of
     chosen + corrections, sequential    fitted layer by layer to what the corrected layers write, norms included
                     (--sequential)
     chosen + least squares  the first kind at full rank: the bound of what such corrections can do (--bounds)
+With --hidden 0.75, too, of sub-networks that keep so many channels of the residual stream and everything else
+    channels        those of the greatest activation
+    channels, rotated   the leading principal axes (`convert(rotate=True)`)
+    ... + corrections   the same with corrections, the better kind by held-out blocks
 
 Rows are, of each budget, the largest uniform one that cuts neurons alone, what `convert` chooses by size, and ("by
 layer") what it chooses with `uniform=False`. Everything measured is written at once, and a second start goes on where
@@ -21,6 +25,7 @@ the first was stopped.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -33,11 +38,12 @@ import torch
 from common import RESULTS, machine, save, text_blocks
 from transformers import AutoModelForCausalLM
 
-from flextron_trainer.conversion.corrections import put_corrections
+from flextron_trainer import convert
+from flextron_trainer.conversion.corrections import SEQUENTIAL, put_corrections
 from flextron_trainer.conversion.importance import fingerprint, fingerprint_of_data, measure
 from flextron_trainer.conversion.moment_files import moment_files
 from flextron_trainer.conversion.orders import RANKINGS, rankings
-from flextron_trainer.conversion.reconstruction import Corrections, from_inputs, sorted_moments, within
+from flextron_trainer.conversion.reconstruction import Corrections, from_inputs, reconstruct, sorted_moments
 from flextron_trainer.conversion.rows import choose_rows, mean_loss
 from flextron_trainer.conversion.sensitivity import (
     SENSITIVITY_TOKENS,
@@ -52,6 +58,8 @@ from flextron_trainer.layerwise import portions_of
 from modeling_flextron import SubNetwork, count_parameters
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import uniform_subnetworks
+
+KINDS = ("mlp", "chosen", "by layer")
 
 
 def rows_of(config: Any, budgets: list[float]) -> dict[str, SubNetwork]:
@@ -121,7 +129,9 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
         for path in args.test
     }
     uniform, size = rows_of(config, args.budgets), config.parent_size()
-    result["rows"] = {name: row.to_dict() | {"share": _size(config, row) / size} for name, row in uniform.items()}
+    uniform = {name: row for name, row in uniform.items() if name.partition(" ")[2] in args.kinds}
+    shares = {name: row.to_dict() | {"share": _size(config, row) / size} for name, row in uniform.items()}
+    result.setdefault("rows", {}).update(shares)
     for number in range(args.samples):
         model = take(parent, config, release=False)
         text = text_blocks(args.calibration, tokenizer, args.length, number)
@@ -152,20 +162,44 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
             metrics = timed("sensitivity", partial(sensitivities, model, next(portions_of(seen, SENSITIVITY_TOKENS))))
             predicted = predicted_losses(model, sorted_moments(model, seen, files), metrics, args.corrections)
             by_layer = rows_by_prediction(config, {f"{budget:g}": budget for budget in args.budgets}, predicted)
-            for row in by_layer[1:]:
+            for row in by_layer[1:] if "by layer" in args.kinds else ():
                 sample.rows[f"{row.name} by layer"] = row.subnetwork
                 result["rows"].setdefault(f"{row.name} by layer", row.to_dict()["subnetwork"])
                 sample.note("chosen", f"{row.name} by layer")
             below = {name: row for name, row in sample.rows.items() if row.hidden == config.hidden_size}
+            fitted: dict[str, dict[str, Corrections]] = {}
             for line, share in {"corrections": args.corrections, "least squares": 99.0}.items():
-                if (share < 1 or args.bounds) and any(row not in losses.get(f"chosen + {line}", {}) for row in below):
+                missing = any(row not in losses.get(f"chosen + {line}", {}) for row in below)
+                if missing and args.bounds if share > 1 else missing or args.sequential:
                     inputs = sorted_moments(model, seen, files)
-                    at_once = timed(line, partial(from_inputs, model, below, inputs, share, metrics))
-                    for row, corrections in at_once.items():
+                    fitted[line] = timed(line, partial(from_inputs, model, below, inputs, share, metrics))
+                    for row, corrections in fitted[line].items():
                         sample.note(f"chosen + {line}", row, lambda corrections=corrections: corrections)
             for row, subnetwork in below.items() if args.sequential else ():
-                fit = partial(within, model, subnetwork, seen, args.corrections, metrics=metrics, norms=True)
-                sample.note("chosen + corrections, sequential", row, fit)
+                how = {"ranks": fitted["corrections"][row].ranks, "metrics": metrics} | SEQUENTIAL
+                fit = partial(reconstruct, model, subnetwork, seen, **how)
+                sample.note("chosen + corrections, sequential", row, lambda fit=fit: fit()[0])
+        channels(args, parent, text[: args.calibration_blocks], tests, losses, result["rows"], keep)
+
+
+def channels(
+    args: argparse.Namespace, parent: Any, text: torch.Tensor, tests: dict[str, list], losses: dict[str, Any],
+    rows: dict[str, Any], keep: Callable[[], object],
+) -> None:  # fmt: skip
+    """Measure sub-networks that cut the residual stream alone, unless they were measured before."""
+    for part, rotate, corrections in itertools.product(args.hidden, (False, True), (0.0, args.corrections)):
+        line = f"channels{', rotated' * rotate}{' + corrections' * bool(corrections)}"
+        row = f"{part:g} channels"
+        if row in losses.get(line, {}):
+            continue
+        model = convert(
+            parent, text, mlp=[1], heads=[1], hidden=[1, part], budgets=[1, part * (1.01 + corrections)],
+            order="importance", rotate=rotate, corrections=corrections, batch_size=4,
+        )  # fmt: skip
+        small = list(held(model.config.frontier).values())[-1]
+        rows.setdefault(row, small.to_dict())
+        losses.setdefault(line, {})[row] = {name: mean_loss(model, small, test) for name, test in tests.items()}
+        keep()
 
 
 def table(result: dict[str, Any]) -> str:
@@ -196,6 +230,8 @@ def main() -> None:
     parser.add_argument("--corrections", type=float, default=0.03, help="share of a row's parameters")
     parser.add_argument("--orders", nargs="+", choices=RANKINGS, default=list(RANKINGS))
     parser.add_argument("--depth", type=float, nargs="+", help="allowed parts of the layers; default: all layers")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of rows")
+    parser.add_argument("--hidden", type=float, nargs="+", default=[], help="parts of the residual stream")
     parser.add_argument("--bounds", action="store_true", help="corrections of full rank, too")
     parser.add_argument("--sequential", action="store_true", help="the third kind of corrections, which takes longest")
     parser.add_argument("--moments", type=Path, help="folder to keep second moments in, for a run that goes on")

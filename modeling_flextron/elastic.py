@@ -176,8 +176,7 @@ class LowRankCorrection(nn.Module):
 
     def forward(self, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Add to `output` `[..., o]` of the projection what is corrected for its `input` `[..., i]`."""
-        down: torch.Tensor = self.down
-        up: torch.Tensor = self.up
+        down, up = parameter(self, "down"), parameter(self, "up")
         if input.shape[-1] != down.shape[1]:  # a view costs microseconds at batch 1
             down = down[:, : input.shape[-1]]
         if output.shape[-1] != up.shape[0]:

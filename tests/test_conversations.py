@@ -391,7 +391,7 @@ def test_the_command_trains_on_a_mixture(work):
     names = ["2 % of text.txt, kept from training", "2 % of chats.jsonl, answers only, kept from training"]
     assert all(f"eval_{name}_loss_0.5" in result for name in names)
     card = Path("run/README.md").read_text()
-    assert "answers only, kept from training/loss" in card and "apply_chat_template" in card
+    assert "| loss on 2 % of chats.jsonl, answers only, kept from training |" in card and "apply_chat_template" in card
 
 
 @pytest.mark.parametrize("settings", [{"stage": "blocks"}, {"stage": "router", "router_method": "token"}])
@@ -435,7 +435,8 @@ def test_the_command_evaluates_answers_beside_text(work):
     assert both["loss"] == pytest.approx(text["loss"])
     assert both["chats.jsonl, answers only/loss"] == pytest.approx(chats["loss"]) != pytest.approx(text["loss"])
     card = Path("elastic/README.md").read_text()
-    assert f"answers only/accuracy: chats.jsonl, answers only, {chats['tokens']} tokens" in card
+    assert f"- loss, accuracy: chats.jsonl, answers only, {chats['tokens']} tokens" in card
+    assert "| loss on chats.jsonl, answers only | perplexity on chats.jsonl, answers only |" in card
     everything = flextron("evaluate", "elastic", "chats.jsonl", "--no-assistant-only", *options)["results"]["0.5"]
     assert everything["tokens"] > 2 * chats["tokens"]
 

@@ -38,9 +38,9 @@ def test_scores_are_in_the_card(tmp_path):
     elastic.save_pretrained(tmp_path)
     write_model_card(elastic, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "| mc/acc | math/strict/exact_match | group/acc |" in card.text
+    assert "| acc on mc | strict/exact_match on math | acc on group |" in card.text
     assert card.text.count("| 0.5000 ± 0.2500 | 1.0000 | 0.7500 |") == 2
-    assert card.text.count("| not measured | not measured | not measured |") == 2 and "- mc/acc: mc, " in card.text
+    assert card.text.count("| not measured | not measured | not measured |") == 2 and "- acc: mc, " in card.text
     results = {
         (result.dataset_name, result.metric_type, result.metric_name): result.metric_value
         for result in card.data.eval_results
@@ -127,7 +127,7 @@ def test_every_row_gets_the_scores_of_lm_eval(work):
     frontier = json.loads((work / "elastic" / "config.json").read_text())["frontier"]
     assert {row["name"]: row["metrics"] for row in frontier} == result["results"]
     assert all(set(row["metrics"]) == names and row["loss"] is None for row in frontier)
-    assert "| ours_mc/acc | ours_ppl/bits_per_byte |" in (work / "elastic" / "README.md").read_text()
+    assert "| acc on ours_mc (test) | bits_per_byte on ours_ppl (test) |" in (work / "elastic" / "README.md").read_text()
     manager = TaskManager(include_path="tasks", include_defaults=False)
     for name, scores in result["results"].items():
         model_args = {"pretrained": "elastic", "dtype": "float32", "trust_remote_code": True, "flextron_budget": name}

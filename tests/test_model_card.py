@@ -164,16 +164,16 @@ def test_every_figure_stands_under_its_text(tmp_path):
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     heads, rows = lines[0], lines[1:5]
     assert heads[5:] == [
-        "loss on wiki (test)", "perplexity on wiki (test)", "accuracy on the training rows", "code/loss",
-        "arc/acc on an unknown text |",
+        "loss on wiki (test)", "perplexity on wiki (test)", "accuracy on the training rows", "loss on code",
+        "perplexity on code", "arc/acc on an unknown text |",
     ]  # fmt: skip
     for row, loss in zip(rows, losses.values(), strict=True):
         assert row[5:7] == [f"{loss:.4f}", f"{math.exp(loss):.2f}"]
     assert [row[7:] for row in rows] == [
-        ["0.7500", "not measured", "not measured |"],
-        ["not measured", "3.0000", "not measured |"],
-        ["not measured", "not measured", "0.2500 |"],
-        ["not measured", "not measured", "not measured |"],
+        ["0.7500", "not measured", "", "not measured |"],
+        ["not measured", "3.0000", "20.09", "not measured |"],
+        ["not measured", "not measured", "", "0.2500 |"],
+        ["not measured", "not measured", "", "not measured |"],
     ]
     today = time.strftime("%Y-%m-%d")
     assert f"- loss: wiki (test), 12,345 tokens, {today}, by Flextron {VERSION}\n" in text

@@ -173,9 +173,10 @@ def test_a_row_is_nearer_to_the_parent_and_the_model_is_not_changed(variant, seq
 def test_corrections_keep_their_budget():
     model, _ = unsorted_of("gqa-wide-heads")
     row = smallest_subnetwork(model.config)
-    for how in ({}, {"norms": True}, {"sequential": False}):
-        found = within(model, row, [DATA], share=0.05, **how)
-        assert found.low_rank
+    first = within(model, row, [DATA], share=0.05)
+    second, _ = reconstruct(model, row, [DATA], ranks=first.ranks, norms=True)
+    for found in (first, second):
+        assert found.low_rank and found.ranks == first.ranks
         owned = found.owner("row", row).parameters(model.config)
         assert owned <= 0.05 * count_parameters(model.config, row, embeddings=False)
 
@@ -206,7 +207,7 @@ def test_one_walk_fits_all_rows_as_walks_of_their_own_do(variant):
     }
     found = from_inputs(model, rows, input_moments(model, [DATA]), 0.1)
     for name, row in rows.items():
-        expected = within(model, row, [DATA], 0.1, sequential=False)
+        expected = within(model, row, [DATA], 0.1)
         assert list(found[name].low_rank) == list(expected.low_rank)
         for matrix, (up, down) in expected.low_rank.items():
             ours = found[name].low_rank[matrix]

@@ -20,11 +20,12 @@ from modeling_flextron.subnetwork import SubNetwork, count_parameters
 from ..blockwise import BlockRecipe, distill_blocks
 from ..layerwise import ModelBlocks, Text
 from .moments import Read
-from .reconstruction import Corrections, from_inputs, within
+from .reconstruction import Corrections, from_inputs, reconstruct, within
 from .rows import mean_loss
 
 logger = logging.get_logger(__name__)
-# Each layer reads what the corrected layers before it write, whose norms are fitted as well.
+# Each layer reads what the corrected layers before it write, whose norms are fitted as well; ranks are those of layers
+# that read what the parent's write, which is half of the work and no worse (docs/log.md).
 SEQUENTIAL = {"sequential": True, "norms": True}
 LEARNING_RATE = 3e-3  # of corrections
 
@@ -59,8 +60,8 @@ def add_corrections(
     losses = {}
     for name, row in reversed(rows.items()):
         # Each layer reads what the parent's layers write.
-        first = found.get(name) or within(model, row, batches, share, sequential=False, metrics=metrics)
-        second = within(model, row, batches, share, metrics=metrics, **SEQUENTIAL)
+        first = found.get(name) or within(model, row, batches, share, metrics)
+        second, _ = reconstruct(model, row, batches, ranks=first.ranks, metrics=metrics, **SEQUENTIAL)
         most = share * count_parameters(model.config, row, embeddings=False)
         ways = [
             way for way in (first, second) if way.owner(name, row).parameters(model.config) <= most

@@ -96,6 +96,7 @@ def plan_conversion(
     names = RANKINGS if order == "auto" else [order]
     moments, held_out = min(max_samples * length, MOMENT_TOKENS), -(-max_samples // 8) * length
     ordered = any(name in RANKINGS[1:] for name in names)
+    walks = 1 + any(len(config.choices(axis)) > 1 for axis in ("hidden", "depth"))
     tokens = {
         "importance": max_samples * length,
         "orders": ordered * moments + (len(names) * budgets * held_out if order == "auto" else 0),
@@ -105,8 +106,8 @@ def plan_conversion(
         # A pass forward and one backward, which costs two.
         "sensitivity": 3 * min(moments, SENSITIVITY_TOKENS) if corrections or not uniform else 0,
         "sizes of layers": 0 if uniform else moments,
-        # One way to fit serves all rows; the other runs the parent and the row, twice.
-        "corrections": moments + budgets * (4 * moments + 3 * held_out) if corrections else 0,
+        # One way to fit serves all rows that keep layers and channels; the other runs the parent and the row.
+        "corrections": moments + budgets * (2 * walks * moments + 3 * held_out) if corrections else 0,
         "blocks": 3 * budgets * block_steps * batch_size * length,
     }
     batch = min(batch_size, max_samples) * length

@@ -14,6 +14,7 @@ the parent.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,12 +49,17 @@ class Corrections:
 
     def owner(self, name: str, subnetwork: SubNetwork) -> Owner:
         """The row of this name and these sizes with them; its norms are its own whether or not they were fitted."""
-        found = {name: up.shape[1] for name, (up, _) in self.low_rank.items()}
+        found = self.ranks
         ranks = {
             place.rpartition(".")[2]: tuple(found.get(matrix_name(layer, axis), 0) for layer in subnetwork.layers)
             for axis, place in WRITERS.items()
         }
         return Owner(name, subnetwork, ranks)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name of a matrix -> rank of its correction."""
+        return {name: up.shape[1] for name, (up, _) in self.low_rank.items()}
 
     def cut(self, ranks: Mapping[str, int]) -> "Corrections":
         """Cut each to a lower rank."""
@@ -134,7 +140,7 @@ def _walk_beside(
     model: Any,
     subnetwork: SubNetwork,
     batches: Sequence[torch.Tensor],
-    fit: Callable[[str, Moments, torch.Tensor], torch.Tensor],
+    fit: Callable[[str, Callable[[], Moments], torch.Tensor], torch.Tensor],
     *,
     sequential: bool,
     norms: bool,
@@ -144,7 +150,8 @@ def _walk_beside(
     The layer before a dropped one is to write what that one wrote, too (ReplaceMe does this linearly).
 
     Args:
-        fit: Gets the name of a matrix, its moments, and the matrix `[d, k]`; returns what the row runs in its place.
+        fit: Gets the name of a matrix, what takes its moments, and the matrix `[d, k]`; returns what the row runs in
+            its place.
         model, subnetwork, batches, sequential, norms: As in `reconstruct`.
 
     Returns:
@@ -189,10 +196,9 @@ def _walk_beside(
             module = layer.get_submodule(WRITERS[axis])
             weight = module.weight[:d, : reads[0].shape[-1]]
             bias = 0 if module.bias is None else module.bias[:d]
-            moments = Moments.zeros(weight.shape[1], weight.shape[0], model.device)
-            for aim, states, h in zip(aims, reduced, reads, strict=True):
-                moments.add(h, aim[..., :d] - states - bias, token_weights(aim))
-            fitted = fit(matrix_name(i, axis), moments, weight).to(weight.dtype)
+            missing = [aim[..., :d] - states - bias for aim, states in zip(aims, reduced, strict=True)]
+            taken = partial(_moments_of, reads, missing, aims)
+            fitted = fit(matrix_name(i, axis), taken, weight).to(weight.dtype)
             if sequential:
                 reduced = [states + h @ fitted.T + bias for states, h in zip(reduced, reads, strict=True)]
             else:
@@ -201,6 +207,14 @@ def _walk_beside(
     if norms:
         normed("model.norm", decoder.norm, reduced, parent)
     return vectors
+
+
+def _moments_of(reads: list[torch.Tensor], missing: list[torch.Tensor], aims: list[torch.Tensor]) -> Moments:
+    """Second moments of what a matrix reads and should write, tokens weighted by what is to be reached."""
+    moments = Moments.zeros(reads[0].shape[-1], missing[0].shape[-1], reads[0].device)
+    for h, y, aim in zip(reads, missing, aims, strict=True):
+        moments.add(h, y, token_weights(aim))
+    return moments
 
 
 @torch.no_grad()
@@ -232,10 +246,11 @@ def reconstruct(
     """
     low, gains = dict[str, tuple[torch.Tensor, torch.Tensor]](), dict[str, torch.Tensor]()
 
-    def fit(name: str, moments: Moments, weight: torch.Tensor) -> torch.Tensor:
+    def fit(name: str, taken: Callable[[], Moments], weight: torch.Tensor) -> torch.Tensor:
         rank = None if ranks is None else ranks.get(name, 0)
         if rank == 0:
             return weight
+        moments = taken()
         metric = None if metrics is None else metrics[name][: len(weight), : len(weight)]
         up, down, worth = low_rank(least_squares(moments, weight), moments.inputs, metric=metric)
         up, down = up[:, :rank], down[:rank]
@@ -248,22 +263,20 @@ def reconstruct(
 
 
 def within(
-    model: Any, subnetwork: SubNetwork, batches: Sequence[torch.Tensor], share: float = 0.03, **how: Any
+    model: Any,
+    subnetwork: SubNetwork,
+    batches: Sequence[torch.Tensor],
+    share: float = 0.03,
+    metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> Corrections:
-    """Corrections that are at most `share` of the non-embedding parameters of a row.
-
-    A first pass at full rank shows what each rank of each matrix takes away; a second one fits those that are kept.
+    """Corrections that are at most `share` of the non-embedding parameters of a row; layers read what the parent's write.
 
     Args:
-        model, subnetwork, batches: As in `reconstruct`.
+        model, subnetwork, batches, metrics: As in `reconstruct`.
         share: Of the row's parameters, norms included. Too little for its norms gives these alone.
-        how: Options of `reconstruct`.
     """
-    full, gains = reconstruct(model, subnetwork, batches, share=share, **how)
-    ranks = _ranks(model, subnetwork, full, gains, share)
-    if not how.get("sequential", True):
-        return full.cut(ranks)
-    return reconstruct(model, subnetwork, batches, ranks=ranks, **how)[0]
+    full, gains = reconstruct(model, subnetwork, batches, sequential=False, metrics=metrics, share=share)
+    return full.cut(_ranks(model, subnetwork, full, gains, share))
 
 
 @torch.no_grad()
@@ -274,7 +287,7 @@ def from_inputs(
     share: float,
     metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Corrections]:
-    """`within(sequential=False)` of several rows at once, which keep all of `hidden`: one walk serves all of them.
+    """`within` of several rows at once, which keep all of `hidden`: one walk serves all of them.
 
     What such a row reads in a layer is a part of what the parent reads, so second moments of the latter say it all. But
     for what dropped layers did, which `within` also fits.

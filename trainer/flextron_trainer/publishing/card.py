@@ -170,16 +170,17 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
 
 
 def _figure_columns(rows: Sequence[Figures]) -> list[tuple[str, list[str]]]:
-    """Head, and a cell for each row: what was measured, one text in a column, the losses first."""
+    """Head, and a cell for each row: what was measured, one text in a column, of each text the loss first."""
     result = []
-    for name, on in sorted(_measured(rows), key=lambda pair: pair[0] != "loss"):
+    found = _measured(rows)
+    texts = list(dict.fromkeys(on for _, on in found))
+    for name, on in sorted(found, key=lambda pair: (texts.index(pair[1]), _metric(*pair) != "loss")):
         figures = [row.by_name if row.measured_on(name) == on else {} for row in rows]
-        where = "" if name.startswith(f"{on.text}/") else f" on {on.label}"
         cells = [figure_cell(each.get(name), each.get(f"{name}_stderr")) or "not measured" for each in figures]
-        result.append((plain(name + where), cells))
-        if name == "loss":
+        result.append((plain(f"{_metric(name, on)} on {on.label}"), cells))
+        if _metric(name, on) == "loss":
             cells = [f"{_perplexity(each[name]):.2f}" if name in each else "" for each in figures]
-            result.append((plain("perplexity" + where), cells))
+            result.append((plain(f"perplexity on {on.label}"), cells))
     return result or [("loss", ["not measured"] * len(rows))]
 
 
@@ -191,6 +192,11 @@ def _measured(rows: Iterable[Figures]) -> list[tuple[str, Measured]]:
             if is_number(value) and not name.endswith("_stderr"):
                 found[name, row.measured_on(name)] = None
     return list(found)
+
+
+def _metric(name: str, on: Measured) -> str:
+    """What a figure measures; figures of further texts and of tasks have their name before a slash."""
+    return name.removeprefix(f"{on.text}/")
 
 
 def _perplexity(loss: float) -> float:
@@ -303,7 +309,7 @@ def _notes(model, plotted: bool) -> str:
         notes.append(f"`{name}`, where every token chooses its sizes, has loss {loss}.")
     sources: dict[Measured, list[str]] = {}
     for name, on in _measured([*model.frontier, *routed.values()]):
-        sources.setdefault(on, []).append(plain(name))
+        sources.setdefault(on, []).append(plain(_metric(name, on)))
     lines = [f"- {', '.join(dict.fromkeys(names))}: {_source(on)}" for on, names in sources.items()]
     measured = "\n\nWhat was measured on what:\n\n" + "\n".join(lines) if lines else ""
     return " ".join(notes) + measured + (f"\n\n![loss against parameters]({PLOT})" if plotted else "")
