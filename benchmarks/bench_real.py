@@ -13,14 +13,23 @@ those of
     slices            by activation order, uniform, nothing trained
     repaired slices   sizes of each layer of its own, and corrections of at most 3 % of a row, nothing trained
     depth             layers dropped, nothing trained
+    magnitude         by the norms of the weights, uniform, nothing trained and no text read
     elastic           one run that trains all rows from the repaired slices, with the library's defaults
     elastic, plain    the same without corrections
+    elastic, uniform  the same from the slices
+    routed            its model, frozen: a router chooses rows with the sizes of each layer, as large as its own ones
     elastic, ...      the same with another recipe: see RECIPES
     singles           each repaired slice trained by itself; together they cost what the elastic run cost, teacher
                       included, and all of them read as many tokens
     singles, tokens   each repaired slice trained by itself on as many tokens as the elastic run
     depth, singles    the models with fewer layers, trained by themselves at the cost of the elastic run
+    magnitude, singles   those by the norms of the weights, likewise
+    lora, singles     each repaired slice frozen, a LoRA of its linear layers trained by the same loss, and merged; also
+                      at the cost of the elastic run: two forward passes for a slice, those of the LoRA not counted
     control           the full size alone, same recipe and tokens
+--tasks adds the accuracies on tasks of lm-eval, with standard errors, of every model whose weights are in --work; tasks
+of your own have paths relative to where this is started. --times adds prefill and decoding of every row of what is not
+trained, against its stock export and against the parent.
 Compute is that of matrix products: three forward passes for a trained network and one for the teacher. The learning
 rate of every line is the best of --rates with the fewest tokens, by a part of the training text that no table shows.
 Every figure is kept in --work as soon as it is there; a second start goes on where the first stopped, within a run from
@@ -29,7 +38,6 @@ its last checkpoint.
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -38,9 +46,24 @@ from typing import Any
 
 import torch
 from bench_quantized import formats
-from common import RESULTS, machine, run_settings, save, text_blocks, write_json
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from common import RESULTS, against, interleaved, machine, run_settings, save, text_blocks, write_json
+from peft import LoraConfig, PeftModel, get_peft_model
+from real_lines import (
+    BATCH,
+    FAMILIES,
+    GOES_ON,
+    LENGTH,
+    LINES,
+    LORA,
+    PARENTS,
+    RECIPES,
+    SELECTION,
+    SINGLES,
+    STARTS,
+    best_rate,
+    chosen,
+)
+from real_tables import bought, draw, tables
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -48,30 +71,14 @@ from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
 from flextron_trainer.answers import write_answers
 from flextron_trainer.conversations import documents_of
 from flextron_trainer.data import collator, load_tokenizer
+from flextron_trainer.evaluation.harness import evaluate_tasks, task_manager
 from flextron_trainer.evaluation.quality import evaluate_model
 from flextron_trainer.losses import IGNORED
+from flextron_trainer.measuring.bench import TASKS, variants_of
 from modeling_flextron import FlextronConfig, FlextronForCausalLM, flops_per_token
 from modeling_flextron.frontier import held
 from modeling_flextron.subnetwork import count_parameters
 
-LENGTH, BATCH = 256, 4
-SELECTION = "selection"  # the text that chooses, and is in no table
-STARTS: dict[str, dict[str, Any]] = {  # and for "depth" the numbers of layers
-    "slices": {"order": "importance"},
-    "repaired slices": {"uniform": False, "corrections": 0.03},
-    "sizes by layer": {"uniform": False},
-    "depth": {"mlp": [1], "heads": [1], "order": "importance"},
-}
-FAMILIES = {"elastic": "repaired slices", "elastic, plain": "sizes by layer"}
-RECIPES: dict[str, dict[str, Any]] = {  # of lines that start as "elastic" does: what differs from the defaults
-    "elastic, cross entropy": {"ce_weight": 0.5},
-    "elastic, large epsilon": {"adam_epsilon": 1e-5},
-    "elastic, full more often": {"sampler": "weighted", "sampling_weights": [3, 1, 1, 1], "subnetworks_per_step": 4},
-}
-FAMILIES |= dict.fromkeys(RECIPES, "repaired slices")
-SINGLES = {"singles": "repaired slices", "singles, tokens": "repaired slices", "depth, singles": "depth"}
-PARENTS = ("parent", "int8", "int4")
-LINES = (*PARENTS, *[name for name in STARTS if name != "sizes by layer"], *FAMILIES, *SINGLES, "control")
 PROMPTS = (
     "Summarize the following text in two sentences.\n\n{}",
     "Explain to a beginner what this is about.\n\n{}",
@@ -146,6 +153,7 @@ class Study:
         self.note = self.folder / "measured.json"
         self.measured: dict[str, Any] = json.loads(self.note.read_text()) if self.note.is_file() else {}
         self.names = [f"{budget:g}" for budget in options.budgets]
+        self.configs: dict[str, FlextronConfig] = {}  # of starts, by `config`
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -174,29 +182,35 @@ class Study:
 
     def start(self, name: str) -> Path:
         """The converted parent in a folder; made first if it is not there."""
-        folder = self.folder / name.replace(" ", "-")
+        folder = self.model_folder(name)
         if not (folder / "config.json").is_file():
             begin = time.process_time()
             blocks = self.data.text[self.seed * self.options.calibration_blocks :][: self.options.calibration_blocks]
             layers = self.parent.config.num_hidden_layers
             depth = {"depth": [layers - i for i in range(layers * 5 // 6)]} if name == "depth" else {}
-            budgets = [1, *self.options.budgets]
-            converted = convert(self.parent, blocks, budgets=budgets, seed=self.seed, **STARTS[name], **depth)
+            settings = {"calibration": blocks, "budgets": [1, *self.options.budgets], **STARTS[name], **depth}
+            converted = convert(self.parent, seed=self.seed, **settings)
             converted.save_pretrained(folder)
             self.keep(f"{name}, conversion", {"cpu_seconds": time.process_time() - begin})
         return folder
 
+    def config(self, name: str) -> FlextronConfig:
+        """The config of a start."""
+        if name not in self.configs:
+            self.configs[name] = FlextronConfig.from_pretrained(self.start(name))
+        return self.configs[name]
+
     def rows(self, name: str) -> dict[str, Any]:
         """Name -> sub-network of the rows of a start that have a budget of ours."""
-        found = held(FlextronConfig.from_pretrained(self.start(name)).frontier)
+        found = held(self.config(name).frontier)
         return {budget: found[budget] for budget in self.names if budget in found}
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """Start -> row -> bytes of its stock checkpoint in bfloat16, for what was converted."""
         found = {}
         for name in STARTS:
-            if (self.folder / name.replace(" ", "-") / "config.json").is_file():
-                config = FlextronConfig.from_pretrained(self.start(name))
+            if (self.model_folder(name) / "config.json").is_file():
+                config = self.config(name)
                 rows = held(config.frontier)
                 found[name] = {
                     row: 2 * count_parameters(config, rows[row]) for row in ("1", *self.names) if row in rows
@@ -215,18 +229,18 @@ class Study:
         rows = held(model.config.frontier)
         return {name: self.losses(model, rows[name]) for name in ("1", *self.names) if name in rows}
 
-    def per_token(self, start: str, trained: list[str]) -> float:
+    def per_token(self, start: str, trained: list[str], passes: int = 3) -> float:
         """Floating-point operations of a training token that goes through the teacher and the rows `trained`."""
-        config = FlextronConfig.from_pretrained(self.start(start))
+        config = self.config(start)
         rows = held(config.frontier)
         teacher = flops_per_token(config, rows["1"], LENGTH // 2)
-        return teacher + 3 * sum(flops_per_token(config, rows[name], LENGTH // 2) for name in trained)
+        return teacher + passes * sum(flops_per_token(config, rows[name], LENGTH // 2) for name in trained)
 
     # ----------------------------------------------------------------------------------------- training
 
     def train(self, key: str, model: Any, tokens: int, rate: float, **arguments: Any) -> float:
         """Train a model in place, from the last checkpoint of an earlier start if there is one; CPU seconds."""
-        steps, folder = max(1, tokens // (BATCH * LENGTH)), self.folder / "runs" / key.replace(" ", "-")
+        steps, folder = max(1, tokens // (BATCH * LENGTH)), self.run_folder(key)
         on_cpu = self.options.device == "cpu"
         saved = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "logging_steps": 20}
         common = run_settings(str(folder), steps, rate, BATCH, self.seed) | {"use_cpu": on_cpu, "bf16": not on_cpu}
@@ -240,6 +254,12 @@ class Study:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
         return time.process_time() - begin
 
+    def model_folder(self, key: str) -> Path:
+        return self.folder / key.replace(" ", "-")
+
+    def run_folder(self, key: str) -> Path:
+        return self.model_folder(f"runs/{key}")
+
     def family(self, line: str, tokens: int, rate: float) -> dict[str, Any]:
         """One elastic run."""
         start = FAMILIES[line]
@@ -247,29 +267,55 @@ class Study:
         model = FlextronForCausalLM.from_pretrained(self.start(start))
         recipe = {"subnetworks_per_step": len(names)} | RECIPES.get(line, {})
         seconds = self.train(f"{line} {tokens} {rate:g}", model, tokens, rate, **recipe)
-        model.save_pretrained(self.folder / f"{line} {tokens} {rate:g}".replace(" ", "-"))
+        model.save_pretrained(self.model_folder(f"{line} {tokens} {rate:g}"))
         cost = {"flops": tokens * self.per_token(start, names), "cpu_seconds": seconds}
         return self.family_losses(model) | cost
 
+    def routed(self, line: str, tokens: int, rate: float) -> dict[str, Any]:
+        """Rows that a router chooses in the model of another line, each as large as the row of that."""
+        key, names = f"{line} {tokens} {rate:g}", self.rows(FAMILIES[line])
+        model = FlextronForCausalLM.from_pretrained(self.model_folder(f"{GOES_ON[line]} {tokens} {rate:g}"))
+        whole, sizes = model.config.parent_size(), {row.name: row.non_embedding_parameters for row in model.frontier}
+        targets = {name: sizes[name] / whole for name in names}
+        router = {"stage": "router", "router_method": "gumbel", "router_budgets": list(targets.values())}
+        seconds = self.train(key, model, tokens, rate, subnetworks_per_step=2, warmup_steps=0, **router)
+        rows = {row.name: row for row in model.eval().frontier}
+        found = {name: rows[f"routed-{target:g}"] for name, target in targets.items()}
+        cost = {"flops": tokens * self.per_token(FAMILIES[line], ["1", "1"], 2), "cpu_seconds": seconds}
+        return {
+            name: self.losses(model, row.subnetwork) | {"parameters": row.non_embedding_parameters}
+            for name, row in found.items()
+        } | cost
+
     def single(self, line: str, name: str, tokens: int, rate: float) -> dict[str, Any]:
         """One row by itself."""
-        start = SINGLES.get(line, "repaired slices")
-        model = FlextronForCausalLM.from_pretrained(self.start(start), flextron_budget=None if name == "1" else name)
+        start, passes = self.start_and_passes(line)
+        model = self.row(start, name)
         weights = [1.0] + [0.0] * (len(held(model.config.frontier)) - 1)
+        if line in LORA:
+            model = get_peft_model(model, LoraConfig(**LORA[line]))
         seconds = self.train(
             f"{line} {name} {tokens} {rate:g}", model, tokens, rate,
             sampler="weighted", sampling_weights=weights, subnetworks_per_step=1,
         )  # fmt: skip
-        cost = {"flops": tokens * self.per_token(start, [name]), "cpu_seconds": seconds}
-        return {name: self.losses(model), "tokens": tokens} | cost
+        cost = {"flops": tokens * self.per_token(start, [name], passes), "cpu_seconds": seconds}
+        return {name: self.losses(merged(model)), "tokens": tokens} | cost
+
+    def row(self, start: str, name: str) -> Any:
+        """One row of a start, loaded by itself."""
+        return FlextronForCausalLM.from_pretrained(self.start(start), flextron_budget=None if name == "1" else name)
+
+    def start_and_passes(self, line: str) -> tuple[str, int]:
+        """What singles start from, and how many forward passes a token's training costs; 2 where weights are frozen."""
+        return SINGLES.get(line, "repaired slices"), 2 if line in LORA else 3
 
     def shared(self, line: str, tokens: int) -> int:
         """Tokens that each of the singles of a line may read."""
         if line == "singles, tokens":
             return tokens
         elastic = tokens * self.per_token(FAMILIES["elastic"], ["1", *self.rows(FAMILIES["elastic"])])
-        start = SINGLES[line]
-        return int(elastic / sum(self.per_token(start, [name]) for name in self.rows(start)))
+        start, passes = self.start_and_passes(line)
+        return int(elastic / sum(self.per_token(start, [name], passes) for name in self.rows(start)))
 
     # ----------------------------------------------------------------------------------------- lines of the table
 
@@ -282,8 +328,9 @@ class Study:
         elif line in PARENTS:
             self.keep_new(line, lambda: self.quantized(line))
         elif line in FAMILIES:
+            make = self.routed if line in GOES_ON else self.family
             for tokens, rate in self.settings(line):
-                self.keep_new(f"{line} {tokens} {rate:g}", lambda t=tokens, r=rate: self.family(line, t, r))
+                self.keep_new(f"{line} {tokens} {rate:g}", lambda t=tokens, r=rate: make(line, t, r))
         elif line == "control":
             for tokens, rate in self.settings("control 1"):
                 self.keep_new(f"{line} 1 {tokens} {rate:g}", lambda t=tokens, r=rate: self.single(line, "1", t, r))
@@ -301,19 +348,23 @@ class Study:
     def settings(self, prefix: str) -> Iterator[tuple[int, float]]:
         """Tokens and learning rates to train a line with: with the fewest tokens all rates, then the best of them."""
         first, *more = sorted(self.options.tokens)
-        if self.seed == self.options.seeds[0]:  # the seed that chooses
+        if self.seed == self.options.seeds[0] and prefix not in GOES_ON:  # the seed that chooses
             yield from ((first, rate) for rate in self.options.rates)
-        chosen = best_rate(json.loads(self.note_that_chose.read_text()), prefix, first, self.options.rates)
-        yield from ((tokens, chosen) for tokens in (first, *more))
+        noted = json.loads(self.note_that_chose.read_text())
+        best = best_rate(noted, GOES_ON.get(prefix, prefix), first, self.options.rates)
+        yield from ((tokens, best) for tokens in (first, *more))
 
     @property
     def note_that_chose(self) -> Path:
         return self.options.work / str(self.options.seeds[0]) / "measured.json"
 
+    def load_quantized(self, line: str) -> Any:
+        settings = next(value for name, value in formats().items() if name.startswith(f"torchao {line}"))
+        return AutoModelForCausalLM.from_pretrained(self.options.parent, **settings).eval()
+
     def quantized(self, line: str) -> dict[str, Any]:
         """The parent with quantized weights, and the bytes of its tensors: scales and the rest in bfloat16."""
-        settings = next(value for name, value in formats().items() if name.startswith(f"torchao {line}"))
-        model = AutoModelForCausalLM.from_pretrained(self.options.parent, **settings).eval()
+        model = self.load_quantized(line)
         bits, embedding = int(line[3:]), self.parent.get_input_embeddings().weight
         linear = [value for value in self.parent.parameters() if value.ndim == 2 and value is not embedding]
         quantized = sum(value.numel() for value in linear)
@@ -321,131 +372,74 @@ class Study:
         rest = self.parent.num_parameters() - quantized
         return {"1": self.losses(model), "bytes": quantized * bits // 8 + 2 * (scales + rest)}
 
+    # ----------------------------------------------------------------------------------------- tasks and times
 
-def best_rate(measured: dict[str, Any], prefix: str, tokens: int, rates: list[float]) -> float:
-    """The learning rate with the lowest mean loss of all trained sizes on the text that chooses."""
-
-    def loss(rate: float) -> float:
-        found = measured[f"{prefix} {tokens} {rate:g}"]
-        return statistics.mean(value[SELECTION] for value in found.values() if isinstance(value, dict))
-
-    return min(rates, key=loss)
-
-
-def chosen(result: dict[str, Any]) -> dict[tuple[str, int | None], dict[str, str]]:
-    """Line and number of tokens -> budget -> name of the figures at the best learning rate, as far as that is known."""
-    options, first = result["options"], result["seeds"][str(result["options"]["seeds"][0])]
-    budgets, few = ["1", *(f"{budget:g}" for budget in options["budgets"])], min(options["tokens"])
-    found: dict[tuple[str, int | None], dict[str, str]] = {}
-    for line in LINES:
-        if line in STARTS or line in PARENTS:
-            found[line, None] = dict.fromkeys(budgets, line)
-            continue
-        for tokens in sorted(options["tokens"]):
-            prefixes = {budget: line if line in FAMILIES else f"{line} {budget}" for budget in budgets}
-            found[line, tokens] = {
-                budget: f"{prefix} {tokens} {best_rate(first, prefix, few, options['rates']):g}"
-                for budget, prefix in prefixes.items()
-                if all(f"{prefix} {few} {rate:g}" in first for rate in options["rates"])
-            }
-    return found
-
-
-def table(result: dict[str, Any]) -> str:
-    """Losses of every line and number of tokens, means over the seeds that have them, and paired differences."""
-    budgets, texts = ["1", *(f"{budget:g}" for budget in result["options"]["budgets"])], result["texts"]
-    columns = [(budget, text) for budget in budgets for text in texts]
-    seeds, lines = list(result["seeds"].values()), chosen(result)
-    head = " | ".join(f"{budget}, {text}" for budget, text in columns)
-    rule = "---:|" * len(columns)
-    out = [f"| | tokens | TFLOP | CPU min | {head} |", f"|---|---:|---:|---:|{rule}"]
-
-    def losses(seed: dict[str, Any], keys: dict[str, str]) -> dict[tuple[str, str], float]:
-        parts = {budget: seed[key].get(budget, {}) for budget, key in keys.items() if key in seed}
-        return {(budget, text): part[text] for budget, part in parts.items() for text in texts if text in part}
-
-    def cost(keys: dict[str, str], what: str) -> float:
-        sums = [sum(seed[key].get(what, 0) for key in set(keys.values()) if key in seed) for seed in seeds]
-        return statistics.mean(each for each in sums if each) if any(sums) else 0
-
-    for (line, tokens), keys in lines.items():
-        found = [losses(seed, keys) for seed in seeds]
-        cells = [[each[column] for each in found if column in each] for column in columns]
-        if any(cells):
-            cost_cells = [f"{cost(keys, 'flops') / 1e12:.1f}", f"{cost(keys, 'cpu_seconds') / 60:.1f}"]
-            row = [f"{tokens:,}" if tokens else "", *(cost_cells if tokens else ["", ""])]
-            row += [f"{statistics.mean(cell):.3f}" if cell else "" for cell in cells]
-            out.append(f"| {line} | {' | '.join(row)} |")
-
-    paired: list[str] = []
-    rivals = [("elastic", rival) for rival in ("singles", "singles, tokens", "control")]
-    for line, rival in rivals + [(line, "elastic") for line in FAMILIES if line != "elastic"]:
-        for tokens in sorted(result["options"]["tokens"]):
-            ours, theirs = ([losses(seed, lines[each, tokens]) for seed in seeds] for each in (line, rival))
-            pairs = list(zip(ours, theirs, strict=True))
-            cells = [[a[column] - b[column] for a, b in pairs if column in a and column in b] for column in columns]
-            if any(cells):
-                paired.append(f"| {line} - {rival} | {tokens:,} | {' | '.join(map(difference, cells))} |")
-    if paired:
-        out += ["", f"| difference, standard deviation over seeds | tokens | {head} |", f"|---|---:|{rule}", *paired]
-    return "\n".join(out)
-
-
-def bought(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Tokens -> budget -> nats that the elastic run is above the parent, first text, for `training/expectations.py`."""
-    seeds, text = list(result["seeds"].values()), result["texts"][0]
-    found = {}
-    for (line, tokens), keys in chosen(result).items():
-        if line in ("repaired slices", "elastic"):
-            above = {
-                budget: [
-                    each[key][budget][text] - each["parent"]["1"][text]
-                    for each in seeds
-                    if "parent" in each and budget in each.get(key, {})
-                ]
-                for budget, key in keys.items()
-            }
-            found[str(tokens or 0)] = {
-                budget: round(statistics.mean(each), 3) for budget, each in above.items() if each
-            }
-    return {tokens: row for tokens, row in found.items() if row}
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw losses on the first text against the bytes of stock checkpoints, in bfloat16 or quantized."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, text, seeds = figure.subplots(), result["texts"][0], list(result["seeds"].values())
-    for (line, tokens), keys in chosen(result).items():
-        values = {
-            budget: [seed[key][budget][text] for seed in seeds if text in seed.get(key, {}).get(budget, {})]
-            for budget, key in keys.items()
-        }
+    def load(self, line: str, key: str, names: list[str]) -> tuple[Any, dict[str, Any]] | None:
+        """The model whose losses are `key`, and its budgets of these names; None where its weights are not there."""
         if line in PARENTS:
-            if values["1"]:
-                axes.plot(seeds[0][line]["bytes"] / 1e6, statistics.mean(values["1"]), "*", markersize=12, label=line)
-            continue
-        start = FAMILIES.get(line, SINGLES.get(line, line))
-        sizes = result["bytes"].get(start, {})
-        points = [
-            (sizes[budget] / 1e6, statistics.mean(each)) for budget, each in values.items() if each and budget in sizes
-        ]
-        if len(points) > 1:
-            label = f"{line}, {tokens:,} tokens" if tokens else f"{line}, nothing trained"
-            axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=label)
-    axes.set_xlabel("MB of weights")
-    axes.set_ylabel(f"loss on {text}, nats per token")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+            return (self.parent if line == "parent" else self.load_quantized(line)), {"1": None}
+        if line in STARTS or line in FAMILIES:
+            folder = self.model_folder(key)
+            if not folder.is_dir():
+                return None
+            model = FlextronForCausalLM.from_pretrained(folder).to(self.options.device)
+            rows = held(model.config.frontier)  # nothing is trained in a start: its full network is the parent
+            budgets = {name: rows[name] for name in names if name in rows and (line in FAMILIES or name != "1")}
+            return model.eval(), budgets
+        (name,), rate, tokens = names, key.rpartition(" ")[2], self.measured[key]["tokens"]
+        run = self.run_folder(f"{line} {name} {tokens} {rate}")
+        folder = get_last_checkpoint(str(run)) if run.is_dir() else None
+        if folder is None:
+            return None
+        if line in LORA:
+            model = merged(PeftModel.from_pretrained(self.row(SINGLES[line], name), folder))
+        else:
+            model = FlextronForCausalLM.from_pretrained(folder)
+        return model.eval().to(self.options.device), {name: None}
+
+    def measure_tasks(self, line: str, key: str, names: list[str]) -> None:
+        """Measure the tasks that are missing of the model whose losses are `key`."""
+        limits = self.options.task_limit * (1 if len(self.options.task_limit) > 1 else len(self.options.tasks))
+        limit_of = dict(zip(self.options.tasks, limits, strict=True))
+        missing = [task for task in limit_of if self.measured.get(f"{key}, {task}", {}).get("limit") != limit_of[task]]
+        found = self.load(line, key, names) if missing else None
+        if found is None:
+            return
+        model, budgets = found
+        for task in missing:
+            manager, limit = task_manager([task], self.options.include_path), limit_of[task]
+            scores = evaluate_tasks(
+                model, self.tokenizer, [task], manager, budgets=budgets, limit=limit or None, batch_size=16
+            )
+            self.keep(f"{key}, {task}", {"limit": limit, **scores})
+
+    def times(self, start: str) -> list[dict[str, Any]]:
+        """Prefill and decoding of every row against stock models, in the same rounds.
+
+        The reference is the stock export of the row, and `control` another one. Where sizes differ between layers there
+        is none: both are then the row itself, loaded, and `padded` is the stock model that holds it beside zeros.
+        """
+        folder, found = self.start(start), []
+        model = FlextronForCausalLM.from_pretrained(folder).eval().to(self.options.device)
+        ids = torch.randint(model.config.vocab_size, (1, LENGTH), device=self.options.device)
+        for name, row in self.rows(start).items():
+            variants = variants_of(model, folder, name)
+            reference = next(iter(variants))
+            padded = {} if reference == "native" else {"padded": (model.extract(row, pad=True), {})}
+            compared = variants | padded | {"parent": (self.parent, {})}
+            for what, task in TASKS.items():
+                seconds = interleaved(
+                    {label: task(*pair, ids) for label, pair in compared.items()},
+                    self.options.rounds,
+                    self.options.device,
+                )
+                found.append({"budget": name, "what": what, "reference": reference, **against(seconds, reference)})
+        return found
 
 
-def difference(values: list[float]) -> str:
-    """Mean of paired differences, and their standard deviation where there are several."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.3f}{spread}"
+def merged(model: Any) -> Any:
+    """A model without adapters: they are added to the weights."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def main() -> None:
@@ -462,18 +456,26 @@ def main() -> None:
     parser.add_argument("--calibration-blocks", type=int, default=128)
     parser.add_argument("--test-blocks", type=int, default=24, help=f"blocks of {LENGTH} tokens of every text")
     parser.add_argument("--chats", type=int, default=384, help="answers of the parent to train with")
+    parser.add_argument("--tasks", nargs="+", default=[], help="tasks of lm-eval to measure as well")
+    parser.add_argument("--include-path", type=Path, help="folder with tasks of your own")
+    parser.add_argument("--task-limit", type=int, nargs="+", default=[0], help="items of all tasks, or of each; 0: all")
+    parser.add_argument("--times", action="store_true", help="measure prefill and decoding of what is not trained, too")
+    parser.add_argument("--rounds", type=int, default=15, help="of --times")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--work", type=Path, default=Path("real-work"), help="folder of models and figures")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result and its picture")
     parser.add_argument("--table", action="store_true", help="print what was measured, and measure nothing")
     options = parser.parse_args()
 
     name = f"real-{options.name or Path(options.parent or '').name}"
     if options.table:
-        for path in sorted(RESULTS.glob("real-*.json")):
-            print(f"{path.stem}\n\n{table(json.loads(path.read_text()))}\n")
-            draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        for path in sorted(options.results.glob("real-*.json")):
+            result = json.loads(path.read_text())
+            print(f"{path.stem}\n\n{tables(result)}\n")
+            draw(result, path.with_suffix(".png"))
         return
     options.work.mkdir(parents=True, exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
     kept = ("budgets", "tokens", "rates", "seeds", "calibration_blocks", "test_blocks", "chats")
     result: dict[str, Any] = {
         "machine": machine(options.device),
@@ -481,16 +483,30 @@ def main() -> None:
     }
     talks = getattr(load_tokenizer(options.parent), "chat_template", None) is not None
     result["texts"] = [path.stem for path in options.test] + ["chats"] * talks
+    studies = [Study(options, seed) for seed in options.seeds]
+    result |= {"seeds": {str(study.seed): study.measured for study in studies}, "bytes": {}}
+
+    def note() -> None:
+        for study in studies:
+            result["bytes"] |= study.sizes()
+        save(name, result, options.results)
+
     for line in options.lines:
-        for seed in options.seeds:
-            study = Study(options, seed)
+        for study in studies:
             study.measure(line)
-            result.setdefault("seeds", {})[str(seed)] = study.measured
-            result.setdefault("bytes", {}).update(study.sizes())
-            save(name, result)
-    save(name, result | {"parameters": study.parent.num_parameters(), "bought": bought(result)})
-    print(table(result))
-    draw(result, RESULTS / f"{name}.png")
+            if options.times and line in STARTS:
+                study.keep_new(f"{line}, times", lambda one=study, start=line: one.times(start))
+            note()
+    for (line, _), keys in chosen(result).items() if options.tasks else ():
+        for study in studies if line in options.lines else ():
+            for key in dict.fromkeys(keys.values()):
+                if key in study.measured:
+                    study.measure_tasks(line, key, [budget for budget in keys if keys[budget] == key])
+                    note()
+    result |= {"parameters": studies[0].parent.num_parameters(), "bought": bought(result)}
+    note()
+    print(tables(result))
+    draw(result, options.results / f"{name}.png")
 
 
 if __name__ == "__main__":

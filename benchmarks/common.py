@@ -91,8 +91,8 @@ def peak_bytes(run: Callable[[], object], device: str, *models: torch.nn.Module)
     return highest
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write a result file; call it again as more is measured, so that a stop loses nothing."""
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     write_json(path, result)
     return path

@@ -3,10 +3,10 @@
 import importlib.metadata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.configuration_flextron import VERSION
 from modeling_flextron.errors import invalid, is_number
 from modeling_flextron.frontier import held
@@ -36,7 +36,7 @@ def task_manager(tasks: Sequence[str], include_path: str | Path | None = None) -
 
 
 def evaluate_tasks(
-    model: FlextronForCausalLM,
+    model: Any,
     tokenizer: Any,
     tasks: Sequence[str],
     manager: Any,
@@ -48,10 +48,12 @@ def evaluate_tasks(
     """Scores of one model at many sizes, each task with the settings of its own file.
 
     Args:
-        model: The whole family, or as much of it as the budgets need.
+        model: The whole family, or as much of it as the budgets need; or a stock model.
+        tokenizer: Of the model.
+        tasks: What to run.
         manager: `task_manager(tasks)`.
-        budgets: Name -> budget; by default every row of the frontier, and then the scores are written into the
-            `metrics` of the row as well.
+        budgets: Name -> budget; None for the current size, the only one of a stock model. By default every row of the
+            frontier, and then the scores are written into the `metrics` of the row as well.
         limit: Samples of each task: for a trial, as such scores mean nothing.
         batch_size: Samples in a forward pass.
 
@@ -66,13 +68,13 @@ def evaluate_tasks(
     measured: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     settings: dict[str, dict[str, Any]] = {}
     for name, budget in (budgets or held(model.config.frontier)).items():
-        with model.at_budget(budget):
+        with nullcontext() if budget is None else model.at_budget(budget):
             found: Any = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
         results[name] = flat_scores(found)
         for task, scores in task_scores(found).items() if budgets is None else ():
             measured[task][name], settings[task] = scores, found["configs"].get(task, {})  # a group has no settings
-    version = f"{VERSION} with lm-eval {importlib.metadata.version('lm-eval')}"
     for task, figures in measured.items():
+        version = f"{VERSION} with lm-eval {importlib.metadata.version('lm-eval')}"
         split = settings[task].get("test_split") or settings[task].get("validation_split")
         dataset = settings[task].get("dataset_path")
         model.config.record(figures, text=task, split=split, version=version, dataset=dataset)
