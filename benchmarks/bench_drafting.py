@@ -55,7 +55,7 @@ CHOICES = {
 
 def trained(folder: Path, parent_steps: int, elastic_steps: int) -> tuple[FlextronForCausalLM, torch.Tensor]:
     """The elastic model, trained here or read from an earlier run, and held-out blocks `[N, LENGTH]`."""
-    rows, held_out, tokenizer = stdlib_blocks(LENGTH, documents=1200, vocab_size=2048)
+    rows, held_out, _, tokenizer = stdlib_blocks(LENGTH, documents=1200, vocab_size=2048)
     if not (folder / "config.json").is_file():
         train(folder, tokenizer, rows.shuffle(seed=0), held_out.select(range(64)), parent_steps, elastic_steps)
     return FlextronForCausalLM.from_pretrained(folder).eval(), torch.tensor(held_out["input_ids"])

@@ -53,7 +53,7 @@ METHODS = ("uniform", "random", "search", "surrogate", "surrogate search", "gumb
 @cache
 def texts(seed: int) -> tuple:
     """Training blocks, held-in and held-out blocks, and their tokenizer."""
-    rows, held_out, tokenizer = stdlib_blocks(LENGTH, documents=800)
+    rows, held_out, _, tokenizer = stdlib_blocks(LENGTH, documents=800)
     rows = rows.shuffle(seed=seed)
     return rows, rows.select(range(64)), held_out.select(range(128)), tokenizer
 

@@ -25,20 +25,24 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 def stdlib_blocks(
     length: int, documents: int | None = None, vocab_size: int = 1024
-) -> tuple[Dataset, Dataset, PreTrainedTokenizerFast]:
-    """The sources of Python's standard library as blocks of tokens: to train on, held out; and their tokenizer.
+) -> tuple[Dataset, Dataset, Dataset, PreTrainedTokenizerFast]:
+    """The sources of Python's standard library as blocks of tokens, and their tokenizer.
 
     Args:
         length: Tokens in a block.
         documents: How many files to train on; None for all that are not held out.
         vocab_size: Of the tokenizer.
+
+    Returns:
+        Blocks to train on, held-out ones for tables, others of other files for choices; tokenizer.
     """
     files = load_text("stdlib").shuffle(seed=0)
     few = len(files) // 20
     tokenizer = train_tokenizer(files.select(range(few, few + 400))["text"], vocab_size)
-    stop = len(files) if documents is None else few + documents
-    held_out = pack(files.select(range(few)), tokenizer, length).shuffle(seed=0)
-    return pack(files.select(range(few, stop)), tokenizer, length), held_out, tokenizer
+    stop = len(files) - few if documents is None else few + documents
+    parts = (range(few, stop), range(few), range(stop, stop + few))
+    train, held_out, choosing = (pack(files.select(part), tokenizer, length) for part in parts)
+    return train, held_out.shuffle(seed=0), choosing.shuffle(seed=0), tokenizer
 
 
 def text_blocks(path: Path, tokenizer: Any, length: int, seed: int = 0) -> torch.Tensor:

@@ -7,52 +7,13 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from real_lines import FAMILIES, GOES_ON, PARENTS, SINGLES, STARTS, chosen
+from real_lines import PLAN
+from study import chosen, table
 
 
 def tables(result: dict[str, Any]) -> str:
     """All that was measured."""
-    return "\n\n".join(part for part in (table(result), task_table(result), time_table(result)) if part)
-
-
-def table(result: dict[str, Any]) -> str:
-    """Losses of every line and number of tokens, means over the seeds that have them, and paired differences."""
-    budgets, texts = ["1", *(f"{budget:g}" for budget in result["options"]["budgets"])], result["texts"]
-    columns = [(budget, text) for budget in budgets for text in texts]
-    seeds, lines = list(result["seeds"].values()), chosen(result)
-    head = " | ".join(f"{budget}, {text}" for budget, text in columns)
-    rule = "---:|" * len(columns)
-    out = [f"| | tokens | TFLOP | CPU min | {head} |", f"|---|---:|---:|---:|{rule}"]
-
-    def losses(seed: dict[str, Any], keys: dict[str, str]) -> dict[tuple[str, str], float]:
-        parts = {budget: seed[key].get(budget, {}) for budget, key in keys.items() if key in seed}
-        return {(budget, text): part[text] for budget, part in parts.items() for text in texts if text in part}
-
-    def cost(keys: dict[str, str], what: str) -> float:
-        sums = [sum(seed[key].get(what, 0) for key in set(keys.values()) if key in seed) for seed in seeds]
-        return statistics.mean(each for each in sums if each) if any(sums) else 0
-
-    for (line, tokens), keys in lines.items():
-        found = [losses(seed, keys) for seed in seeds]
-        cells = [[each[column] for each in found if column in each] for column in columns]
-        if any(cells):
-            cost_cells = [f"{cost(keys, 'flops') / 1e12:.1f}", f"{cost(keys, 'cpu_seconds') / 60:.1f}"]
-            row = [f"{tokens:,}" if tokens else "", *(cost_cells if tokens else ["", ""])]
-            row += [f"{statistics.mean(cell):.3f}" if cell else "" for cell in cells]
-            out.append(f"| {line} | {' | '.join(row)} |")
-
-    paired: list[str] = []
-    rivals = [("elastic", rival) for rival in (*SINGLES, "control")]
-    for line, rival in rivals + [(line, GOES_ON.get(line, "elastic")) for line in FAMILIES if line != "elastic"]:
-        for tokens in sorted(result["options"]["tokens"]):
-            ours, theirs = ([losses(seed, lines[each, tokens]) for seed in seeds] for each in (line, rival))
-            pairs = list(zip(ours, theirs, strict=True))
-            cells = [[a[column] - b[column] for a, b in pairs if column in a and column in b] for column in columns]
-            if any(cells):
-                paired.append(f"| {line} - {rival} | {tokens:,} | {' | '.join(map(difference, cells))} |")
-    if paired:
-        out += ["", f"| difference, standard deviation over seeds | tokens | {head} |", f"|---|---:|{rule}", *paired]
-    return "\n".join(out)
+    return "\n\n".join(part for part in (table(result, PLAN), task_table(result), time_table(result)) if part)
 
 
 def task_table(result: dict[str, Any]) -> str:
@@ -83,7 +44,7 @@ def task_table(result: dict[str, Any]) -> str:
     if not limits:
         return ""
     of_parent, out = scores("parent", "1"), []
-    for (line, tokens), keys in chosen(result).items():
+    for (line, tokens), keys in chosen(result, PLAN).items():
         for budget, key in keys.items():
             if found := scores(key, budget):
                 cells = [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in found]
@@ -101,7 +62,7 @@ def time_table(result: dict[str, Any]) -> str:
     """Time of loaded rows against that of stock models in the same rounds; empty where none was taken."""
     columns, out = ("control", "loaded", "family", "padded", "parent"), []
     timed = {key: rows for seed in result["seeds"].values() for key, rows in seed.items() if key.endswith(", times")}
-    for start in STARTS:
+    for start in PLAN.starts:
         for row in timed.get(f"{start}, times", []):
             cells = [f"{row[name]['ratio']:.2f}" if name in row else "" for name in columns]
             of = f"{row['reference']} | {row[row['reference']]['milliseconds']:.1f}"
@@ -116,7 +77,7 @@ def bought(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Tokens -> budget -> nats that the elastic run is above the parent, first text, for `training/expectations.py`."""
     seeds, text = list(result["seeds"].values()), result["texts"][0]
     found = {}
-    for (line, tokens), keys in chosen(result).items():
+    for (line, tokens), keys in chosen(result, PLAN).items():
         if line in ("repaired slices", "elastic"):
             above = {
                 budget: [
@@ -137,17 +98,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes, text, seeds = figure.subplots(), result["texts"][0], list(result["seeds"].values())
-    for (line, tokens), keys in chosen(result).items():
+    for (line, tokens), keys in chosen(result, PLAN).items():
         values = {
             budget: [seed[key][budget][text] for seed in seeds if text in seed.get(key, {}).get(budget, {})]
             for budget, key in keys.items()
         }
-        if line in PARENTS:
+        if line in PLAN.parents:
             if values["1"]:
                 axes.plot(seeds[0][line]["bytes"] / 1e6, statistics.mean(values["1"]), "*", markersize=12, label=line)
             continue
-        start = FAMILIES.get(line, SINGLES.get(line, line))
-        sizes = result["bytes"].get(start, {})
+        sizes = result["bytes"].get(PLAN.start(line), {})
         points = [
             (sizes[budget] / 1e6, statistics.mean(each)) for budget, each in values.items() if each and budget in sizes
         ]
@@ -159,11 +119,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-def difference(values: list[float]) -> str:
-    """Mean of paired differences, and their standard deviation where there are several."""
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):+.3f}{spread}"

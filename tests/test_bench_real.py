@@ -19,6 +19,7 @@ def test_every_line_with_tasks_and_times(tmp_path, monkeypatch, capsys):
     """Of lm-eval there is a stand-in whose score is the loss: that of a loaded model must be the one that was noted."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     import bench_real
+    import study
 
     text, texts = tmp_path / "text.txt", [f"def f{i}(x):\n    return x + {i}\n" for i in range(400)]
     text.write_text("".join(texts))
@@ -84,6 +85,6 @@ def test_every_line_with_tasks_and_times(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     heads = "| routed - elastic, uniform |", "| ours (3) | mean - parent's |", "| repaired slices | 0.6 | decode |"
     assert all(head in shown for head in heads)
-    monkeypatch.setattr(bench_real, "FlextronTrainer", None)  # all is there: nothing is made a second time
+    monkeypatch.setattr(study, "FlextronTrainer", None)  # all is there: nothing is made a second time
     monkeypatch.setattr(bench_real, "evaluate_tasks", None)
     assert run() == seed
