@@ -120,6 +120,7 @@ class StaticRouter:
     """The scores in a config, and what they choose.
 
     Args:
+        config: The `FlextronConfig` of the model.
         stored: `budgets`, ascending fractions of the full cost; and for each of them scores of the choices, in the
             order of the config: `hidden` and `depth` `[budgets][sizes]`, `mlp` and `heads`
             `[budgets][layers][sizes]`. Layers without differences in all scores are a uniform router.

@@ -78,6 +78,7 @@ class TokenRouting:
     """How the layers of one forward pass run when tokens choose their sizes, and afterwards what they chose.
 
     Args:
+        config: The `FlextronConfig` of the model.
         subnetwork: Bounds and target.
         tokens: `[B, S]`, false at padding, which gets the smallest sizes; None without padding.
 

@@ -127,7 +127,9 @@ def test_every_row_gets_the_scores_of_lm_eval(work):
     frontier = json.loads((work / "elastic" / "config.json").read_text())["frontier"]
     assert {row["name"]: row["metrics"] for row in frontier} == result["results"]
     assert all(set(row["metrics"]) == names and row["loss"] is None for row in frontier)
-    assert "| acc on ours_mc (test) | bits_per_byte on ours_ppl (test) |" in (work / "elastic" / "README.md").read_text()
+    assert (
+        "| acc on ours_mc (test) | bits_per_byte on ours_ppl (test) |" in (work / "elastic" / "README.md").read_text()
+    )
     manager = TaskManager(include_path="tasks", include_defaults=False)
     for name, scores in result["results"].items():
         model_args = {"pretrained": "elastic", "dtype": "float32", "trust_remote_code": True, "flextron_budget": name}

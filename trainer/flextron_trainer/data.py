@@ -236,6 +236,7 @@ def mixed(packed: Sequence[Any], shares: Sequence[float] | None = None, seed: in
         packed: Of `pack`, with document boundaries all, or none; all stored, or all streamed. One alone stays as it is.
         shares: Of the blocks, one for each, in any unit; blocks have about the same number of tokens. None: equal. What
             is short for its share is read again.
+        seed: Of the draws.
 
     Raises:
         ValueError: shares that are none.

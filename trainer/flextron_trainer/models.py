@@ -38,6 +38,7 @@ def load_stock(
     """A causal language model of any kind.
 
     Args:
+        source: Its folder or Hub id.
         argument: What the user calls it, for errors.
         trust_remote_code: Run the code that its files name, where they name some.
         kwargs: As of `AutoModelForCausalLM.from_pretrained`.

@@ -73,6 +73,7 @@ def write_options(place: Path, verb: str, options: dict[str, Any]) -> None:
     Args:
         place: A folder, which gets a `run.yaml`; of a file NAME it is `.NAME.run.yaml`, hidden because its folder may
             be one of data.
+        verb: The name of the verb.
         options: Name -> value; what is None or of this one call is left out.
     """
     import yaml

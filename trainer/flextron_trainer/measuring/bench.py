@@ -139,6 +139,7 @@ def variants_of(model: Any, folder: str | os.PathLike, budget: Any) -> Variants:
     Args:
         model: The family, on its device and in its dtype.
         folder: Where it was loaded from.
+        budget: The size.
 
     Returns:
         `native` and `control`, two stock models by `extract()`; `family`, the switchable model; `loaded`, one that was

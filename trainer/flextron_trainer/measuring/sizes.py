@@ -44,6 +44,7 @@ def sizes_here(
 
     Args:
         source: Folder or Hub id of the model, of which only the indices are fetched, and a latency table.
+        config: Its config.
         kind: Of the device, such as `"cuda"`.
         free: Bytes of memory that are free there.
         contexts: Tokens of KV cache.

@@ -104,6 +104,7 @@ def write_model_card(
     The plot needs matplotlib.
 
     Args:
+        model: The elastic model.
         folder: Where it and its tokenizer, if it has one, are saved.
         repo: What the snippets load; by default the name of the folder.
         tags: More tags for the metadata.
@@ -146,6 +147,7 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
     """The frontier of a model as a Markdown table.
 
     Args:
+        model: The elastic model.
         downloads: Row -> bytes that loading it fetches.
         tables: Latency tables, each of which gets a column of speed.
     """

@@ -188,6 +188,7 @@ def blocks_of(shape: tuple[int, ...], needs: list[tuple[int, ...] | None]) -> li
     """Cut a tensor into the blocks that its levels add.
 
     Args:
+        shape: Of the tensor.
         needs: For each level the leading part that its row needs, None for nothing. What none of them needs is one
             level more.
 

@@ -64,7 +64,9 @@ class RelaxedTokens(TokenRouting):
 
     Args:
         subnetwork: Bounds and target.
+        tokens: As in `TokenRouting`.
         temperature: Width of the noise and of the soft gates, in units of the need; the noise is 0 when `seed` is None.
+        seed: Of the noise.
         row: Which row of the step's whole batch the first one here is, over all processes and accumulated batches. A
             token has the same noise however the batch is divided.
     """

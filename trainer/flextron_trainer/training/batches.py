@@ -20,6 +20,7 @@ def read_batch(inputs: dict[str, Any], collator: Any, teacher: Any, device: torc
     """Check a batch and put it on a device; where positions keep documents apart, they do so without a mask.
 
     Args:
+        inputs: As the collator made it.
         collator: Who made it, for messages.
         teacher: Who reads it as well; None for nobody.
 

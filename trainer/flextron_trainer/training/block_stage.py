@@ -195,6 +195,7 @@ class KeptBlocks:
     """Layers that have learned, each in a file of a folder.
 
     Args:
+        output: The output folder of the run.
         run: What tells this run from others, which would have learned something else.
         resume: Go on from what is there; otherwise it goes.
 
@@ -250,6 +251,7 @@ def train_blocks(
 
     Args:
         args: Of the run; `max_steps` are those of each layer.
+        rows: As the trainer takes them.
         collate: Makes a batch of rows.
         resume: Go on from what a run with the same arguments left in the output folder.
 
@@ -301,6 +303,7 @@ def train_folder(
 
     Args:
         source: Folder of the model.
+        args, rows, collate, resume: As in `train_blocks`.
         given: Keywords that a trainer takes and this stage refuses, such as `teacher`.
 
     Returns:

@@ -47,6 +47,7 @@ def draw(
             drawn independently. No row comes twice in a step unless there are more draws than rows, or its weight
             asks for it.
         count: How many; a sandwich needs at least 2.
+        seed: Of the run.
         step: Optimizer steps that were made.
         weights: For `"weighted"`: one for every row of the frontier, largest row first.
     """
