@@ -269,7 +269,9 @@ def within(
     share: float = 0.03,
     metrics: Mapping[str, torch.Tensor] | None = None,
 ) -> Corrections:
-    """Corrections that are at most `share` of the non-embedding parameters of a row; layers read what the parent's write.
+    """Corrections that are at most `share` of the non-embedding parameters of a row.
+
+    They are fitted to layers that read what the parent's layers write.
 
     Args:
         model, subnetwork, batches, metrics: As in `reconstruct`.
