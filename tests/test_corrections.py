@@ -8,6 +8,7 @@ from helpers import all_sizes, difference, elastic_of, flextron, let_tokens_choo
 from training import trainer, with_adapter
 
 from flextron_trainer import convert
+from flextron_trainer.conversion.corrections import warn_of_reversals
 from flextron_trainer.conversion.rows import mean_loss
 from flextron_trainer.export.verify import verify
 from flextron_trainer.publishing.card import write_model_card
@@ -232,6 +233,12 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
     card = (tmp_path / "README.md").read_text()
     assert "corrections, which loading at a size folds into its weights" in card
     assert all(f"owns {owner.parameters(model.config):,} parameters" in card for owner in model.model.owners)
+
+
+def test_a_row_that_loses_more_than_a_smaller_one_is_said():
+    with pytest.warns(UserWarning, match=r"Row '0.5' loses more than the smaller row '0.35'.*\(6.49 and 5.33") as said:
+        warn_of_reversals({"0.35": 5.33, "0.5": 6.49, "0.75": 3.88})
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(("data", "share"), [("weights", 0.03), (IDS, -0.1), (IDS, 1.0)])

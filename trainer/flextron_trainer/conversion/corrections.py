@@ -4,7 +4,9 @@ How they are fitted best differs between parents (`reconstruction.py`), so every
 that was held out, and none where none helps.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,15 +65,31 @@ def add_corrections(
         first = found.get(name) or within(model, row, batches, share, metrics)
         second, _ = reconstruct(model, row, batches, ranks=first.ranks, metrics=metrics, **SEQUENTIAL)
         most = share * count_parameters(model.config, row, embeddings=False)
-        ways = [
-            way for way in (first, second) if way.owner(name, row).parameters(model.config) <= most
-        ]  # norms may be too much
+        # Norms alone may be too much.
+        ways = [way for way in (first, second) if way.owner(name, row).parameters(model.config) <= most]
         best, losses[name] = _best(model, name, row, ways, held_out)
         if best is not None:
             fitted[name] = row, best
     logger.info(f"Losses of the rows without and with corrections: {losses}.")
+    warn_of_reversals({name: loss for name, (_, loss) in losses.items()})
     put_corrections(model, fitted)
     return losses
+
+
+def warn_of_reversals(losses: Mapping[str, float]) -> None:
+    """Warn of rows that lose more than a smaller one: a cut took what the rest of the network stands on.
+
+    Args:
+        losses: Name of a row -> its loss on text that was held out, the smallest row first.
+    """
+    for (small, less), (large, more) in pairwise(losses.items()):
+        if more > less:
+            warnings.warn(
+                f"Row {large!r} loses more than the smaller row {small!r} on calibration text that was held out"
+                f" ({more:.2f} and {less:.2f} nats a token). Convert with more text or with other sizes, or train"
+                " before you use it.",
+                stacklevel=2,
+            )
 
 
 def _best(
