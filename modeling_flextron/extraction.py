@@ -120,8 +120,12 @@ def stock_config(config, sizes: SubNetwork) -> PreTrainedConfig:
 def stock_tensors(model, subnetwork: SubNetwork, target: SubNetwork) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a sub-network as the stock family names and arranges them, copied one by one.
 
-    The units that it has are in the parent's order, so that at full size they are the parent's tensors. Zeros fill
-    them up to the sizes of `target`, whose layers may differ.
+    The units that it has are in the parent's order, so that at full size they are the parent's tensors.
+
+    Args:
+        model: A `FlextronForCausalLM`.
+        subnetwork: What to copy.
+        target: Sizes to fill up with zeros; the layers may differ.
 
     Yields:
         Name and tensor; a tied output head is left out.

@@ -34,6 +34,7 @@ def load_tokenizer(source: str | os.PathLike, *, trust_remote_code: bool = False
     """The tokenizer of a folder or Hub id, of a class of transformers unless its own code is asked for.
 
     Args:
+        source: Folder or Hub id.
         trust_remote_code: Run the code that its files name, where they name some.
         hub: `revision`, `token`, `cache_dir` and the like.
 
@@ -395,7 +396,11 @@ def calibration_batches(
 
 
 def hold_out(batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Part the last eighth of `calibration_batches` from the rest; a single sample is on both sides, with a warning."""
+    """Part the last eighth of the samples from the rest; a single sample is on both sides, with a warning.
+
+    Args:
+        batches: Of `calibration_batches`.
+    """
     samples, size = torch.cat(batches), len(batches[0])
     if len(samples) == 1:
         warnings.warn(

@@ -21,9 +21,11 @@ from .hub import retried
 
 
 def load_elastic(source: str | os.PathLike, kind: type = FlextronForCausalLM, **kwargs: Any) -> Any:
-    """A Flextron model from a folder or Hub id, with `kwargs` of `from_pretrained`, such as `flextron_budget`.
+    """A Flextron model, of a class of this package: the code that lies beside the weights is not run.
 
-    It is of a class of this package: the code that lies beside the weights is not run.
+    Args:
+        source: Its folder or Hub id.
+        kwargs: As of `from_pretrained`, such as `flextron_budget` and `dtype`.
 
     Raises:
         ValueError: tensors are missing, too many or of other shapes, or a file says what no model's file says.
@@ -155,7 +157,13 @@ def refuse_tensors(argument: str, source: str | os.PathLike, problem: str, names
 
 
 def write_config(model: Any, folder: str | os.PathLike, config: Any = None) -> None:
-    """Write a config, by default that of the model, with the code that reads it into its folder; the weights stay."""
+    """Write a config into the folder of a saved model, with the code that reads it; the weights stay.
+
+    Args:
+        model: Whose code it is.
+        folder: Of the model.
+        config: By default that of the model.
+    """
     custom_object_save(model, folder)
     with write_file_beside(Path(folder) / CONFIG_NAME) as path:
         (config or model.config).to_json_file(path)

@@ -17,7 +17,10 @@ from ..models import kind_of
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check the files of a folder with a checkpoint in levels.
+    """Check the files of a checkpoint in levels.
+
+    Args:
+        folder: Where it lies.
 
     Returns:
         `checkpoint`; `rows`, the sizes that were checked; `files` and `bytes`, how much was read.

@@ -124,7 +124,10 @@ def measure_latency(
 def measure_into(folder: Path, model: FlextronForCausalLM, **options: Any) -> LatencyTable:
     """Measure the table of a model and put it into the folder where the model is saved, beside those of other devices.
 
-    Rounds are kept there, too, and a later call goes on with them. `options` are as of `measure_latency`.
+    Args:
+        folder: Rounds are kept there, too, and a later call goes on with them.
+        model: What is saved there.
+        options: As of `measure_latency`.
     """
     table = measure_latency(model, progress=folder / FOLDER / ".rounds.json", **options)
     write_table(table, folder / file_of(table))

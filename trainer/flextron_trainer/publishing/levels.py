@@ -78,9 +78,12 @@ def _shapes_at(model: Any, subnetwork: SubNetwork) -> dict[str, tuple[int, ...]]
 
 
 def write_levels(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, Any]:
-    """Write the weights of a model as levels, tensor by tensor, into a folder.
+    """Write the weights of a model as levels, tensor by tensor.
 
-    The largest file has `max_shard_size`, such as `"5GB"`; a block is never cut, and may be larger.
+    Args:
+        model: The model.
+        folder: Where to write.
+        max_shard_size: Largest file, such as `"5GB"`; a block is never cut, and may be larger.
 
     Returns:
         What `FlextronConfig.levels` must say.
@@ -225,7 +228,12 @@ def inside(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def row_bytes(folder: Path, config: Any) -> dict[str, int]:
-    """Row of the frontier -> bytes of weight files that loading it fetches from a copy of a folder and its config."""
+    """Row of the frontier -> bytes of the weight files that loading it fetches from a copy of a folder.
+
+    Args:
+        folder: Of a saved model.
+        config: The config that lies there.
+    """
 
     def size(level: int | None) -> int:
         return sum(shard["size"] for shard in read_index(folder / index_name(level))["shards"].values())

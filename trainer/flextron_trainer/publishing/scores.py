@@ -21,7 +21,12 @@ DATASET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 
 
 def write_eval_results(rows: Iterable[FrontierRow], folder: Path) -> None:
-    """Write a file for each row that has such scores into the folder of a model; older ones that are over go."""
+    """Write a file for each row that has such scores, and remove those that an earlier call wrote and that are over.
+
+    Args:
+        rows: Of the frontier.
+        folder: Of the saved model.
+    """
     written = set()
     for number, row in enumerate(rows):
         if entries := entries_of(row):

@@ -53,7 +53,9 @@ LARGE = 2**24  # numbers; a tensor of more gets a file of its own, because a fil
 def check_block_run(model: Any, args: FlextronTrainingArguments, given: dict[str, Any]) -> None:
     """Refuse what this stage cannot do, or would leave out in silence.
 
-    The model may be on the meta device; `given` are the other keywords of the trainer.
+    Args:
+        model: The elastic model, in memory or on the meta device.
+        given: Other keywords of the trainer.
     """
     check_blocks(model, args.block_parameters)
     alone, device = "Each layer learns in one process, with all of its weights.", "one GPU is enough for any size."
@@ -130,7 +132,11 @@ def text_of(rows: Any, count: int, seed: int, collate: Callable[[list[Any]], dic
 
 
 class StoredBlocks:
-    """The layers of a saved model, each read from its files when it is to run on `device`; the others are on none.
+    """The layers of a saved model, each read from its files when it is needed; what is not in use is on no device.
+
+    Args:
+        folder: Of the model.
+        device: Where layers run.
 
     Raises:
         ValueError, OSError: the folder does not hold all tensors of a causal language model.

@@ -29,7 +29,11 @@ REFUSED_KEYWORDS = {
 
 
 def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
-    """Refuse arguments of another class, and those among the other keywords that elastic training cannot honour."""
+    """Refuse arguments of another class, and those of `Trainer` that elastic training cannot honour.
+
+    Args:
+        given: The other keywords of the trainer.
+    """
     for name, (rule, remedy) in REFUSED_KEYWORDS.items():
         if given.get(name) is not None:
             raise invalid(name, given[name], rule, remedy)

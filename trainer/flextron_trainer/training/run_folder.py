@@ -78,10 +78,13 @@ def write_arguments(folder: Path, args: FlextronTrainingArguments) -> None:
 def push_checkpoint(
     checkpoint: Path, args: FlextronTrainingArguments, repo_id: str | None, write_card: Callable[[Path], None]
 ) -> Future:
-    """Push a checkpoint with a card in the background: one commit, and no pickles.
+    """Push a checkpoint in the background: one commit, and no pickles.
 
-    A copy of the folder is pushed, because it may be rotated away before it has arrived. The `hub_strategy` of the run
-    says what is pushed beside the model.
+    Args:
+        checkpoint: Its folder, of which a copy is pushed, because it may be rotated away before it has arrived.
+        args: Of the run; `hub_strategy` says what is pushed beside the model.
+        repo_id: Where to.
+        write_card: Writes the model card into a folder.
     """
     kept = ExitStack()
     staged = kept.enter_context(staging(args.output_dir, "push"))

@@ -92,7 +92,10 @@ def read_rows(inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.T
 
 
 class TeacherCache:
-    """A cache that was read from its folder: a teacher of the text that it was made for.
+    """A cache that was read: a teacher of the text that it was made for.
+
+    Args:
+        folder: Of the cache.
 
     Attributes:
         about: What `teacher_cache.json` says.
@@ -147,7 +150,14 @@ class TeacherCache:
         self._find(collate([dataset[i * (len(dataset) - 1) // max(1, count - 1)] for i in range(count)]))
 
     def read(self, inputs: Mapping[str, torch.Tensor]) -> SampledTeacher:
-        """What was drawn at the tokens of a batch, at padding nothing; a row that was never read is refused."""
+        """What was drawn at the tokens of a batch; at padding nothing.
+
+        Args:
+            inputs: Of the model that learns.
+
+        Raises:
+            ValueError: a row that the teacher has not read.
+        """
         found, real = self._find(inputs)
         device, draws = inputs["input_ids"].device, self.about["draws"]
         parts = [self._row(shard, row) for shard, row in found]

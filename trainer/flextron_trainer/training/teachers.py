@@ -16,7 +16,10 @@ SAME = "Teach with the parent, or with another model of the same tokenizer."
 
 
 def prepare_teacher(teacher: Any, model: Any, tokenizer: Any, device: torch.device) -> Any:
-    """Check a teacher, as `check_vocabulary` does, and put it on the device of the run, unless it is somewhere already.
+    """Check a teacher and put it on the device of the run, unless it was put somewhere already.
+
+    Args:
+        teacher, model, tokenizer: as in `check_vocabulary`.
 
     Raises:
         ValueError: it has another tokenizer or an unknown architecture, or is the model itself.
