@@ -71,6 +71,9 @@ def check_tokens(argument: str, source: str | os.PathLike, theirs: Any, ours: An
 
     Args:
         argument, source: Whose tokenizer it is, for the message.
+
+    Raises:
+        ValueError: some id does.
     """
     others, mine = _ordinary(theirs), _ordinary(ours)
     for number in sorted(mine.keys() & others.keys()):
@@ -268,7 +271,9 @@ def _conversations(
             kept = slice(length if any(label != IGNORED for label in labels[:length]) else 0)
             found["input_ids"].append(ids[kept])
             found["labels"].append(labels[kept])
-            found["unseen"].append(sum(label != IGNORED for label in labels[len(labels[kept]) :]))
+            found["unseen"].append(
+                sum(label != IGNORED for label in labels) - sum(label != IGNORED for label in labels[kept])
+            )
     return found
 
 
@@ -300,8 +305,10 @@ def _counts(tokens: datasets.Dataset, packed: datasets.Dataset, length: int) -> 
     if cut := pc.sum(pc.greater(unseen, 0)).as_py():
         gone = pc.sum(pc.equal(pc.list_value_length(tokens.data["input_ids"]), 0)).as_py()
         lost = pc.sum(unseen).as_py()
-        text += f" Behind the {length}th token of {cut:,} of {len(tokens):,} conversations, which are cut there,"
-        text += f" {lost:,} more would be learned; {gone:,} are left out, as none of their answers begins before."
+        text += (
+            f" Behind the {length}th token of {cut:,} of {len(tokens):,} conversations, which are cut there, {lost:,}"
+        )
+        text += f" more would be learned; {gone:,} are left out, as none of their answers begins before."
     return text
 
 
@@ -332,7 +339,9 @@ def _collate(padding: dict[str, int], rows: list[dict[str, Any]]) -> dict[str, t
         columns["input_ids"].append(ids)
         columns["labels"].append(torch.as_tensor(row.get("labels", ids.masked_fill(mask == 0, IGNORED))))
         columns["attention_mask"].append(mask)
-    batch = {name: pad_sequence(each, batch_first=True, padding_value=padding[name]) for name, each in columns.items()}
+    batch = {
+        name: pad_sequence(tensors, batch_first=True, padding_value=padding[name]) for name, tensors in columns.items()
+    }
     if any("position_ids" in row for row in rows):
         positions = [torch.as_tensor(row.get("position_ids", range(len(row["input_ids"])))) for row in rows]
         batch["position_ids"] = pad_sequence(positions, batch_first=True)

@@ -110,7 +110,9 @@ def reading(argument: str, source: str | os.PathLike) -> Iterator[None]:
         raise OSError(f"{name}: {error}") from error
     except Exception as error:  # every library has its own kinds
         rule = f"Reading it ended in {type(error).__name__}: {error}."
-        remedy = "If a file is damaged, save or download it again; `flextron verify` looks at a checkpoint in levels."
+        remedy = (
+            "If a file is damaged, save or download it again; `flextron verify` looks at all of a checkpoint in levels."
+        )
         raise invalid(argument, name, rule, remedy) from error
 
 

@@ -25,7 +25,6 @@ def generate(
     Example: `flextron generate elastic "def main():" --budget 0.5`
 
     Example: `flextron generate elastic "1 + 1?" --budget '{"thinking": 0.5, "answer": 1}'`
-
     Example: `flextron generate elastic "Why is the sky blue?" --chat --budget 0.5`
     """
     import torch

@@ -60,8 +60,9 @@ def export_dense(
             tokenizer = "No tokenizer was copied: there was none."
         card = dense_card(config, Path(output).resolve().name, budget, given, stock, tokenizer)
         if changed:
-            how = "zeros" if pad else "snapped"
-            card += f"\nThe stock class could not hold the sizes asked for: {changed} ({how}).\n"
+            card += (
+                f"\nThe stock class could not hold the sizes asked for: {changed} ({'zeros' if pad else 'snapped'}).\n"
+            )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return {"parameters": stock.num_parameters(), "changed": changed}
 

@@ -244,6 +244,10 @@ class ArgumentParser(HfArgumentParser):
     """Refuses arguments in one sentence, where the base class prints all that there are and ends the process."""
 
     def error(self, message: str) -> Any:
-        """Refuse, with what is wrong."""
+        """Called with what is wrong.
+
+        Raises:
+            ValueError: always.
+        """
         rule = "They are those of `FlextronTrainingArguments`."
         raise invalid("arguments", message, rule, "`flextron train --help` says where they are described.")

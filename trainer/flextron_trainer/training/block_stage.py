@@ -56,6 +56,9 @@ def check_block_run(model: Any, args: FlextronTrainingArguments, given: dict[str
     Args:
         model: The elastic model, in memory or on the meta device.
         given: Other keywords of the trainer.
+
+    Raises:
+        ValueError: a model or an argument of this kind.
     """
     check_blocks(model, args.block_parameters)
     alone, device = "Each layer learns in one process, with all of its weights.", "one GPU is enough for any size."

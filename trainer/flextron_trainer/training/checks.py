@@ -33,6 +33,9 @@ def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
 
     Args:
         given: The other keywords of the trainer.
+
+    Raises:
+        ValueError: either of them.
     """
     for name, (rule, remedy) in REFUSED_KEYWORDS.items():
         if given.get(name) is not None:
@@ -43,7 +46,11 @@ def check_arguments(args: Any, given: Mapping[str, Any]) -> None:
 
 
 def check_model(model: Any, args: FlextronTrainingArguments) -> None:
-    """Refuse a model that cannot be trained at many sizes, or not in this stage, or not with these weights of rows."""
+    """Refuse a model that cannot be trained at many sizes, or not in this stage, or not with these weights of rows.
+
+    Raises:
+        ValueError: it cannot.
+    """
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "flextron":
         remedy = "Make it elastic first: `convert(model, calibration=...)`."
@@ -52,14 +59,20 @@ def check_model(model: Any, args: FlextronTrainingArguments) -> None:
         remedy = "Train the adapters with stage='elastic', or merge them first."
         raise invalid("stage", args.stage, "Routers and single layers learn on weights without adapters.", remedy)
     if runs_divided(model):
-        remedy = "Divide it with FSDP (`DistributedConfig(fsdp_size=...)`), or train each size with a plain `Trainer`."
+        remedy = (
+            "Divide it with FSDP, as by `DistributedConfig(fsdp_size=...)`, or train each size as a `Trainer` does."
+        )
         raise invalid("model", "tensor-parallel", "Each step trains sizes that such a plan cannot switch to.", remedy)
     if args.sampler == "weighted":
         check_weights(config, args.sampling_weights)
 
 
 def check_output_layer(model: Any) -> None:
-    """Refuse a model without an output layer over tokens."""
+    """Refuse a model without an output layer over tokens.
+
+    Raises:
+        ValueError: it has none.
+    """
     if model.get_output_embeddings() is None:
         rule = "The losses of elastic training are those of a language model."
         raise invalid("model", type(model).__name__, rule, "Train it at one budget with the plain Trainer.")
@@ -79,7 +92,11 @@ def check_saved_whole(model: Any, plugin: Any) -> None:
 
 
 def check_finite(loss: torch.Tensor, name: str, subnetwork: Any, step: int) -> None:
-    """Stop with a `FloatingPointError` before the weights are touched by a loss that is no number."""
+    """Stop before the weights are touched by a loss that is no number.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
     if not torch.isfinite(loss):
         raise FloatingPointError(
             f"The loss of sub-network {name!r} ({subnetwork.to_dict()}) is {loss.item()} at step"

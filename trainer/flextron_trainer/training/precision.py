@@ -32,7 +32,9 @@ def in_float32(model: torch.nn.Module, names: Collection[str], wanted: bool = Tr
         _cast(model, dict.fromkeys(halves, torch.float32))
     left = {p.dtype for name, p in model.named_parameters() if name in halves} & {*HALF}
     if left:
-        logger.warning_once(f"Weights are trained in {left.pop()}: it rounds small steps away, load them in float32.")
+        logger.warning_once(
+            f"Weights are trained in {left.pop()}, which rounds small steps away: load them in float32."
+        )
     elif halves:
         after = next(iter(halves.values()))
         logger.warning_once(f"What is trained is float32 meanwhile, also in checkpoints, and {after} afterwards.")

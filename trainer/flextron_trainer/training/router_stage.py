@@ -71,7 +71,9 @@ class RouterStage:
             named = [parse_budget(row.name) for row in self.model.config.frontier]
             budgets = [b.value for b in named if b.kind == "fraction" and smallest <= b.value < 1]
             if not budgets:
-                rule = "No row of the frontier is called by a fraction between the smallest size and the full one."
+                rule = (
+                    "The frontier has no row that is called by a fraction between the smallest size and the full one."
+                )
                 raise invalid("router_budgets", None, rule, "Pass for instance [0.5].")
         if min(budgets) < smallest:
             rule = f"The smallest sub-network costs {smallest:.4g} of the full one."

@@ -35,7 +35,11 @@ def prepare_teacher(teacher: Any, model: Any, tokenizer: Any, device: torch.devi
 
 
 def check_architecture(argument: str, teacher: Any) -> None:
-    """Refuse a teacher of an unknown architecture, whose hidden states and output layer may not make its logits."""
+    """Refuse a teacher whose hidden states and output layer are not known to make its logits.
+
+    Raises:
+        ValueError: an unknown architecture.
+    """
     if teacher.config.model_type not in (*FAMILIES, "flextron"):
         rule = f"The supported families are {', '.join(FAMILIES)}."
         raise invalid(argument, teacher.config.model_type, rule, "Teach with the parent.")

@@ -201,9 +201,13 @@ class FlextronTrainer(FrontierEvaluation, ResumableRun):
 
     def draws(self, step: int) -> list[Draw]:
         """The sub-networks of an optimizer step."""
-        args, config = self.args, self.model.config
         drawn = draw(
-            config, args.sampler, args.subnetworks_per_step, seed=args.seed, step=step, weights=args.sampling_weights
+            self.model.config,
+            self.args.sampler,
+            self.args.subnetworks_per_step,
+            seed=self.args.seed,
+            step=step,
+            weights=self.args.sampling_weights,
         )
         if self.in_place and drawn[0].subnetwork != self.model.config.built:
             drawn = [Draw(self._name_of_full(), self.model.config.built), *drawn]
@@ -273,5 +277,9 @@ class FlextronTrainer(FrontierEvaluation, ResumableRun):
         return optimizer
 
     def hyperparameter_search(self, *args, **kwargs) -> Any:
-        """Refused, as `model_init` is: every trial needs a model of its own."""
+        """Refused, as `model_init` is: every trial needs a model of its own.
+
+        Raises:
+            ValueError: always.
+        """
         raise invalid("hyperparameter_search", kwargs.get("backend"), *REFUSED_KEYWORDS["model_init"])
