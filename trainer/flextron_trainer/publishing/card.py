@@ -413,7 +413,9 @@ def _uses(model, repo: str, tokenizer: str | None) -> dict[str, str]:
         inputs = 'tokenizer("Once upon a time", return_tensors="pt")'
         if tokenizer == "chat" and causal:
             inputs = """tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Why is the sky blue?"}], add_generation_prompt=True, return_tensors="pt",
+    [{"role": "user", "content": "Why is the sky blue?"}],
+    add_generation_prompt=True,
+    return_tensors="pt",
     return_dict=True,
 )"""
         load = f"""from transformers import {auto}, AutoTokenizer
