@@ -157,7 +157,7 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
                 for row in uniform:
                     sample.note(order, row)
             best = min(found, key=lambda order: sum(losses[order][row]["held out"] for row in uniform))
-            result.setdefault("chosen", {})[str(number)] = best
+            best = result.setdefault("chosen", {}).setdefault(str(number), best)  # figures of an earlier start are of it
             permute(model, found[best])
             metrics = timed("sensitivity", partial(sensitivities, model, next(portions_of(seen, SENSITIVITY_TOKENS))))
             predicted = predicted_losses(model, sorted_moments(model, seen, files), metrics, args.corrections)

@@ -43,7 +43,7 @@ class FlextronGenerationMixin(GenerationMixin):
             ValueError: a budget means nothing here, or stands in a generation config; `assistant_early_exit`; or
                 `custom_generate` of a repo that is not trusted.
         """
-        kwargs = by_name(GenerationMixin.generate, self, args, kwargs)
+        kwargs = by_name(GenerationMixin.generate, self, args, kwargs) if args else kwargs
         check_generation(self, kwargs)
         each = flextron_budget if is_list(flextron_budget) else [flextron_budget]
         each = [read_phases(self, one, kwargs.get("tokenizer")) if is_phased(one) else one for one in each]

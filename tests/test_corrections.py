@@ -1,6 +1,7 @@
 """Corrections of a row's own: every size is one function, however it is run, loaded, extracted or exported."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -236,9 +237,25 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
 
 
 def test_a_row_that_loses_more_than_a_smaller_one_is_said():
-    with pytest.warns(UserWarning, match=r"Row '0.5' loses more than the smaller row '0.35'.*\(6.49 and 5.33") as said:
-        warn_of_reversals({"0.35": 5.33, "0.5": 6.49, "0.75": 3.88})
-    assert len(said) == 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_reversals({"0.3": 5.33, "0.35": 5.334, "0.5": 6.49, "0.75": 6.0, "0.8": 3.88})
+    heads = [str(each.message).partition(" on ")[0] for each in said]
+    assert heads == [f"Row {name!r} loses more than the smaller row '0.3'" for name in ("0.5", "0.75")]
+    assert "(6.49 and 5.33 nats a token)" in str(said[0].message)
+
+
+@pytest.mark.parametrize("reversed_", [False, True])
+def test_a_conversion_says_so(reversed_, monkeypatch):
+    def loss(model, subnetwork, batches):
+        size = count_parameters(model.config, subnetwork) / 1e5
+        return size if reversed_ else -size
+
+    monkeypatch.setattr("flextron_trainer.conversion.corrections.mean_loss", loss)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        elastic_of("mha", parent_of("mha"), order="norms", corrections=0.05)
+    assert any("loses more" in str(each.message) for each in said) is reversed_
 
 
 @pytest.mark.parametrize(("data", "share"), [("weights", 0.03), (IDS, -0.1), (IDS, 1.0)])

@@ -147,6 +147,21 @@ def test_scores_of_benchmarks_are_published_by_row(tmp_path):
     assert [path.name for path in (tmp_path / ".eval_results").iterdir()] == ["of-others.yaml"]
 
 
+def test_two_figures_of_one_text_have_two_heads(tmp_path):
+    model = elastic_of("mha")
+    model.config.record({"1": {"code/loss": 3.0}}, text="code", tokens=5)  # beside another text
+    model.config.record({"1": {"loss": 2.0}}, text="code", tokens=9)  # later, alone
+    model.config.frontier[1].metrics["code/loss"] = None  # written by something else
+    model.save_pretrained(tmp_path)
+    write_model_card(model, tmp_path)
+    (head,) = (
+        line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| budget | param")
+    )
+    assert head.split(" | ")[5:] == [
+        "loss on code", "perplexity on code", "code/loss on code", "code/perplexity on code |"
+    ]  # fmt: skip
+
+
 def test_every_figure_stands_under_its_text(tmp_path):
     model = elastic_of("mha")
     add_token_routers(model, [0.35])

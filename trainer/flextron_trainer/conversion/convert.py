@@ -29,7 +29,7 @@ from modeling_flextron.subnetwork import SubNetwork
 from ..data import calibration_batches, hold_out, known_tokenizer
 from ..layerwise import portions_of
 from ..models import file_of
-from .corrections import add_corrections, train_corrections
+from .corrections import add_corrections, train_corrections, warn_of_reversals
 from .importance import CONTROLS, fingerprint, fingerprint_of_data, read_or_measure
 from .moment_files import moment_files
 from .moments import MOMENT_TOKENS
@@ -223,9 +223,11 @@ def convert(
         elastic.config.conversion = record
         if corrections:
             inputs = sorted_moments(elastic, fitted, files)
-            add_corrections(elastic, inputs, fitted, held_out, corrections, metrics)
-        if block_steps:
-            train_corrections(elastic, seen, held_out, block_steps, seed)
+            fits = add_corrections(elastic, inputs, fitted, held_out, corrections, metrics)
+            if block_steps:
+                learned = train_corrections(elastic, seen, held_out, block_steps, seed)
+                fits |= {name: (before, min(before, after)) for name, (before, after) in learned.items()}
+            warn_of_reversals({name: after for name, (_, after) in fits.items()})
     if rotation is not None:  # no channel of the parent is left that an adapter could be for
         elastic.permutation = replace(elastic.permutation, conversion=f"{ROTATED}{rotation}")
     elastic.config.parent_name, elastic.config.parent_license = origin

@@ -196,8 +196,7 @@ def _walk_beside(
             module = layer.get_submodule(WRITERS[axis])
             weight = module.weight[:d, : reads[0].shape[-1]]
             bias = 0 if module.bias is None else module.bias[:d]
-            missing = [aim[..., :d] - states - bias for aim, states in zip(aims, reduced, strict=True)]
-            taken = partial(_moments_of, reads, missing, aims)
+            taken = partial(_moments_of, reads, aims, reduced, bias)
             fitted = fit(matrix_name(i, axis), taken, weight).to(weight.dtype)
             if sequential:
                 reduced = [states + h @ fitted.T + bias for states, h in zip(reduced, reads, strict=True)]
@@ -209,11 +208,14 @@ def _walk_beside(
     return vectors
 
 
-def _moments_of(reads: list[torch.Tensor], missing: list[torch.Tensor], aims: list[torch.Tensor]) -> Moments:
-    """Second moments of what a matrix reads and should write, tokens weighted by what is to be reached."""
-    moments = Moments.zeros(reads[0].shape[-1], missing[0].shape[-1], reads[0].device)
-    for h, y, aim in zip(reads, missing, aims, strict=True):
-        moments.add(h, y, token_weights(aim))
+def _moments_of(
+    reads: list[torch.Tensor], aims: list[torch.Tensor], states: list[torch.Tensor], bias: torch.Tensor | int
+) -> Moments:
+    """Second moments of what a matrix reads and what it should add to states `[..., d]`, to reach the aims."""
+    d = states[0].shape[-1]
+    moments = Moments.zeros(reads[0].shape[-1], d, reads[0].device)
+    for h, aim, x in zip(reads, aims, states, strict=True):
+        moments.add(h, aim[..., :d] - x - bias, token_weights(aim))
     return moments
 
 

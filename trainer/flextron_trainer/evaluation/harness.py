@@ -52,7 +52,7 @@ def evaluate_tasks(
         tokenizer: Of the model.
         tasks: What to run.
         manager: `task_manager(tasks)`.
-        budgets: Name -> budget; None for the current size, the only one of a stock model. By default every row of the
+        budgets: Name -> budget; None for all that is loaded. By default every row of the
             frontier, and then the scores are written into the `metrics` of the row as well.
         limit: Samples of each task: for a trial, as such scores mean nothing.
         batch_size: Samples in a forward pass.
@@ -68,7 +68,7 @@ def evaluate_tasks(
     measured: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     settings: dict[str, dict[str, Any]] = {}
     for name, budget in (budgets or held(model.config.frontier)).items():
-        with nullcontext() if budget is None else model.at_budget(budget):
+        with getattr(model, "at_budget", nullcontext)(budget):  # a stock model has one size
             found: Any = simple_evaluate(harness, tasks=list(tasks), task_manager=manager, limit=limit)
         results[name] = flat_scores(found)
         for task, scores in task_scores(found).items() if budgets is None else ():

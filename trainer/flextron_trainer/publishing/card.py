@@ -173,16 +173,18 @@ def frontier_table(model, downloads: Mapping[str, int], tables: Sequence[Latency
 
 def _figure_columns(rows: Sequence[Figures]) -> list[tuple[str, list[str]]]:
     """Head, and a cell for each row: what was measured, one text in a column, of each text the loss first."""
-    result = []
-    found = _measured(rows)
+    result, found = list[tuple[str, list[str]]](), _measured(rows)
     texts = list(dict.fromkeys(on for _, on in found))
     for name, on in sorted(found, key=lambda pair: (texts.index(pair[1]), _metric(*pair) != "loss")):
         figures = [row.by_name if row.measured_on(name) == on else {} for row in rows]
         cells = [figure_cell(each.get(name), each.get(f"{name}_stderr")) or "not measured" for each in figures]
-        result.append((plain(f"{_metric(name, on)} on {on.label}"), cells))
-        if _metric(name, on) == "loss":
-            cells = [f"{_perplexity(each[name]):.2f}" if name in each else "" for each in figures]
-            result.append((plain(f"perplexity on {on.label}"), cells))
+        metric = _metric(name, on)
+        taken = plain(f"{metric} on {on.label}") in dict(result)  # by an evaluation that this one did not replace
+        before = name.removesuffix(metric) if taken else ""
+        result.append((plain(f"{before}{metric} on {on.label}"), cells))
+        if metric == "loss":
+            cells = [f"{_perplexity(each[name]):.2f}" if is_number(each.get(name)) else "" for each in figures]
+            result.append((plain(f"{before}perplexity on {on.label}"), cells))
     return result or [("loss", ["not measured"] * len(rows))]
 
 
