@@ -1,7 +1,7 @@
 """What elastic training of small models is worth, against other ways to get models of the same shapes at the same cost.
 
     python benchmarks/bench_quality.py                            # LLaMA and GPT, three seeds: a day on 2 cores
-    python benchmarks/bench_quality.py --families llama --seeds 0 1 --parent-steps 512 8192 --tokens 81920
+    python benchmarks/bench_quality.py --families llama --seeds 0 1 --parent-steps 512 8192 --tokens 81920 --work other
     python benchmarks/bench_quality.py --table                    # what was measured so far
 
 For each family and seed a byte-pair model of about a million parameters, the parent, is trained on the sources of
@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from common import RESULTS, machine, save, stdlib_blocks
 from datasets import Dataset, DatasetDict, concatenate_datasets
-from study import Plan, Study, budgets_of, table
+from study import Plan, Study, budgets_of, check_settings, measured_in, table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -57,7 +57,7 @@ from flextron_trainer.demo import settings
 from modeling_flextron import FlextronForCausalLM
 from modeling_flextron.checkpoint import write_beside
 
-LENGTH = 128
+LENGTH, FAMILIES = 128, ("llama", "gpt2")
 REPAIRED = {"uniform": False, "corrections": 0.03}
 RECIPES: dict[str, dict[str, Any]] = {  # of lines that start as "elastic" does: what differs from the defaults
     "elastic, half a weight of text": {"ce_weight": 0.5},
@@ -120,6 +120,14 @@ def untrained(family: str, tokenizer: Any) -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=96, n_layer=8, n_head=4, n_positions=LENGTH, **dropout, **common))
 
 
+def grid_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The settings that all lines share."""
+    return {
+        f"{rate:g}, {batch}": {"learning_rate": rate, "per_device_train_batch_size": batch}
+        for rate, batch in itertools.product(options.rates, options.batches)
+    }
+
+
 class QualityStudy(Study):
     """Everything of one family and seed.
 
@@ -130,11 +138,7 @@ class QualityStudy(Study):
     """
 
     def __init__(self, options: argparse.Namespace, family: str, seed: int):
-        grid = {
-            f"{rate:g}, {batch}": {"learning_rate": rate, "per_device_train_batch_size": batch}
-            for rate, batch in itertools.product(options.rates, options.batches)
-        }
-        super().__init__(options, PLAN, grid, options.work / family, seed)
+        super().__init__(options, PLAN, grid_of(options), options.work / family, seed)
         blocks, self.tokenizer = texts(options.work)
         few, half = range(options.test_blocks), range(options.test_blocks // 2)
         self.text, self.tests = blocks["rows"], {"held out": blocks["held_out"].select(few)}
@@ -210,7 +214,7 @@ def tables(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", default=["llama", "gpt2"], choices=["llama", "gpt2"])
+    parser.add_argument("--families", nargs="+", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="the first one chooses")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.5, 0.25])
     parser.add_argument("--parent-steps", type=int, nargs=2, default=[2048, 8192], metavar=("LLAMA", "GPT"))
@@ -226,22 +230,32 @@ def main() -> None:
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     if options.table:
-        print(tables(json.loads((RESULTS / "quality_cpu.json").read_text())))
+        file = RESULTS / "quality_cpu.json"
+        if not file.is_file():
+            parser.error("Nothing was measured yet.")
+        print(tables(json.loads(file.read_text())))
         return
     if options.threads:
         torch.set_num_threads(options.threads)
     options.device = "cpu"
-    kept = ("budgets", "tokens", "seeds", "parent_steps", "calibration_blocks", "test_blocks")
+    same = {key: getattr(options, key) for key in ("budgets", "parent_steps", "calibration_blocks", "test_blocks")}
+    check_settings(parser, options.work, same | {"length": LENGTH})
     result: dict[str, Any] = {"benchmark": "quality", "machine": machine("cpu")}
-    result["options"] = {key: getattr(options, key) for key in kept}
-    result |= {"counted": [str(seed) for seed in options.seeds[1:] or options.seeds], "families": {}}
-    for family, line, seed in itertools.product(options.families, options.lines, options.seeds):
-        study = QualityStudy(options, family, seed)
-        study.measure(line)
-        result["options"]["grid"] = list(study.grid)
-        result["families"].setdefault(family, {"seeds": {}})["seeds"][str(seed)] = study.measured
+    result["options"] = same | {"tokens": options.tokens, "grid": list(grid_of(options))}
+
+    def note() -> None:
+        families = {family: {"seeds": measured_in(options.work / family)} for family in FAMILIES}
+        result["families"] = {family: found for family, found in families.items() if found["seeds"]}
+        others = sorted({int(seed) for found in families.values() for seed in found["seeds"]})
+        seeds = list(dict.fromkeys([*options.seeds, *others]))
+        result["options"]["seeds"], result["counted"] = seeds, [str(seed) for seed in seeds[1:] or seeds]
         if not options.no_save:
             save("quality_cpu", result)
+
+    for family, line, seed in itertools.product(options.families, options.lines, options.seeds):
+        QualityStudy(options, family, seed).measure(line)
+        note()
+    note()
     print(tables(result))
     print(json.dumps(result))
 

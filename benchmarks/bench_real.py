@@ -17,8 +17,8 @@ those of
     elastic           one run that trains all rows from the repaired slices, with the library's defaults
     elastic, plain    the same without corrections
     elastic, uniform  the same from the slices
-    routed            its model, frozen: a router chooses rows with the sizes of each layer, as large as its own ones
-    elastic, ...      the same with another recipe: see RECIPES
+    elastic, ...      the same as "elastic" with another recipe: see RECIPES in real_lines.py
+    routed            the model of "elastic, uniform", frozen: a router chooses sizes of each layer, its rows as large
     singles           each repaired slice trained by itself; together they cost what the elastic run cost, teacher
                       included, and all of them read as many tokens
     singles, tokens   each repaired slice trained by itself on as many tokens as the elastic run
@@ -48,7 +48,7 @@ from common import RESULTS, against, interleaved, machine, save, text_blocks
 from peft import PeftModel
 from real_lines import BATCH, LENGTH, PLAN
 from real_tables import bought, draw, tables
-from study import Study, chosen, merged
+from study import Study, check_settings, chosen, measured_in, merged
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -81,6 +81,8 @@ class Data:
     def __init__(self, options: argparse.Namespace, parent: Any, tokenizer: Any):
         self.options, self.parent, self.tokenizer = options, parent, tokenizer
         text = torch.cat([text_blocks(path, tokenizer, LENGTH) for path in options.train])
+        if len(options.train) > 1:  # one file is in a random order
+            text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(0))]
         few = options.test_blocks
         self.text = text[few:]
         self.tests = {path.stem: _rows(text_blocks(path, tokenizer, LENGTH)[:few]) for path in options.test}
@@ -281,9 +283,13 @@ def main() -> None:
             print(f"{path.stem}\n\n{tables(result)}\n")
             draw(result, path.with_suffix(".png"))
         return
-    options.work.mkdir(parents=True, exist_ok=True)
+    same = ("budgets", "calibration_blocks", "test_blocks", "chats")
+    settings = {key: getattr(options, key) for key in same} | {"length": LENGTH, "batch": BATCH}
+    settings |= {key: [[path.name, path.stat().st_size] for path in getattr(options, key)] for key in ("train", "test")}
+    parent = Path(options.parent)
+    check_settings(parser, options.work, settings | {"parent": str(parent.resolve() if parent.is_dir() else parent)})
     options.results.mkdir(parents=True, exist_ok=True)
-    kept = ("budgets", "tokens", "rates", "seeds", "calibration_blocks", "test_blocks", "chats")
+    kept = (*same, "tokens", "rates", "seeds")
     result: dict[str, Any] = {
         "machine": machine(options.device),
         "options": {key: getattr(options, key) for key in kept},
@@ -291,11 +297,13 @@ def main() -> None:
     talks = getattr(load_tokenizer(options.parent), "chat_template", None) is not None
     result["texts"] = [path.stem for path in options.test] + ["chats"] * talks
     studies = [RealStudy(options, seed) for seed in options.seeds]
-    result |= {"seeds": {str(study.seed): study.measured for study in studies}, "bytes": {}}
+    result["bytes"] = {}
 
     def note() -> None:
-        for study in studies:
-            result["bytes"] |= study.sizes()
+        result["seeds"] = measured_in(options.work)
+        result["options"]["seeds"] = list(dict.fromkeys([*options.seeds, *map(int, result["seeds"])]))
+        for seed in result["options"]["seeds"]:
+            result["bytes"] |= RealStudy(options, seed).sizes()
         save(name, result, options.results)
 
     for line in options.lines:

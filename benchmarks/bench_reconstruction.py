@@ -157,7 +157,8 @@ def measured(args: argparse.Namespace, result: dict[str, Any], keep: Callable[[]
                 for row in uniform:
                     sample.note(order, row)
             best = min(found, key=lambda order: sum(losses[order][row]["held out"] for row in uniform))
-            best = result.setdefault("chosen", {}).setdefault(str(number), best)  # figures of an earlier start are of it
+            # Figures of an earlier start are of the order that it chose.
+            best = result.setdefault("chosen", {}).setdefault(str(number), best)
             permute(model, found[best])
             metrics = timed("sensitivity", partial(sensitivities, model, next(portions_of(seen, SENSITIVITY_TOKENS))))
             predicted = predicted_losses(model, sorted_moments(model, seen, files), metrics, args.corrections)

@@ -16,7 +16,7 @@ FAMILIES = {"elastic": "repaired slices", "elastic, plain": "sizes by layer", "e
 RECIPES: dict[str, dict[str, Any]] = {  # of lines that start as "elastic" does: what differs from the defaults
     "elastic, cross entropy": {"ce_weight": 0.5},
     "elastic, large epsilon": {"adam_epsilon": 1e-5},
-    "elastic, full more often": {"sampler": "weighted", "sampling_weights": [3, 1, 1, 1], "subnetworks_per_step": 4},
+    "elastic, full more often": {"sampler": "weighted", "sampling_weights": [3, 1]},  # the full row, every other one
 }
 FAMILIES |= dict.fromkeys(RECIPES, "repaired slices")
 ROUTERS = {"routed": "elastic, uniform"}

@@ -105,7 +105,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         }
         if line in PLAN.parents:
             if values["1"]:
-                axes.plot(seeds[0][line]["bytes"] / 1e6, statistics.mean(values["1"]), "*", markersize=12, label=line)
+                size = next(seed[line]["bytes"] for seed in seeds if line in seed)
+                axes.plot(size / 1e6, statistics.mean(values["1"]), "*", markersize=12, label=line)
             continue
         sizes = result["bytes"].get(PLAN.start(line), {})
         points = [

@@ -17,7 +17,7 @@ from typing import Any
 from common import run_settings, write_json
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from flextron_trainer import FlextronTrainer, FlextronTrainingArguments, convert
@@ -39,7 +39,8 @@ class Plan:
         parents: Lines about the parent at full size, in which nothing is trained or converted.
         starts: Line -> arguments of `convert`; nothing is trained in these.
         families: Line of one run that trains all rows -> its start.
-        recipes: Line of them -> arguments of training that differ from the defaults.
+        recipes: Line of them -> arguments of training that differ from the defaults; `sampling_weights` are two whole
+            numbers, of the full size and of every other row.
         singles: Line of models that are trained one by one -> its start.
         routers: Line of rows that a router chooses -> the line of families whose model it gets, with its settings.
         others: Lines of a benchmark's own, measured size by size without a grid.
@@ -126,14 +127,15 @@ class Study:
         """
         folder = self.model_folder(name)
         if not (folder / "config.json").is_file():
-            begin, layers = time.process_time(), self.parent.config.num_hidden_layers
+            layers = self.parent.config.num_hidden_layers
             depth = {"depth": [layers - i for i in range(layers * 5 // 6)]} if name == "depth" else {}
             settings = {"calibration": self.calibration, "budgets": [1, *self.options.budgets]}
+            parent, begin = self.parent, time.process_time()
             with FlopCounterMode(display=False) as counter:
-                converted = convert(self.parent, seed=self.seed, **settings | self.plan.starts[name] | depth)
-            converted.save_pretrained(folder)
+                converted = convert(parent, seed=self.seed, **settings | self.plan.starts[name] | depth)
             cost = {"flops": counter.get_total_flops(), "cpu_seconds": time.process_time() - begin}
-            self.keep(f"{name}, conversion", cost)
+            self.keep(f"{name}, conversion", cost)  # first: the folder says that all is done
+            converted.save_pretrained(folder)
         return folder
 
     def config(self, start: str) -> FlextronConfig:
@@ -175,7 +177,7 @@ class Study:
         rows = held(model.config.frontier)
         return {name: self.losses(model, rows[name]) for name in ("1", *self.names) if name in rows}
 
-    def per_token(self, start: str, trained: list[str], passes: int = 3, taught: bool = True) -> float:
+    def per_token(self, start: str, trained: list[str], passes: float = 3, taught: bool = True) -> float:
         """Operations of a training token: `passes` forward passes of the rows `trained`, and one of the teacher."""
         config = self.config(start)
         rows, context = held(config.frontier), self.plan.length // 2
@@ -184,10 +186,15 @@ class Study:
 
     # ----------------------------------------------------------------------------------------- training
 
+    def whole(self, tokens: int, cell: str) -> int:
+        """The tokens of the nearest number of steps, at least one."""
+        step = self.grid[cell]["per_device_train_batch_size"] * self.plan.length
+        return max(1, round(tokens / step)) * step
+
     def train(self, key: str, model: Any, tokens: int, cell: str, **arguments: Any) -> float:
         """Train a model in place with a setting of the grid; CPU seconds."""
         rate, batch = self.grid[cell]["learning_rate"], self.grid[cell]["per_device_train_batch_size"]
-        steps, folder = max(1, tokens // (batch * self.plan.length)), self.model_folder(f"runs/{key}")
+        steps, folder = self.whole(tokens, cell) // (batch * self.plan.length), self.model_folder(f"runs/{key}")
         on_cpu = self.options.device == "cpu"
         saved = {"save_strategy": "steps", "save_steps": 20, "save_total_limit": 1, "logging_steps": 20}
         common = run_settings(str(folder), steps, rate, batch, self.seed) | {"use_cpu": on_cpu, "bf16": not on_cpu}
@@ -200,26 +207,27 @@ class Study:
         return self.timed(trainer)
 
     def timed(self, trainer: Trainer) -> float:
-        """Train, from the last checkpoint of an earlier start if there is one.
-
-        Returns:
-            CPU seconds; of a run that was stopped, those of the part that ran here, scaled to all of its steps.
-        """
-        folder, steps = trainer.args.output_dir, trainer.args.max_steps
-        last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-        done, begin = int(last.rsplit("-", 1)[1]) if last else 0, time.process_time()
+        """Train, from the last checkpoint of an earlier start if there is one; CPU seconds, with those up to there."""
+        folder = Path(trainer.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        clock = Clock(folder / "seconds.json", resumed=last is not None)
+        trainer.add_callback(clock)
         trainer.train(resume_from_checkpoint=last)
-        return (time.process_time() - begin) * steps / max(1, steps - done)
+        return clock.seconds()
 
     def family(self, line: str, tokens: int, cell: str) -> dict[str, Any]:
         """One elastic run."""
         start, key, recipe = self.plan.families[line], f"{line} {tokens} {cell}", self.plan.recipes.get(line, {})
         names = ["1", *self.rows(start)]
+        full, other = recipe.get("sampling_weights", (1, 1))
+        if "sampling_weights" in recipe:
+            recipe = recipe | {"sampling_weights": [full] + [other] * (len(names) - 1)}
         model = FlextronForCausalLM.from_pretrained(self.start(start))
         seconds = self.train(key, model, tokens, cell, **{"subnetworks_per_step": len(names)} | recipe)
         model.save_pretrained(self.model_folder(key))
-        flops = tokens * self.per_token(start, names, taught=recipe.get("kd_weight") != 0)
-        return self.family_losses(model) | {"flops": flops, "cpu_seconds": seconds}
+        drawn = ["1"] * full + names[1:] * other  # of so many draws; in a step there are as many as names
+        per_token = self.per_token(start, drawn, 3 * len(names) / len(drawn), taught=recipe.get("kd_weight") != 0)
+        return self.family_losses(model) | {"flops": self.whole(tokens, cell) * per_token, "cpu_seconds": seconds}
 
     def routed(self, line: str, tokens: int, cell: str) -> dict[str, Any]:
         """Rows that a router chooses in the model of another line, each as large as the row of that; weights frozen."""
@@ -236,11 +244,12 @@ class Study:
             name: self.losses(model, row.subnetwork) | {"parameters": row.non_embedding_parameters}
             for name, row in found.items()
         }
-        return losses | {"flops": tokens * self.per_token(start, ["1", "1"], passes=2), "cpu_seconds": seconds}
+        flops = self.whole(tokens, cell) * self.per_token(start, ["1", "1"], passes=2)
+        return losses | {"flops": flops, "cpu_seconds": seconds}
 
     def single(self, line: str, name: str, tokens: int, cell: str) -> dict[str, Any]:
         """One row by itself."""
-        start = self.plan.start(line)
+        start, tokens = self.plan.start(line), self.whole(tokens, cell)
         model, passes = self.row(start, name), self.passes(line)
         weights = [1.0] + [0.0] * (len(held(model.config.frontier)) - 1)
         alone = {"sampler": "weighted", "sampling_weights": weights, "subnetworks_per_step": 1}
@@ -297,6 +306,42 @@ class Study:
         yield from ((tokens, chosen) for tokens in (first, *more))
 
 
+class Clock(TrainerCallback):
+    """CPU seconds of a run, written down with every checkpoint, as one that is resumed has those before it as well.
+
+    Args:
+        note: The file.
+        resumed: It has seconds of an earlier start; 0 if that did not write any.
+    """
+
+    def __init__(self, note: Path, resumed: bool):
+        self.note, self.begin = note, time.process_time()
+        self.before = json.loads(note.read_text()) if resumed and note.is_file() else 0.0
+
+    def seconds(self) -> float:
+        return self.before + time.process_time() - self.begin
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_json(self.note, self.seconds())
+
+
+def check_settings(parser: argparse.ArgumentParser, work: Path, settings: dict[str, Any]) -> None:
+    """Keep in a folder what all its figures depend on; an error of the command line if an earlier start had others."""
+    note = work / "settings.json"
+    before = json.loads(note.read_text()) if note.is_file() else settings
+    if different := [name for name in settings if before.get(name) != settings[name]]:
+        was = ", ".join(f"{name} {before.get(name)}" for name in different)
+        parser.error(f"{work} has figures of other settings: {was}. Pass those, or another --work.")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(note, settings)
+
+
+def measured_in(folder: Path) -> dict[str, Any]:
+    """Seed -> its figures, of all seeds that were measured in a folder at any time."""
+    notes = sorted(folder.glob("*/measured.json"), key=lambda note: int(note.parent.name))
+    return {note.parent.name: json.loads(note.read_text()) for note in notes}
+
+
 def merged(model: Any) -> Any:
     """A model without adapters: they are added to the weights."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
@@ -319,7 +364,7 @@ def budgets_of(result: dict[str, Any]) -> list[str]:
 
 def chosen(result: dict[str, Any], plan: Plan) -> dict[tuple[str, int | None], dict[str, str]]:
     """Line and number of tokens -> budget -> name of the figures at the best setting, as far as that is known."""
-    options, first = result["options"], result["seeds"][str(result["options"]["seeds"][0])]
+    options, first = result["options"], result["seeds"].get(str(result["options"]["seeds"][0]), {})
     budgets, few = budgets_of(result), min(options["tokens"])
     cells = options.get("grid") or [f"{rate:g}" for rate in options["rates"]]
     found: dict[tuple[str, int | None], dict[str, str]] = {}

@@ -17,7 +17,8 @@ study = import_module("study")
 
 PLAN = study.Plan(
     length=16, parents=("parent",), starts={"slices": {"heads": [1], "order": "importance"}},
-    families={"elastic": "slices"}, recipes={}, singles={"singles": "slices"}, others=("scratch",),
+    families={"elastic": "slices", "elastic, fuller": "slices"}, singles={"singles": "slices"}, others=("scratch",),
+    recipes={"elastic, fuller": {"sampler": "weighted", "sampling_weights": [3, 1]}},
     compared=(("elastic", "singles"),),
 )  # fmt: skip
 OPTIONS = argparse.Namespace(seeds=[0, 1], budgets=[0.6], tokens=[128], device="cpu")
@@ -46,8 +47,8 @@ def test_models_of_equal_cost(tmp_path, monkeypatch):
     assert [key for key in second if key.startswith("elastic")] == [f"elastic 128 {best}"]  # the first seed has chosen
     elastic = second[f"elastic 128 {best}"]["flops"]
     singles = [value["flops"] for key, value in second.items() if key.startswith("singles")]
-    assert singles == [pytest.approx(elastic, rel=0.01)]
     tiny = TinyStudy(tmp_path, 1)
+    assert singles == [pytest.approx(elastic, abs=32 * tiny.per_token("slices", ["0.6"]))]  # half a step
     assert elastic == 128 * tiny.per_token("slices", ["1", "0.6"])
     forward = tiny.per_token("slices", ["1"], taught=False) / 3  # of the parent, which is the teacher, too
     assert tiny.per_token("slices", ["1"]) == 4 * forward
@@ -56,6 +57,26 @@ def test_models_of_equal_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(FlextronTrainer, "train", lambda *args, **kwargs: pytest.fail("it was measured before"))
     for line in ("elastic", "singles"):
         TinyStudy(tmp_path, 1).measure(line)
+
+
+def test_draws_and_seconds_of_a_run(tmp_path):
+    tiny = TinyStudy(tmp_path, 0)
+    full, small = (tiny.per_token("slices", [name], passes=1, taught=False) for name in ("1", "0.6"))
+    note = tmp_path / "0" / "runs" / "elastic,-fuller-100-small" / "seconds.json"
+    found = tiny.family("elastic, fuller", 100, "small")
+    assert found["flops"] == pytest.approx(128 * (full + 3 * (1.5 * full + 0.5 * small)))  # two steps of two draws
+    assert 0 < json.loads(note.read_text()) <= found["cpu_seconds"]
+    note.write_text("1000")  # as if the run had been stopped after its last checkpoint
+    assert 1000 < tiny.family("elastic, fuller", 100, "small")["cpu_seconds"] < 1100
+
+
+def test_other_settings_are_refused(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    for _ in range(2):
+        study.check_settings(parser, tmp_path, {"budgets": [0.5], "length": 16})
+    with pytest.raises(SystemExit):
+        study.check_settings(parser, tmp_path, {"budgets": [0.6], "length": 16})
+    assert "figures of other settings: budgets [0.5]. Pass" in capsys.readouterr().err
 
 
 def test_the_table():
@@ -88,10 +109,15 @@ def test_the_table():
 def test_small_models_that_are_better_are_not_shown():
     quality = import_module("bench_quality")
 
-    def with_scratch(*losses: float) -> dict:
+    def with_scratch(*losses: float) -> str:
         names = ("parent", "scratch 0.75", "scratch 0.5")
         budgets = ("1", "0.75", "0.5")
         found = {n: {b: {"held out": loss}} for n, b, loss in zip(names, budgets, losses, strict=True)}
-        return {"options": {"budgets": [0.75, 0.5]}, "seeds": {"0": found, "1": {}}}
+        options = {"budgets": [0.75, 0.5], "tokens": [256], "seeds": [0, 1], "grid": ["small"]}
+        return quality.tables(
+            {"options": options, "counted": ["0"], "families": {"llama": {"seeds": {"0": found, "1": {}}}}}
+        )
 
-    assert quality.converged(with_scratch(1.0, 1.1, 1.2)) and not quality.converged(with_scratch(1.0, 1.2, 1.1))
+    assert "| scratch |  |  |  |  | 1.100 | 1.200 |" in with_scratch(1.0, 1.1, 1.2)
+    shown = with_scratch(1.0, 1.2, 1.1)
+    assert "| parent |" in shown and "| scratch |" not in shown
