@@ -206,7 +206,9 @@ def tables(result: dict[str, Any]) -> str:
     """A table for each family, as Markdown."""
     parts = []
     for family, found in result["families"].items():
-        whole = found | {"options": result["options"], "texts": ["held out"], "counted": result["counted"]}
+        first = str(result["options"]["seeds"][0])
+        counted = [seed for seed in found["seeds"] if seed != first] or list(found["seeds"])
+        whole = found | {"options": result["options"], "texts": ["held out"], "counted": counted}
         plan = PLAN if converged(whole) else dataclasses.replace(PLAN, others=())
         parts.append(f"{family}\n\n{table(whole, plan)}\n")
     return "\n".join(parts)
@@ -239,7 +241,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     options.device = "cpu"
     same = {key: getattr(options, key) for key in ("budgets", "parent_steps", "calibration_blocks", "test_blocks")}
-    check_settings(parser, options.work, same | {"length": LENGTH})
+    check_settings(parser, options.work, same | {"length": LENGTH, "seed that chooses": options.seeds[0]})
     result: dict[str, Any] = {"benchmark": "quality", "machine": machine("cpu")}
     result["options"] = same | {"tokens": options.tokens, "grid": list(grid_of(options))}
 
@@ -247,8 +249,7 @@ def main() -> None:
         families = {family: {"seeds": measured_in(options.work / family)} for family in FAMILIES}
         result["families"] = {family: found for family, found in families.items() if found["seeds"]}
         others = sorted({int(seed) for found in families.values() for seed in found["seeds"]})
-        seeds = list(dict.fromkeys([*options.seeds, *others]))
-        result["options"]["seeds"], result["counted"] = seeds, [str(seed) for seed in seeds[1:] or seeds]
+        result["options"]["seeds"] = list(dict.fromkeys([*options.seeds, *others]))
         if not options.no_save:
             save("quality_cpu", result)
 

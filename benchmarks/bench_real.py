@@ -285,6 +285,7 @@ def main() -> None:
         return
     same = ("budgets", "calibration_blocks", "test_blocks", "chats")
     settings = {key: getattr(options, key) for key in same} | {"length": LENGTH, "batch": BATCH}
+    settings["seed that chooses"] = options.seeds[0]
     settings |= {key: [[path.name, path.stat().st_size] for path in getattr(options, key)] for key in ("train", "test")}
     parent = Path(options.parent)
     check_settings(parser, options.work, settings | {"parent": str(parent.resolve() if parent.is_dir() else parent)})

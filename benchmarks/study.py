@@ -329,8 +329,8 @@ def check_settings(parser: argparse.ArgumentParser, work: Path, settings: dict[s
     """Keep in a folder what all its figures depend on; an error of the command line if an earlier start had others."""
     note = work / "settings.json"
     before = json.loads(note.read_text()) if note.is_file() else settings
-    if different := [name for name in settings if before.get(name) != settings[name]]:
-        was = ", ".join(f"{name} {before.get(name)}" for name in different)
+    if different := [name for name, value in settings.items() if before.get(name, value) != value]:
+        was = ", ".join(f"{name} {before[name]}" for name in different)
         parser.error(f"{work} has figures of other settings: {was}. Pass those, or another --work.")
     work.mkdir(parents=True, exist_ok=True)
     write_json(note, settings)
