@@ -167,6 +167,11 @@ class RealStudy(Study):
     def train_rows(self, count: int) -> list[dict[str, Any]]:
         return self.data.train_rows(self.seed, count)
 
+    def arguments(self, start: str) -> dict[str, Any]:
+        layers = self.parent.config.num_hidden_layers
+        depth = {"depth": [layers - i for i in range(layers * 5 // 6)]} if start == "depth" else {}
+        return super().arguments(start) | depth
+
     def of_parent(self, line: str) -> dict[str, Any]:
         return super().of_parent(line) if line == "parent" else self.quantized(line)
 

@@ -127,16 +127,18 @@ class Study:
         """
         folder = self.model_folder(name)
         if not (folder / "config.json").is_file():
-            layers = self.parent.config.num_hidden_layers
-            depth = {"depth": [layers - i for i in range(layers * 5 // 6)]} if name == "depth" else {}
             settings = {"calibration": self.calibration, "budgets": [1, *self.options.budgets]}
             parent, begin = self.parent, time.process_time()
             with FlopCounterMode(display=False) as counter:
-                converted = convert(parent, seed=self.seed, **settings | self.plan.starts[name] | depth)
+                converted = convert(parent, seed=self.seed, **settings | self.arguments(name))
             cost = {"flops": counter.get_total_flops(), "cpu_seconds": time.process_time() - begin}
             self.keep(f"{name}, conversion", cost)  # first: the folder says that all is done
             converted.save_pretrained(folder)
         return folder
+
+    def arguments(self, start: str) -> dict[str, Any]:
+        """What `convert` gets for a start, beside text and budgets."""
+        return self.plan.starts[start]
 
     def config(self, start: str) -> FlextronConfig:
         """The config of a start."""

@@ -127,7 +127,11 @@ def add_adapters(
 
 
 def check_sliceable(layer: Any) -> None:
-    """Refuse what replaced one of our layers, unless it is LoRA, no variant such as DoRA, and one for all rows."""
+    """Refuse what replaced one of our layers, unless it is LoRA without variants.
+
+    Raises:
+        ValueError: another kind of adapter, a variant such as DoRA, or adapters chosen for each row of a batch.
+    """
     if not isinstance(layer, peft_layers().sliceable):
         raise invalid("adapter", kind_of(layer), "This kind runs at the built size alone.", REMEDY)
     variants = [layer.lora_variant[name] for name in layer.active_adapters if name in layer.lora_variant]
@@ -209,7 +213,11 @@ def _config_at(name: str, revision: str | None) -> dict[str, Any] | None:
 
 
 def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dict[str, Any]:
-    """The tensors of an adapter, as `load_adapter` has them: a dict, or files, of which only safetensors are read."""
+    """The tensors of an adapter, as `load_adapter` has them: a dict, or files.
+
+    Raises:
+        ValueError: there are no safetensors.
+    """
     if tensors is not None:
         return dict(tensors)
     for file in files or ():
@@ -220,8 +228,11 @@ def read_adapter(tensors: dict[str, Any] | None, files: list[str] | None) -> dic
 
 
 def part_dims(match: re.Match[str], shape: Iterable[int]) -> tuple[str, ...] | None:
-    """Name what the dimensions of an adapter's tensor, a match of `PART`, count, "" for what never shrinks; None for
-    unknown parts.
+    """Name what the dimensions of an adapter's tensor count, "" for what never shrinks; None for unknown parts.
+
+    Args:
+        match: Of `PART`, with the tensor's name.
+        shape: Of the tensor.
     """
     outputs, *inputs = axes(f"{match['module']}.weight")
     letters = PARTS.get(match["part"] or "base_layer")

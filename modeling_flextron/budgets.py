@@ -63,18 +63,20 @@ _FORMS = (
     " the frontier, the fields of a SubNetwork, `'auto'` or `'auto:0.5'`."
 )
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)\s*"
-_UNITS: dict[str, dict[str, float]] = {  # kind of budget -> what follows its number -> how much one is
-    "parameters": {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12},
-    "memory": {
-        "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-        "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-    },
-    "latency": {"us": 1e-6, "ms": 1e-3, "s": 1.0},
-}  # fmt: skip
+_UNITS: dict[str, tuple[str, float]] = {  # what follows a number -> kind of budget, and how much one is
+    **{unit: ("parameters", 1000.0**n) for n, unit in enumerate("KMBT", start=1)},
+    **{f"{unit}B": ("memory", 1000.0**n) for n, unit in enumerate("KMGT", start=1)},
+    **{f"{unit}IB": ("memory", 1024.0**n) for n, unit in enumerate("KMGT", start=1)},
+    **{unit: ("latency", seconds) for unit, seconds in (("us", 1e-6), ("ms", 1e-3), ("s", 1.0))},
+}
 
 
 def parse_budget(value: Any) -> Budget:
-    """Read a `flextron_budget` without looking at any model; refuse what has no meaning in the grammar."""
+    """Read a `flextron_budget` without looking at any model.
+
+    Raises:
+        ValueError: the value has no meaning in the grammar.
+    """
     if value is None:
         return Budget("full")
     if is_phased(value):
@@ -102,10 +104,10 @@ def _parse_text(text: str) -> Budget:
     if match := re.fullmatch(_NUMBER, stripped):
         number = float(stripped)
         return parse_budget(int(number) if number > 1 and number.is_integer() else number)
-    if match := re.fullmatch(_NUMBER + r"([A-Za-z]+)", stripped):
-        for kind, units in _UNITS.items():
-            if unit := units.get(match[2] if kind == "latency" else match[2].upper()):
-                return Budget(kind, _positive(text, float(match[1]) * unit))
+    match = re.fullmatch(_NUMBER + r"([A-Za-z]+)", stripped)
+    if match and (found := _UNITS.get(match[2]) or _UNITS.get(match[2].upper())):
+        kind, unit = found
+        return Budget(kind, _positive(text, float(match[1]) * unit))
     if match := re.fullmatch(r"(loss|ppl)\s*<=\s*" + _NUMBER, stripped, re.IGNORECASE):
         limit = _positive(text, float(match[2]))
         return Budget("loss", math.log(limit) if match[1].lower() == "ppl" else limit)

@@ -103,7 +103,11 @@ def owner_number(name: str) -> str | None:
 
 
 def owned_names(name: str, number: str) -> list[str]:
-    """The tensors of owner `number` that take the place of the shared norm `name`, or correct this shared projection.
+    """The tensors of an owner that take the place of a shared norm, or that correct a shared projection.
+
+    Args:
+        name: Of a shared tensor.
+        number: Place of the owner.
 
     Returns:
         The name of its own norm; those of the matrices U and V; or nothing, where a tensor is as it is for all.

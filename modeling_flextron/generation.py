@@ -238,7 +238,11 @@ def per_row(forward: Callable) -> Callable:
 
 
 def generate_each(model, budgets: list, kwargs: dict[str, Any]) -> torch.Tensor:
-    """`model.generate` for a list of budgets, one for each sequence: ids `[rows, longest]`, padded on the right."""
+    """`model.generate` for a list of budgets, one for each sequence.
+
+    Returns:
+        Ids `[rows, longest]`, padded on the right.
+    """
     _refuse(kwargs, "past_key_values", "cache", "return_dict_in_generate", "streamer")
     batch = sequences_of(kwargs)
     if batch is None:

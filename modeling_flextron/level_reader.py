@@ -166,7 +166,8 @@ def _corrected_tensors(
 ) -> dict[str, StoredTensor | LazyTensor]:
     """Fold corrections into the tensors of a model that is loaded at a size which has some.
 
-    What these tensors are made of is taken out of `blocks`.
+    Args:
+        blocks: Name -> blocks of what is stored; what these tensors are made of is taken out.
     """
     prefix, own = model.base_model_prefix + ".", model.folded
     found: dict[str, StoredTensor | LazyTensor] = {}

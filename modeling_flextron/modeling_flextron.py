@@ -296,7 +296,11 @@ class FlextronDecoderLayer(GradientCheckpointingLayer):
         observe: Observer | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Run the layer with `mlp` neurons, `hidden` channels and what `owner` has; the rest goes to the attention."""
+        """Run the layer with `mlp` neurons and `hidden` channels; the rest goes to the attention.
+
+        Args:
+            owner: Whose corrections it runs with.
+        """
         if routing is not None:
             return route_layer(self, routing, hidden_states, mlp, hidden, **kwargs)
         norms: Any = self

@@ -118,7 +118,9 @@ def _end_of_thinking(budget: Any, end: Any, tokenizer: Any) -> int:
 def refuse_company(each: Iterable[Phases], config: Any, given: Mapping[str, Any], *configs: Any) -> None:
     """Refuse what the size cannot change in: several tokens or texts at once, and a cache of one shape.
 
-    Keywords of `generate`, in `given`, go before its generation configs, in their order.
+    Args:
+        given: Keywords of `generate`, which go before
+        configs: the generation configs, in this order.
     """
 
     def said(name: str) -> Any:

@@ -233,6 +233,7 @@ def test_conversion_fits_what_lowers_the_loss(family, tmp_path, caplog):
     write_model_card(model, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "corrections, which loading at a size folds into its weights" in card
+    assert "the smaller sizes are slices of the parent, with corrections fitted to it." in card
     assert all(f"owns {owner.parameters(model.config):,} parameters" in card for owner in model.model.owners)
 
 

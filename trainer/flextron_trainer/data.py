@@ -93,10 +93,13 @@ def holds_conversations(dataset: Any) -> bool:
 
 
 def tokens_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Texts as a model sees them in use, for training, calibration and evaluation alike; other rows are refused.
+    """Texts as a model sees them in use, for training, calibration and evaluation alike.
 
     Each begins as `tokenizer(text)` does, so with a begin-of-text token where the tokenizer adds one, and ends with the
     end-of-text token if there is one.
+
+    Raises:
+        ValueError: a row that is no text.
     """
     for text in texts:
         if not isinstance(text, str):

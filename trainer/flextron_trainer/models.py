@@ -53,7 +53,11 @@ def load_stock(
 
 
 def kind_of(config: FlextronConfig) -> type[FlextronPreTrainedModel]:
-    """The class of this package that the weights beside a config are of, which it must name."""
+    """The class of this package that the weights beside a config are of.
+
+    Raises:
+        ValueError: it names none.
+    """
     names = config.architectures or ["FlextronForCausalLM"]
     kind = getattr(modeling_flextron, str(names[0]), None) if isinstance(names, list) else None
     if not (isinstance(kind, type) and issubclass(kind, FlextronPreTrainedModel)):

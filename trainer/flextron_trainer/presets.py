@@ -62,7 +62,11 @@ class Preset:
         )
 
     def check(self, model: PreTrainedConfig) -> None:
-        """Refuse a parent, or a Flextron model of one, of another family or other dimensions than the preset's."""
+        """Refuse a parent, or a Flextron model of one, that this preset was not made for.
+
+        Raises:
+            ValueError: another family, or other dimensions.
+        """
         whole = {axis: [1] for axis in CHOICES}
         wanted = elastic_config(self.parent_config(), **whole)
         found = model if isinstance(model, FlextronConfig) else elastic_config(model, **whole)
@@ -72,7 +76,11 @@ class Preset:
                 raise invalid("preset", self.name, rule, "Use another preset, or pass the choices themselves.")
 
     def recipe(self, stage: str, given: Iterable[str] = ()) -> dict[str, Any]:
-        """Arguments of a stage that the preset has, without those that the arguments `given` by the user replace."""
+        """Arguments of a stage, without those that the arguments `given` by the user replace.
+
+        Raises:
+            ValueError: it has no such stage.
+        """
         if stage not in self.stages:
             rule = f"Preset {self.name!r} has the stages {', '.join(self.stages)}."
             raise invalid("stage", stage, rule, "Use one of them, or leave the preset out.")

@@ -48,7 +48,11 @@ class NextToken(evaluate.Metric):
 
 
 def quality(rows: torch.Tensor) -> dict[str, float]:
-    """`loss` (nats per token, of which some must count), `perplexity`, `accuracy` and `tokens` of `RowScores.rows`."""
+    """`loss` (nats for each token), `perplexity`, `accuracy` and `tokens` of rows `[N, 3]` as `RowScores` makes them.
+
+    Raises:
+        ValueError: no token counts.
+    """
     nats, right, tokens = rows.double().sum(dim=0).tolist()
     if tokens == 0:
         rule = "None of their tokens is to be foretold: all labels but the first of a row are -100."
@@ -172,7 +176,11 @@ def _next_token(scores: torch.Tensor) -> Any:
 
 @torch.no_grad()
 def routed_widths(model: FlextronForCausalLM, row: dict[str, Any], budget: str) -> dict[str, list[list[float]]]:
-    """Find the sizes that tokens choose in a model with routers: `mlp` and `heads` -> layers of parts of the width."""
+    """Find the sizes that tokens of a text choose: `mlp` and `heads` -> layers of fractions of the full width.
+
+    Raises:
+        ValueError: the model has no token routers.
+    """
     ids = torch.as_tensor(row["input_ids"])[None].to(model.device)
     model(ids, flextron_budget=budget)
     routing: Any = model.last_routing

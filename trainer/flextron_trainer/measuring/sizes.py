@@ -29,7 +29,11 @@ CONTEXTS = (1024, 4096, 16384)
 
 
 def contexts_of(config: FlextronConfig, asked: Sequence[int] | None) -> list[int]:
-    """Lengths of text for which memory is shown, within the positions of the model; longer ones are refused."""
+    """Lengths of text for which memory is shown, as many as the model has positions for.
+
+    Raises:
+        ValueError: one that was asked for is no number of tokens, or more than the model has positions.
+    """
     limit = config.max_position_embeddings
     for context in asked or ():
         if not 0 < context <= limit:

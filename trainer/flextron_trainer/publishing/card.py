@@ -217,7 +217,7 @@ def plot_frontier(
         path: PNG file to write.
         title: Above the plot.
     """
-    try:  # here, because who only loads a model should not wait for it
+    try:  # it is optional
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -340,7 +340,8 @@ def _conversion(config) -> str:
 
 def _training(config) -> str:
     if not config.training_runs:
-        return "Not trained after conversion: the smaller sizes are plain slices of the parent."
+        repaired = ", with corrections fitted to it" if config.corrections else ""
+        return f"Not trained after conversion: the smaller sizes are slices of the parent{repaired}."
     parts = []
     for run in config.training_runs:
         arguments = ((key, value) for key, value in run.items() if key not in ("tokens", "steps"))

@@ -35,7 +35,11 @@ def read_batch(inputs: dict[str, Any], collator: Any, teacher: Any, device: torc
 
 
 def check_batch(inputs: Mapping[str, Any], collator: Any) -> None:
-    """Refuse a batch that does not say what is to be foretold: without ids or labels, or with shifted labels."""
+    """Refuse a batch that does not say what is to be foretold.
+
+    Raises:
+        ValueError: it has no ids or labels, or labels that are shifted already.
+    """
     missing = [name for name in ("input_ids", "labels") if inputs.get(name) is None]
     if missing or "shift_labels" in inputs:
         rule = f"Its batches have no `{missing[0]}`." if missing else "The loss shifts `labels` itself."

@@ -91,7 +91,11 @@ def check_block_run(model: Any, args: FlextronTrainingArguments, given: dict[str
 
 
 def steps_of(args: FlextronTrainingArguments, rows: Any) -> int:
-    """Optimizer steps of each layer; refused where neither the arguments nor the rows say how many."""
+    """Optimizer steps of each layer.
+
+    Raises:
+        ValueError: neither the arguments nor the rows say how many.
+    """
     if args.max_steps > 0:
         return args.max_steps
     if not hasattr(rows, "__len__"):
@@ -122,7 +126,11 @@ def recipe_of(args: FlextronTrainingArguments, steps: int) -> BlockRecipe:
 
 
 def text_of(rows: Any, count: int, seed: int, collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> Text:
-    """At most so many rows, and at least one, as a text: of a dataset with a length any, of a stream the first ones."""
+    """At most so many rows as one text: of a dataset with a length any of them, of a stream the first ones.
+
+    Raises:
+        ValueError: there are none.
+    """
     if hasattr(rows, "__len__"):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
         chosen = [rows[place] for place in order[:count].tolist()]

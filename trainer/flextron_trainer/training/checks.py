@@ -79,9 +79,13 @@ def check_output_layer(model: Any) -> None:
 
 
 def check_saved_whole(model: Any, plugin: Any) -> None:
-    """Refuse to push a sharded model that has adapters, or of which the FSDP plugin of accelerate writes parts.
+    """Refuse to push a sharded model whose whole weights `save_model` does not write.
 
-    There is no plugin where transformers has divided the weights.
+    Args:
+        plugin: The FSDP plugin of accelerate; None where transformers has divided the weights.
+
+    Raises:
+        ValueError: it has adapters, or the plugin writes parts.
     """
     if hasattr(model, "peft_config"):
         rule = "The weights under it are divided among processes."

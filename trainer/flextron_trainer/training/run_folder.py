@@ -28,7 +28,11 @@ PRIVATE_FILES = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", "training_args.
 
 
 def last_complete_checkpoint(output_dir: str) -> str:
-    """Find the newest checkpoint whose last file, the trainer's state, was written to its end; refuse to go without."""
+    """Find the newest checkpoint whose last file, the trainer's state, was written to its end.
+
+    Raises:
+        ValueError: there is none.
+    """
     found = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
         if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):

@@ -93,7 +93,11 @@ def last_that_learns(model: torch.nn.Module, draws: Sequence[Draw]) -> int | Non
 
 
 def check_weights(config: FlextronConfig, weights: list[float] | None) -> None:
-    """Refuse weights of rows unless there is one for every row of the frontier, none negative and not all zero."""
+    """Refuse weights that do not fit the frontier.
+
+    Raises:
+        ValueError: not one non-negative weight for every row, or all zero.
+    """
     rows = len(held(config.frontier))
     if weights is None or len(weights) != rows or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         rule = f"The sampler 'weighted' needs one weight of at least 0 for each of the {rows} rows of the frontier."

@@ -129,9 +129,13 @@ class TeacherCache:
         return self.about["vocab_size"]
 
     def check(self, vocab_size: int, temperature: float, tokenizer: Any) -> None:
-        """Refuse a run with another tokenizer, fewer tokens or another temperature than this teacher was read for.
+        """Refuse a run that this teacher was not read for.
 
-        The tokenizer is the `processing_class` of a trainer, or None.
+        Args:
+            tokenizer: The `processing_class` of a trainer, or None.
+
+        Raises:
+            ValueError: another tokenizer, a smaller vocabulary or another temperature.
         """
         name = str(self.folder)
         if temperature != self.about["temperature"]:
@@ -145,7 +149,11 @@ class TeacherCache:
             check_tokens("teacher", name, theirs, tokenizer, OTHER)
 
     def check_text(self, dataset: Any, collate: Any) -> None:
-        """Refuse, before the first step, a text of which the teacher has not read some row of a few that are tried."""
+        """Look for some rows of a training text, from its first to its last, before the first step.
+
+        Raises:
+            ValueError: one of them was not read by the teacher.
+        """
         count = min(LOOKED_AT, len(dataset))
         self._find(collate([dataset[i * (len(dataset) - 1) // max(1, count - 1)] for i in range(count)]))
 
@@ -209,7 +217,11 @@ def is_cache(source: str | os.PathLike) -> bool:
 
 
 def read_about(folder: str | os.PathLike) -> dict[str, Any]:
-    """What a cache says about itself, if it is something that this version reads."""
+    """What a cache says about itself.
+
+    Raises:
+        ValueError: it says nothing that this version reads.
+    """
     path = Path(folder) / FILE
     fields = {"format", "vocab_size", "temperature", "draws", "sequence_length", "samples", "shards"}
     try:
@@ -247,7 +259,11 @@ def write_shard(path: Path, keys: torch.Tensor, rows: Sequence[Drawn], vocab_siz
 
 
 def open_shard(path: Path) -> Any:
-    """Open a shard, if it is not damaged; its parts are read when they are asked for."""
+    """Open a shard, of which parts are read when they are asked for.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
         file = safe_open(path, framework="pt")
         file.get_slice("keys"), file.get_slice("counts")

@@ -46,7 +46,11 @@ def check_architecture(argument: str, teacher: Any) -> None:
 
 
 def check_documents(teacher: Any) -> None:
-    """Refuse a stock model with flash attention, which would not keep documents apart in a batch of several rows."""
+    """Refuse a teacher that would not keep apart the documents in a batch of several rows.
+
+    Raises:
+        ValueError: a stock model with flash attention.
+    """
     kind = str(teacher.config._attn_implementation)
     if "flash" in kind and teacher.config.model_type in FAMILIES:
         rule = "A stock teacher keeps the documents of a block apart in batches of one row only with it."
